@@ -1,0 +1,33 @@
+"""A small convolutional network that reads digits: it labels samples and measures distances between them."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class DigitClassifier(nn.Module):
+    """Two convolutions and a hidden layer whose 128 outputs are the features distances are measured in."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.config = {"classes": classes}
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(1, 16, 5, padding=2),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 5, padding=2),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+        )
+        self.hidden = nn.Sequential(nn.Linear(32 * 7 * 7, 128), nn.BatchNorm1d(128), nn.ReLU())
+        self.output = nn.Linear(128, classes)
+
+    def features(self, images: Float[Tensor, "batch 1 28 28"]) -> Float[Tensor, "batch 128"]:
+        """Penultimate activations."""
+        return self.hidden(self.convolutions(images))
+
+    def forward(self, images: Float[Tensor, "batch 1 28 28"]) -> Float[Tensor, "batch classes"]:
+        """Logits for images in [-1, 1]."""
+        return self.output(self.features(images))

@@ -1,0 +1,97 @@
+"""The LSTM of the report's Part I, written from its equations."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+State = tuple[Float[Tensor, "batch hidden"], Float[Tensor, "batch hidden"]]
+GATES = ("i", "f", "g", "o")  # torch's order, so that its kernel takes the weights as they are
+
+
+class LSTM(nn.Module):
+    """One layer, and a linear read-out of the last hidden state.
+
+        g_t = tanh(W_gx x_t + W_gh h_{t-1} + b_g)        c_t = g_t ⊙ i_t + c_{t-1} ⊙ f_t
+        i_t = σ(W_ix x_t + W_ih h_{t-1} + b_i)           h_t = tanh(c_t) ⊙ o_t
+        f_t = σ(W_fx x_t + W_fh h_{t-1} + b_f)           p   = W_ph h_T + b_p
+        o_t = σ(W_ox x_t + W_oh h_{t-1} + b_o)
+
+    The four gates' weights are stacked in `W_x`, `W_h` and `b`; `gate("g")` gives W_gx, W_gh and b_g as views.
+
+    Args:
+        input_size: features of one x_t.
+        hidden_size: width of h and c.
+        classes: width of the logits p.
+        kernel: `equations` runs the code below; `fused` runs the same parameters through torch's kernel
+            (cuDNN's on a GPU). The results agree to rounding.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int = 128,
+        classes: int = 10,
+        kernel: Literal["equations", "fused"] = "fused",
+    ) -> None:
+        super().__init__()
+        self.config = {"input_size": input_size, "hidden_size": hidden_size, "classes": classes}
+        self.kernel = kernel
+        self.W_x = nn.Parameter(torch.empty(4 * hidden_size, input_size))
+        self.W_h = nn.Parameter(torch.empty(4 * hidden_size, hidden_size))
+        self.b = nn.Parameter(torch.empty(4 * hidden_size))
+        self.output = nn.Linear(hidden_size, classes)  # W_ph, b_p
+        self.initialise_as_linear()
+
+    def forward(self, x: Float[Tensor, "time batch input"]) -> Float[Tensor, "batch classes"]:
+        """Logits after the last time step."""
+        hidden, _ = self.scan(x)
+        return self.output(hidden[-1])
+
+    def scan(
+        self, x: Float[Tensor, "time batch input"], state: State | None = None
+    ) -> tuple[Float[Tensor, "time batch hidden"], State]:
+        """All hidden states, and the state (h, c) to go on from; it starts at zero unless `state` is given."""
+        h, c = state or (x.new_zeros(x.shape[1], self.W_h.shape[1]),) * 2
+        return (self._scan_fused if self.kernel == "fused" else self._scan_equations)(x, h, c)
+
+    def _scan_equations(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, State]:
+        hidden = []
+        for from_input in x @ self.W_x.T + self.b:  # (batch, 4·hidden) for each time step
+            i, f, g, o = (from_input + h @ self.W_h.T).chunk(4, dim=-1)
+            c = g.tanh() * i.sigmoid() + c * f.sigmoid()
+            h = c.tanh() * o.sigmoid()
+            hidden.append(h)
+        return torch.stack(hidden), (h, c)
+
+    def _scan_fused(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, State]:
+        weights = (self.W_x, self.W_h, self.b, torch.zeros_like(self.b))  # torch has a second bias: none here
+        hidden, h_last, c_last = torch.lstm(
+            x, (h[None], c[None]), weights, True, 1, 0.0, self.training, False, False
+        )
+        return hidden, (h_last[0], c_last[0])
+
+    def gate(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of one gate's weights, e.g. W_gx (hidden, input), W_gh (hidden, hidden), b_g (hidden)."""
+        index = GATES.index(name)
+        W_x, W_h, b = (stacked.chunk(4)[index] for stacked in (self.W_x, self.W_h, self.b))
+        return W_x, W_h, b
+
+    @torch.no_grad()
+    def initialise_as_linear(self) -> None:
+        """Each gate's input and hidden parts drawn as `nn.Linear` does: uniform in ±1/sqrt(fan-in)."""
+        for weight, fan_in in ((self.W_x, self.W_x.shape[1]), (self.W_h, self.W_h.shape[1]), (self.b, self.W_x.shape[1])):
+            weight.uniform_(-(fan_in**-0.5), fan_in**-0.5)
+
+    @torch.no_grad()
+    def initialise_for_length(self, length: int) -> None:
+        """Forget and input gate biases for memories of up to `length` steps (Tallec and Ollivier 2018).
+
+        b_f = log u with u uniform in [1, length], b_i = -b_f; the other biases are zero.
+        """
+        _, _, b_f = self.gate("f")
+        _, _, b_i = self.gate("i")
+        self.b.zero_()
+        b_f.uniform_(1, max(2, length)).log_()
+        b_i.copy_(-b_f)

@@ -1,0 +1,54 @@
+"""Files that are complete or absent: written under a temporary name, synced, renamed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cs324dist.errors import Refused
+
+LARGEST_JSON = 1 << 20  # bytes; ours are a few hundred
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's or a folder's content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace `path` by `content`, or leave it as it was."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    sync(temporary)
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        Refused: no such file, or not a JSON object of a reasonable size.
+    """
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise Refused(f"{path} is larger than {LARGEST_JSON} bytes: it is not a file of this project")
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise Refused(f"{path} is not valid JSON: it is damaged, or not a file of this project") from None
+    if not isinstance(content, dict):
+        raise Refused(f"{path} holds no JSON object: it is damaged, or not a file of this project")
+    return content
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,149 @@
+"""The LSTM (or the Elman network) on palindromes: the report's Part I."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cs324dist.data.palindromes import DIGITS, encode, palindromes
+from cs324dist.data.streams import Stream
+from cs324dist.evaluation.accuracy import count_right_palindromes, share_right
+from cs324dist.models.lstm import LSTM
+from cs324dist.models.rnn import RNN
+from cs324dist.training.process import seeded, shard
+from cs324dist.training.settings import FREE, POSITIVE, Count, OneOf, RunSettings, Within
+from cs324dist.training.task import Evaluation, create_state
+
+SHORTEST = 8  # digits; where a curriculum starts
+
+
+@dataclass(frozen=True)
+class LSTMSettings(RunSettings):
+    """Train an LSTM on palindromes."""
+
+    preset: Annotated[str, OneOf("fast", "report", "smoke"), FREE] = "fast"
+    """Recipe that the other defaults come from: fast (solves any length in few steps), report (the report's),
+    smoke (seconds, to see that it runs)."""
+
+    steps: Annotated[int, Within(1), FREE] = 300
+    batch_size: Count = 128
+    log_every: Annotated[Count, FREE] = 10
+    evaluate_every: Annotated[Count, FREE] = 100
+    checkpoint_every: Annotated[Count, FREE] = 100
+
+    length: Count = 50
+    """Digits the model sees; the palindrome has one more, which the model predicts."""
+
+    model: Annotated[str, OneOf("lstm", "rnn")] = "lstm"
+    """lstm, or rnn: the Elman network the report compares with."""
+
+    lstm: Annotated[str, OneOf("fused", "equations"), FREE] = "fused"
+    """How the LSTM runs: torch's fused kernel, or the equations as written; equal to rounding."""
+
+    hidden_size: Count = 128
+    """Width of the hidden state."""
+
+    coding: Annotated[str, OneOf("onehot", "scalar")] = "onehot"
+    """A digit as the network's input: onehot, or scalar (the digit itself)."""
+
+    initialisation: Annotated[str, OneOf("length", "linear")] = "length"
+    """length: the gates remember for about --length steps from the start; linear: as nn.Linear does."""
+
+    optimizer: Annotated[str, OneOf("adam", "rmsprop")] = "adam"
+    """Optimizer."""
+
+    learning_rate: Annotated[float, POSITIVE] = 1e-2
+    """Step size of the optimizer."""
+
+    clip: Annotated[float, POSITIVE] = 1.0
+    """Largest norm of the whole gradient."""
+
+    curriculum: Annotated[float, Within(1)] = 2.0
+    """Factor by which a short start length grows, whenever a batch is 97 % right, to --length; 1: none."""
+
+    def run_name(self) -> str:
+        """The default run folder's name."""
+        return f"{self.model}-length{self.length}-{self.preset}-{self.seed}"
+
+
+REPORT = dict(
+    preset="report",
+    steps=1500,
+    coding="scalar",
+    initialisation="linear",
+    optimizer="rmsprop",
+    learning_rate=1e-3,
+    clip=10.0,
+    curriculum=1.0,
+)
+PRESETS = {
+    "fast": LSTMSettings(),
+    "report": LSTMSettings(**REPORT),
+    "smoke": LSTMSettings(preset="smoke", steps=20, length=10, evaluate_every=10, checkpoint_every=10),
+}
+
+
+class LSTMTask:
+    """One step: a batch of palindromes, cross-entropy of the last digit, one clipped optimizer step."""
+
+    name = "lstm"
+
+    def __init__(
+        self, settings: LSTMSettings, accelerator: Accelerator, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.settings, self.accelerator, self.dtype = settings, accelerator, dtype
+        self.shard = shard(accelerator)
+        self.data = Stream(settings.seed, "palindromes/train")
+        with seeded(settings.seed, "weights"):
+            model = build_model(settings).to(dtype)
+        if settings.optimizer == "adam":
+            optimizer: torch.optim.Optimizer = torch.optim.Adam(
+                model.parameters(), settings.learning_rate, fused=True
+            )
+        else:
+            optimizer = torch.optim.RMSprop(model.parameters(), settings.learning_rate, foreach=True)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        create_state(optimizer)
+        self.models: dict[str, nn.Module] = {settings.model: model}
+        self.optimizers = {settings.model: optimizer}
+        start = settings.length if settings.curriculum == 1 else min(SHORTEST, settings.length)
+        self.counters = {"length": start}
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """See `Task.step`."""
+        settings, length = self.settings, self.counters["length"]
+        digits, last = palindromes(self.data, self.shard.batch(step, settings.batch_size), length)
+        logits = self.model(encode(digits, settings.coding, self.dtype))
+        loss = F.cross_entropy(logits, last)
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        accuracy = share_right(logits, last)
+        if length < settings.length and self.accelerator.reduce(accuracy.detach().clone(), "mean") >= 0.97:
+            self.counters["length"] = min(settings.length, int(length * settings.curriculum) + 1)
+        return {"train/loss": loss, "train/accuracy": accuracy}
+
+    def evaluate(self) -> Evaluation:
+        """Accuracy at the full length; see `count_right_palindromes`."""
+        settings = self.settings
+        model = self.models[settings.model]
+        stream = Stream(settings.seed, "palindromes/evaluation")
+        right, trials = count_right_palindromes(
+            model, settings.coding, settings.length, stream, self.shard, self.dtype
+        )
+        return Evaluation({"eval/accuracy": self.accelerator.reduce(right, "sum").item() / trials})
+
+
+def build_model(settings: LSTMSettings) -> nn.Module:
+    """The model that the settings ask for, freshly initialised."""
+    input_size = DIGITS if settings.coding == "onehot" else 1
+    if settings.model == "rnn":
+        return RNN(input_size, settings.hidden_size, DIGITS)
+    model = LSTM(input_size, settings.hidden_size, DIGITS, kernel=settings.lstm)
+    if settings.initialisation == "length":
+        model.initialise_for_length(settings.length)
+    return model

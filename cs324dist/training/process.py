@@ -1,0 +1,105 @@
+"""What a training process sets up once: the processor, the process group, Accelerate."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list
+
+from cs324dist.data.counter_rng import stream_keys
+from cs324dist.data.streams import Shard
+from cs324dist.errors import Refused
+
+HUNG_AFTER = timedelta(minutes=10)
+Answer = TypeVar("Answer")
+
+
+def start_accelerator(batch_size: int) -> Accelerator:
+    """Join the process group that the launcher described, or stand alone.
+
+    Raises:
+        Refused: a precision this device has not, or a global batch that cannot be shared out evenly.
+    """
+    has_gpu = torch.cuda.is_available()
+    prepare_process(on_cpu=not has_gpu)
+    if not has_gpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        raise Refused("--mixed_precision fp16 would silently run as float32 on a CPU: give bf16, or no")
+    accelerator = Accelerator(
+        cpu=not has_gpu,
+        kwargs_handlers=[
+            # Synchronised BatchNorm keeps the buffers equal on all ranks: nothing to broadcast.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=HUNG_AFTER),
+        ],
+    )
+    world_size = accelerator.num_processes
+    if batch_size % world_size:
+        raise Refused(
+            f"--batch-size {batch_size} cannot be shared out evenly over {world_size} processes: "
+            f"give a multiple of {world_size}, such as {-(-batch_size // world_size) * world_size}"
+        )
+    return accelerator
+
+
+def prepare_process(on_cpu: bool) -> None:
+    """Settings of the process that must stand before its first tensor operation."""
+    # A long backward pass makes denormal numbers, ten times slower; threads started earlier would keep them.
+    torch.set_flush_denormal(True)
+    if on_cpu:
+        torch.set_num_threads(_threads())
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        with contextlib.suppress(AttributeError):  # musl has no mallopt
+            # Keep large tensors' memory instead of giving it back to the kernel at every step.
+            m_trim_threshold, m_mmap_threshold = -1, -3
+            libc.mallopt(m_mmap_threshold, 1 << 30)
+            libc.mallopt(m_trim_threshold, 1 << 30)
+        if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+            # A launcher that is killed would leave its workers running.
+            pr_set_pdeathsig = 1
+            libc.prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _threads() -> int:
+    """This process's share of the cores; OMP_NUM_THREADS, if above the 1 that launchers set, has its way."""
+    asked = os.environ.get("OMP_NUM_THREADS", "1")
+    if asked.isdecimal() and int(asked) > 1:
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def shard(accelerator: Accelerator) -> Shard:
+    """This process's place among all."""
+    return Shard(accelerator.process_index, accelerator.num_processes, accelerator.device)
+
+
+def on_main_process(accelerator: Accelerator, work: Callable[[], Answer]) -> Answer:
+    """Have the main process do `work`; every process gets its answer, or the `Refused` that it raised."""
+    answer: Answer | None = None
+    lines: tuple[str, ...] = ()
+    if accelerator.is_main_process:
+        try:
+            answer = work()
+        except Refused as refusal:
+            lines = refusal.lines
+    if accelerator.num_processes > 1:
+        answer, lines = broadcast_object_list([answer, lines])
+    if lines:
+        raise Refused(*lines)
+    return answer  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def seeded(seed: int, stream: str) -> Iterator[None]:
+    """Inside, torch's own initialisers draw from (seed, stream), alike on every rank."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_keys(seed, stream)[0])
+        yield

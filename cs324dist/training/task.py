@@ -1,0 +1,71 @@
+"""What a task offers to the loop, and the optimizer state as named tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from cs324dist.training.settings import RunSettings
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found, the same on every rank."""
+
+    metrics: Mapping[str, float]
+    picture: UInt8[Tensor, "channels height width"] | None = None
+
+
+class Task(Protocol):
+    """A model, its data and its step; the loop does the rest."""
+
+    name: ClassVar[str]
+    settings: RunSettings
+
+    models: Mapping[str, nn.Module]
+    """Everything a checkpoint holds, as it was before Accelerate wrapped it."""
+
+    optimizers: Mapping[str, torch.optim.Optimizer]
+    """The optimizers, by the name of the model they train."""
+
+    counters: dict[str, int]
+    """Integers that are part of the state, such as a curriculum's length."""
+
+    def step(self, step: int) -> Mapping[str, Tensor]:
+        """Train on the samples of step `step`, counted from 0.
+
+        Returns:
+            This rank's metrics as scalars on the device; the loop averages them over ranks when it logs.
+        """
+
+    def evaluate(self) -> Evaluation:
+        """Measure the models as they are, from streams of evaluation's own; every rank takes part."""
+
+
+def optimizer_tensors(task: Task) -> dict[str, Tensor]:
+    """Every optimizer's state by name, such as `generator/fc.0.weight/exp_avg`: the live tensors."""
+    return {
+        f"{model}/{parameter}/{key}": value
+        for model, optimizer in task.optimizers.items()
+        for parameter, tensor in task.models[model].named_parameters()
+        for key, value in optimizer.state[tensor].items()
+    }
+
+
+def create_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give a new optimizer its state at once, all zero, where torch would wait for the first step.
+
+    A checkpoint can then be read into it in place, and checked for exactly these names and shapes. A step
+    with zero gradients moves no weight of an optimizer without weight decay.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for parameter in parameters:
+        for value in optimizer.state[parameter].values():
+            value.zero_()

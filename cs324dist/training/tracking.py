@@ -1,0 +1,81 @@
+"""Where metrics go: the run's `metrics.jsonl`, and the same values to Weights & Biases."""
+
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate import Accelerator
+
+from cs324dist.runs.folder import RunFolder
+from cs324dist.training.settings import RunSettings
+from cs324dist.training.task import Evaluation
+
+PROJECT = "cs324dist"
+CONNECT_TIMEOUT = 10  # seconds
+
+
+class Logbook:
+    """Writes on the main process; every rank may call it."""
+
+    def __init__(self, run: RunFolder, accelerator: Accelerator) -> None:
+        self._run, self._accelerator = run, accelerator
+
+    def log(self, completed: int, metrics: Mapping[str, float]) -> None:
+        """One line of metrics after `completed` steps."""
+        if self._accelerator.is_main_process:
+            self._run.append_metrics(completed, metrics)
+            self._accelerator.log(dict(metrics), step=completed)
+
+    def log_evaluation(self, completed: int, evaluation: Evaluation) -> None:
+        """An evaluation's metrics, and its picture."""
+        self.log(completed, evaluation.metrics)
+        if evaluation.picture is not None and self._accelerator.is_main_process:
+            from torchvision.io import write_png
+
+            write_png(evaluation.picture, str(self._run.sample(completed)))
+            for tracker in self._accelerator.trackers:
+                tracker.log_images({"samples": [evaluation.picture.permute(1, 2, 0).numpy()]}, step=completed)
+
+
+def start_tracking(accelerator: Accelerator, settings: RunSettings, run: RunFolder) -> None:
+    """Open the run's own Weights & Biases run through Accelerate, on the main process.
+
+    Falls back to an offline run, and says so in one line, where there is no login or no network.
+    """
+    if settings.wandb == "disabled" or not accelerator.is_main_process:
+        return
+    os.environ.setdefault("WANDB_SILENT", "true")
+    mode, why = ("offline", "") if settings.wandb == "offline" else _reachable_mode()
+    if why:
+        print(f"Weights & Biases: {why}; recording offline in {run}/wandb", file=sys.stderr)
+    accelerator.log_with = ["wandb"]
+    wandb_run: dict[str, Any] = {
+        "id": run.read_config()["tracker_run_id"],
+        "name": run.path.name,
+        "dir": str(run),
+        "resume": "allow" if mode == "online" else None,
+    }
+    try:
+        accelerator.init_trackers(PROJECT, settings.as_json(), {"wandb": {**wandb_run, "mode": mode}})
+    except Exception as error:  # whatever its client raises, training goes on
+        print(f"Weights & Biases: {error}; recording offline in {run}/wandb", file=sys.stderr)
+        wandb_run |= {"mode": "offline", "resume": None}
+        accelerator.init_trackers(PROJECT, settings.as_json(), {"wandb": wandb_run})
+
+
+def _reachable_mode() -> tuple[str, str]:
+    import wandb
+
+    if not wandb.setup().settings.api_key:
+        return "offline", "no login (`wandb login`)"
+    host = wandb.setup().settings.base_url
+    try:
+        urllib.request.urlopen(host, timeout=CONNECT_TIMEOUT).close()
+    except urllib.error.HTTPError:
+        pass  # it answered
+    except OSError as error:
+        return "offline", f"{host} cannot be reached ({getattr(error, 'reason', error)})"
+    return "online", ""
