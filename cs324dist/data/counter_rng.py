@@ -67,3 +67,12 @@ def random_normals(
     uniform = (_shift_right(bits, 32).double() + 0.5) / 2**32  # in (0, 1): the logarithm is finite
     angle = (bits & 0xFFFFFFFF).double() * (2 * math.pi / 2**32)
     return (-2 * uniform.log()).sqrt() * angle.cos()
+
+
+def random_signs(
+    keys: tuple[int, int], indices: Int64[Tensor, " samples"], components: int
+) -> Int64[Tensor, "samples components"]:
+    """-1 or 1, one bit each: 64 for the price of one hash."""
+    words = random_bits(keys, indices, -(-components // 64))
+    bits = (words[:, :, None] >> torch.arange(64, device=indices.device)) & 1
+    return bits.flatten(1)[:, :components] * 2 - 1

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cs324dist.data.counter_rng import random_bits, random_integers, random_normals, stream_keys
+from cs324dist.data.counter_rng import random_bits, random_integers, random_normals, random_signs, stream_keys
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,12 @@ class Stream:
     ) -> Float[Tensor, "samples components"]:
         """Standard normals."""
         return random_normals(stream_keys(self.seed, self.name), indices, components).to(dtype)
+
+    def signs(
+        self, indices: Int64[Tensor, " samples"], components: int, dtype: torch.dtype = torch.float32
+    ) -> Float[Tensor, "samples components"]:
+        """-1 or 1, each with probability 1/2."""
+        return random_signs(stream_keys(self.seed, self.name), indices, components).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import torch
 
 from cs324dist.errors import Refused
 from cs324dist.runs.checkpoints import checkpoints_in, verify_checkpoint
-from cs324dist.runs.files import read_json, write_json
+from cs324dist.runs.files import read_json, replaced, write_json
 
 State = Literal["running", "stopped", "finished", "failed"]
 
@@ -133,9 +133,8 @@ class RunFolder:
         """Drop the metrics past a checkpoint, whose steps are about to be taken again; the run is running."""
         path = self.path / "metrics.jsonl"
         kept = [json.dumps(row) + "\n" for row in self.read_metrics() if row["step"] <= step]
-        temporary = path.with_name(".metrics.jsonl.tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
+        with replaced(path) as temporary:
+            temporary.write_text("".join(kept))
         self.write_status("running", step)
 
     def newest_step(self) -> int:

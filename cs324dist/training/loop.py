@@ -15,19 +15,16 @@ def train(task: Task, run: RunFolder, accelerator: Accelerator, logbook: Logbook
     """Take the steps after the first `start`; returns how many are completed, fewer than all after a signal."""
     settings = task.settings
 
-    def due(every: int) -> bool:
-        return completed % every == 0 or completed == settings.steps
-
     with Progress(start, settings, accelerator) as progress, StopRequest(accelerator.num_processes) as stop:
         for completed in range(start + 1, settings.steps + 1):
             metrics = task.step(completed - 1)
-            if due(settings.log_every):
+            if settings.is_due(completed, settings.log_every):
                 logbook.log(completed, progress.read(completed, metrics))
-            if due(settings.evaluate_every):
+            if settings.is_due(completed, settings.evaluate_every):
                 with progress.paused():
                     logbook.log_evaluation(completed, task.evaluate())
             stopping = stop.agreed()
-            if due(settings.checkpoint_every) or stopping:
+            if stopping or settings.is_due(completed, settings.checkpoint_every):
                 with progress.paused():
                     save(task, run, accelerator, completed)
             if stopping:

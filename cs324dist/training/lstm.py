@@ -8,13 +8,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cs324dist.command_line import POSITIVE, Count, OneOf, Within
 from cs324dist.data.palindromes import DIGITS, encode, palindromes
 from cs324dist.data.streams import Stream
 from cs324dist.evaluation.accuracy import count_right_palindromes, share_right
 from cs324dist.models.lstm import LSTM
 from cs324dist.models.rnn import RNN
 from cs324dist.training.process import seeded, shard
-from cs324dist.training.settings import FREE, POSITIVE, Count, OneOf, RunSettings, Within
+from cs324dist.training.settings import FREE, RunSettings
 from cs324dist.training.task import Evaluation, create_state
 
 SHORTEST = 8  # digits; where a curriculum starts
@@ -88,8 +89,6 @@ PRESETS = {
 
 class LSTMTask:
     """One step: a batch of palindromes, cross-entropy of the last digit, one clipped optimizer step."""
-
-    name = "lstm"
 
     def __init__(
         self, settings: LSTMSettings, accelerator: Accelerator, dtype: torch.dtype = torch.float32

@@ -1,68 +1,23 @@
 """Settings: frozen dataclasses that are the command line, the config file and the list of what may change.
 
-A field's annotation says what is allowed (`AtLeast`, `OneOf`, …) and whether a run may be continued with
-another value (`FREE`). Everything that is wrong is said at once, by `problems`.
+A field marked `FREE` is one that a run may be continued with another value of.
 """
 
 import dataclasses
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar
 
-import tyro
-
-from cs324dist.errors import Refused
-
-
-class Rule(Protocol):
-    """What a value must be: `allows` decides, `wanted` says it in words."""
-
-    wanted: str
-
-    def allows(self, value: Any) -> bool: ...  # noqa: D102
-
-
-class OneOf:
-    """One of a few words."""
-
-    def __init__(self, *options: str) -> None:
-        self.options = options
-        self.wanted = "one of " + ", ".join(options)
-
-    def allows(self, value: str) -> bool:
-        """Whether it is one of them."""
-        return value in self.options
-
-
-class Within:
-    """A finite number in [low, high], or (low, high] if `open_below`, and below `high` if `open_above`."""
-
-    def __init__(
-        self, low: float, high: float = math.inf, *, open_below: bool = False, open_above: bool = False
-    ) -> None:
-        self.low, self.high, self.open_below, self.open_above = low, high, open_below, open_above
-        self.wanted = f"{'more than' if open_below else 'at least'} {low:g}"
-        if high < math.inf:
-            self.wanted += f" and {'less than' if open_above else 'at most'} {high:g}"
-
-    def allows(self, value: float) -> bool:
-        """Whether it lies within; NaN and infinities never do."""
-        above = value > self.low if self.open_below else value >= self.low
-        below = value < self.high if self.open_above else value <= self.high
-        return math.isfinite(value) and above and below
+from cs324dist.command_line import Count, OneOf, Within, markers, option, parse
 
 
 class Free:
-    """Marks a setting that a run can be continued with another value of."""
+    """Marks a setting that does not change the steps already taken."""
 
 
 FREE = Free()
-POSITIVE = Within(0, open_below=True)
-FRACTION = Within(0, 1, open_above=True)
-Count = Annotated[int, Within(1)]
 
 
 @dataclass(frozen=True)
@@ -76,7 +31,7 @@ class RunSettings:
     run_dir: Annotated[Path | None, FREE] = None
     """Run folder. To continue a run, give the same command again. Default: runs/TASK-PRESET-SEED."""
 
-    seed: Annotated[int, Within(0, 2**63 - 1)] = 0
+    seed: Annotated[int, Within(0)] = 0
     """Everything random is a function of it."""
 
     steps: Annotated[int, Within(1), FREE] = 1000
@@ -109,6 +64,10 @@ class RunSettings:
         """The default run folder's name."""
         return f"{self.preset}-{self.seed}"
 
+    def is_due(self, completed: int, every: int) -> bool:
+        """Whether what happens `every` so many steps happens after this one; the last step always counts."""
+        return completed % every == 0 or completed == self.steps
+
     @property
     def folder(self) -> Path:
         """The run folder."""
@@ -125,34 +84,14 @@ class RunSettings:
 Settings = TypeVar("Settings", bound=RunSettings)
 
 
-def option(field: str) -> str:
-    """The command line's name of a field."""
-    return "--" + field.replace("_", "-")
-
-
-def _markers(settings_type: type[RunSettings]) -> dict[str, tuple[Any, ...]]:
-    hints = get_type_hints(settings_type, include_extras=True)
-    return {f.name: getattr(hints[f.name], "__metadata__", ()) for f in dataclasses.fields(settings_type)}
-
-
-def problems(settings: RunSettings) -> list[str]:
-    """One line for each value that is not allowed."""
-    return [
-        f"{option(name)} {getattr(settings, name)} is not allowed: give {marker.wanted}"
-        for name, markers in _markers(type(settings)).items()
-        for marker in markers
-        if isinstance(marker, OneOf | Within) and not marker.allows(getattr(settings, name))
-    ]
-
-
 def conflicts(settings: RunSettings, stored: Mapping[str, Any]) -> list[str]:
     """One line for each setting of a stored run that this command would change in mid-course."""
-    given, markers = settings.as_json(), _markers(type(settings))
+    given, marked = settings.as_json(), markers(type(settings))
     lines = [
         f"{option(name)} {given[name]} differs from the run's {stored.get(name)}: give the run's value, "
         f"or another --run-dir"
         for name in given
-        if FREE not in markers[name] and given[name] != stored.get(name)
+        if FREE not in marked[name] and given[name] != stored.get(name)
     ]
     steps = stored.get("steps")
     if settings.schedule_depends_on_steps and settings.steps != steps:
@@ -184,13 +123,4 @@ def from_command_line(
         elif word.startswith("--preset="):
             chosen = word.removeprefix("--preset=")
     defaults = presets.get(chosen, next(iter(presets.values())))
-    settings = tyro.cli(
-        type(defaults),
-        default=defaults,
-        args=arguments,
-        description=description,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    if lines := problems(settings):
-        raise Refused(*lines)
-    return settings
+    return parse(type(defaults), description, defaults, arguments)

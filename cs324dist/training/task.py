@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import UInt8
@@ -22,7 +22,6 @@ class Evaluation:
 class Task(Protocol):
     """A model, its data and its step; the loop does the rest."""
 
-    name: ClassVar[str]
     settings: RunSettings
 
     models: Mapping[str, nn.Module]

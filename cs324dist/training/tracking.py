@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from cs324dist.runs.folder import RunFolder
+from cs324dist.sampling.grids import save_png
 from cs324dist.training.settings import RunSettings
 from cs324dist.training.task import Evaluation
 
@@ -33,9 +34,7 @@ class Logbook:
         """An evaluation's metrics, and its picture."""
         self.log(completed, evaluation.metrics)
         if evaluation.picture is not None and self._accelerator.is_main_process:
-            from torchvision.io import write_png
-
-            write_png(evaluation.picture, str(self._run.sample(completed)))
+            save_png(evaluation.picture, self._run.sample(completed))
             for tracker in self._accelerator.trackers:
                 tracker.log_images({"samples": [evaluation.picture.permute(1, 2, 0).numpy()]}, step=completed)
 

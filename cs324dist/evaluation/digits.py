@@ -1,0 +1,60 @@
+"""What the committed digit classifier says of images."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from cs324dist.evaluation.frechet import Moments
+from cs324dist.models.digit_classifier import DigitClassifier
+from cs324dist.runs.models import load_tensors_into
+
+WEIGHTS = Path(str(files("cs324dist.models"))) / "digit_classifier.safetensors"
+SURE = 0.95  # confidence above which a digit counts as readable
+
+
+@cache
+def digit_classifier(device: torch.device) -> DigitClassifier:
+    """The classifier that the project ships, made by `launch/classifier.py`."""
+    classifier = DigitClassifier()
+    load_tensors_into(WEIGHTS, classifier.state_dict())
+    return classifier.eval().requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def read_digits(
+    images: Float[Tensor, "batch 1 28 28"],
+) -> tuple[Int64[Tensor, " batch"], Float[Tensor, " batch"], Float[Tensor, "batch 128"]]:
+    """The digit of each image, the classifier's confidence in [0.1, 1], and its features."""
+    classifier = digit_classifier(images.device)
+    features = classifier.features(images.float())
+    confidence, digits = classifier.output(features).softmax(dim=1).max(dim=1)
+    return digits, confidence, features
+
+
+@dataclass(frozen=True)
+class DigitStatistics:
+    """Sums over images, in float64 on the device; `reduce` adds up those of all ranks."""
+
+    sure: Float64[Tensor, ""]
+    counts: Float64[Tensor, " 10"]
+    moments: Moments
+
+    @classmethod
+    def of(
+        cls, batches: Iterable[Float[Tensor, "batch 1 28 28"]], reduce: Callable[[Tensor], Tensor]
+    ) -> "DigitStatistics":
+        """Of this rank's batches of images in [-1, 1], put together by `reduce`, a sum over ranks."""
+        sure, counts, moments = 0.0, 0.0, None
+        for images in batches:
+            digits, confidence, features = read_digits(images)
+            sure = sure + (confidence > SURE).sum(dtype=torch.float64)
+            counts = counts + digits.bincount(minlength=10).double()
+            batch = Moments.of(features)
+            moments = moments + batch if moments else batch
+        return cls(reduce(sure), reduce(counts), Moments(*map(reduce, (moments.count, moments.total, moments.outer))))

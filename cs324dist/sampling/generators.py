@@ -1,0 +1,86 @@
+"""Finding a trained generator, and latent vectors whose images are the digits one wants."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cs324dist.data.streams import Stream
+from cs324dist.errors import Refused
+from cs324dist.evaluation.digits import SURE, read_digits
+from cs324dist.models.gan import Generator
+from cs324dist.runs.checkpoints import TRAINER, checkpoints_in, verify_checkpoint
+from cs324dist.runs.folder import RunFolder
+from cs324dist.runs.models import load_model
+
+AT_ONCE = 500  # images of one forward pass
+CANDIDATES = 1000
+
+
+def load_generator(run_or_checkpoint: str | Path, weights: Literal["averaged", "raw"] = "averaged") -> Generator:
+    """The generator of a run's newest checkpoint, or of a checkpoint, in eval mode on the CPU.
+
+    Args:
+        run_or_checkpoint: a run folder, or one of its `checkpoints/NNNNNNNNN`.
+        weights: `averaged` takes the averaged generator where there is one; `raw` the one being trained.
+
+    Raises:
+        Refused: there is no such checkpoint, it is damaged, or it is not a GAN's.
+    """
+    checkpoint = _checkpoint(Path(run_or_checkpoint))
+    verify_checkpoint(checkpoint)
+    averaged = checkpoint / "generator_ema"
+    folder = averaged if weights == "averaged" and averaged.is_dir() else checkpoint / "generator"
+    if not folder.is_dir():
+        raise Refused(f"{checkpoint} holds no generator: give a run of launch/gan.py")
+    generator = load_model(folder, Generator)
+    assert isinstance(generator, Generator)
+    return generator
+
+
+def _checkpoint(path: Path) -> Path:
+    if (path / TRAINER).is_file():
+        return path
+    run = RunFolder(path)
+    if not run.exists:
+        raise Refused(f"{path} is neither a run nor a checkpoint: give a run folder, such as runs/gan-fast-0")
+    checkpoints = checkpoints_in(run.checkpoints)
+    if not checkpoints:
+        raise Refused(f"{path} has no checkpoint yet: train it for longer, or lower its --checkpoint-every")
+    return checkpoints[0]
+
+
+def latents(generator: Generator, seed: int, start: int, count: int) -> Float[Tensor, "count latent"]:
+    """Standard normal latents: samples [start, start + count) of the seed's stream for sampling."""
+    indices = torch.arange(start, start + count)
+    return Stream(seed, "latents/sampling").normals(indices, generator.config["input_dim"])
+
+
+@torch.no_grad()
+def generate(
+    generator: Generator, z: Float[Tensor, "count latent"]
+) -> Float[Tensor, "count 1 28 28"]:
+    """Images in [-1, 1]."""
+    return torch.cat([generator(part) for part in z.split(AT_ONCE)])
+
+
+def surest(
+    generator: Generator, digit: int, count: int, seed: int
+) -> Float[Tensor, "count latent"]:
+    """Those of 1 000 candidates (20 times `count`, if that is more) whose images are most surely this digit.
+
+    Raises:
+        Refused: fewer than `count` candidates are surely (confidence above 0.95) this digit.
+    """
+    candidates = latents(generator, seed, 0, max(CANDIDATES, 20 * count))
+    digits, confidence, _ = read_digits(generate(generator, candidates))
+    of_digit = torch.where(digits == digit, confidence, 0.0)
+    best = of_digit.argsort(descending=True, stable=True)[:count]
+    if (found := int((of_digit[best] > SURE).sum())) < count:
+        raise Refused(
+            f"of {len(candidates)} samples, {found} are surely a {digit} where {count} are needed: "
+            f"give another --seed, or train for longer"
+        )
+    return candidates[best]

@@ -1,0 +1,82 @@
+"""BatchNorm over the global batch, on CPU as on GPU.
+
+torch's SyncBatchNorm refuses CPU tensors; this is the same mathematics for them, so that N processes on CPUs
+train as one does.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def synchronised(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """`model` with its BatchNorm layers taking statistics over all ranks; parameters and names stay."""
+    if accelerator.num_processes == 1:
+        return model
+    if accelerator.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.__class__ = _SyncedOnCPU
+    return model
+
+
+class _SyncedOnCPU(_BatchNorm):
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass  # the class that this layer had before did it for the one-process run
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        output, mean, variance, count = _NormaliseOverRanks.apply(input, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        return output
+
+
+class _NormaliseOverRanks(torch.autograd.Function):
+    """One collective each way: (mean, variance) of every rank forward, two sums per channel backward.
+
+    Means of means and of centred squares, not of squares: E[x²] - E[x]² would lose the digits of a small
+    variance beside a large mean. Ranks hold equally many samples.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, int]:
+        dims = [0, *range(2, x.dim())]
+        world_size = dist.get_world_size()
+        local_variance, local_mean = torch.var_mean(x, dims, correction=0)
+        moments = torch.stack([local_mean, local_variance])
+        every = moments.new_empty(world_size, *moments.shape)
+        dist.all_gather_into_tensor(every, moments)
+        means, variances = every.unbind(1)
+        mean = means.mean(0)
+        variance = variances.mean(0) + (means - mean).square().mean(0)
+        inverse_std = (variance + eps).rsqrt()
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        normalised = (x - mean.view(shape)) * inverse_std.view(shape)
+        ctx.save_for_backward(normalised, weight, inverse_std)
+        ctx.dims, ctx.shape, ctx.count = dims, shape, x.numel() // x.shape[1] * world_size
+        ctx.mark_non_differentiable(mean, variance)
+        return normalised * weight.view(shape) + bias.view(shape), mean, variance, ctx.count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+        normalised, weight, inverse_std = ctx.saved_tensors
+        grad_bias = grad.sum(ctx.dims)
+        grad_weight = (grad * normalised).sum(ctx.dims)
+        sums = torch.stack([grad_bias, grad_weight])
+        dist.all_reduce(sums)  # parameters' gradients stay local: DDP reduces those
+        mean_grad, mean_product = (sums / ctx.count).unbind(0)
+        shape = ctx.shape
+        grad_x = (weight * inverse_std).view(shape) * (
+            grad - mean_grad.view(shape) - normalised * mean_product.view(shape)
+        )
+        return grad_x, grad_weight, grad_bias, None

@@ -1,0 +1,152 @@
+"""Draw from a trained generator.
+
+python launch/sample.py grid RUN --rows 8 --columns 8 --out grid.png
+python launch/sample.py grid RUN --digit 7
+python launch/sample.py tensor RUN --count 10000 --out samples.safetensors
+python launch/sample.py interpolate RUN --start-digit 4 --end-digit 1 --between 8 --out strip.png
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from tyro.conf import Positional, subcommand
+
+from cs324dist.command_line import Count, OneOf, Within, parse
+from cs324dist.errors import Refused, refusals_as_exit_code
+from cs324dist.runs.files import replaced
+from cs324dist.runs.models import save_tensors
+from cs324dist.sampling.generators import generate, latents, load_generator, surest
+from cs324dist.sampling.grids import grid, save_gif, save_png
+from cs324dist.sampling.interpolation import interpolate
+
+FRAMES = 60  # of the film from one end to the other
+Digit = Annotated[int | None, Within(0, 9)]
+Seed = Annotated[int, Within(0)]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What every command has."""
+
+    run: Positional[Path]
+    """A run folder (its newest checkpoint is taken), or a checkpoint."""
+
+    seed: Seed = 0
+    """Stream that latent vectors are drawn from."""
+
+    weights: Annotated[str, OneOf("averaged", "raw")] = "averaged"
+    """averaged: the averaged generator where there is one; raw: the one being trained."""
+
+
+@dataclass(frozen=True)
+class Grid(Drawing):
+    """Images side by side."""
+
+    rows: Count = 8
+    """Images from top to bottom."""
+
+    columns: Count = 8
+    """Images from left to right."""
+
+    digit: Digit = None
+    """Only this digit, 0 to 9, as the classifier reads it, the surest first. Default: whatever comes."""
+
+    out: Path = Path("grid.png")
+    """Picture to write."""
+
+    def draw(self) -> None:
+        """Write the picture."""
+        generator, count = load_generator(self.run, self.weights), self.rows * self.columns
+        if self.digit is None:
+            z = latents(generator, self.seed, 0, count)
+        else:
+            z = surest(generator, self.digit, count, self.seed)
+        save_png(grid(generate(generator, z), self.columns), self.out)
+
+
+@dataclass(frozen=True)
+class TensorFile(Drawing):
+    """Images as one tensor: `images`, float32 in [-1, 1], (count, 1, 28, 28)."""
+
+    count: Count = 10_000
+    """Images to draw."""
+
+    out: Path = Path("samples.safetensors")
+    """File to write."""
+
+    def draw(self) -> None:
+        """Write the file."""
+        generator = load_generator(self.run, self.weights)
+        images = generate(generator, latents(generator, self.seed, 0, self.count))
+        with replaced(self.out) as temporary:
+            save_tensors(temporary, {"images": images})
+
+
+@dataclass(frozen=True)
+class Interpolation(Drawing):
+    """A walk from one image to another, as the report shows it: the two ends and what lies between."""
+
+    start_digit: Digit = None
+    """Digit to start from, 0 to 9; the surest that is found."""
+
+    end_digit: Digit = None
+    """Digit to end with, 0 to 9."""
+
+    start_seed: Annotated[int | None, Within(0)] = None
+    """In place of --start-digit: start from the first image of this seed."""
+
+    end_seed: Annotated[int | None, Within(0)] = None
+    """In place of --end-digit: end with the first image of this seed."""
+
+    between: Annotated[int, Within(0)] = 8
+    """Images between the ends."""
+
+    method: Annotated[str, OneOf("linear", "spherical")] = "spherical"
+    """linear: the straight way; spherical: on an arc, through latents of usual length."""
+
+    out: Path = Path("strip.png")
+    """Picture to write."""
+
+    gif: Path | None = None
+    """Film to write as well, there and back."""
+
+    def draw(self) -> None:
+        """Write the strip, and the film if it is wanted."""
+        for end in ("start", "end"):
+            given = [getattr(self, f"{end}_{kind}") is not None for kind in ("digit", "seed")]
+            if sum(given) != 1:
+                raise Refused(f"give either --{end}-digit or --{end}-seed")
+        generator = load_generator(self.run, self.weights)
+
+        def latent(digit: int | None, seed: int | None) -> torch.Tensor:
+            if seed is not None:
+                return latents(generator, seed, 0, 1)[0]
+            return surest(generator, digit, 1, self.seed)[0]
+
+        start = latent(self.start_digit, self.start_seed)
+        end = latent(self.end_digit, self.end_seed)
+        points = self.between + 2
+        save_png(grid(generate(generator, interpolate(start, end, points, self.method)), points), self.out)
+        if self.gif:
+            save_gif(generate(generator, interpolate(start, end, FRAMES, self.method)), self.gif)
+            print(self.gif)
+
+
+Command = (
+    Annotated[Grid, subcommand("grid")]
+    | Annotated[TensorFile, subcommand("tensor")]
+    | Annotated[Interpolation, subcommand("interpolate")]
+)
+
+
+if __name__ == "__main__":
+    with refusals_as_exit_code():
+        command = parse(Command, __doc__)
+        try:
+            command.draw()
+        except OSError as error:
+            raise Refused(f"{error.filename or command.out} cannot be written: {error.strerror}") from None
+        print(command.out)
