@@ -1,4 +1,4 @@
-"""Command lines from frozen dataclasses: an annotation says what a field allows, `problems` says all that is wrong."""
+"""Command lines from frozen dataclasses: a field's annotation says what is allowed."""
 
 import dataclasses
 import math
@@ -36,22 +36,27 @@ class Within:
     """A finite number in [low, high], or (low, high] if `open_below`, and below `high` if `open_above`."""
 
     def __init__(
-        self, low: float, high: float = math.inf, *, open_below: bool = False, open_above: bool = False
+        self,
+        low: int | float,
+        high: int | float = math.inf,
+        *,
+        open_below: bool = False,
+        open_above: bool = False,
     ) -> None:
         self.low, self.high, self.open_below, self.open_above = low, high, open_below, open_above
         self.wanted = f"{'more than' if open_below else 'at least'} {low:g}"
         if high < math.inf:
             self.wanted += f" and {'less than' if open_above else 'at most'} {high:g}"
 
-    def allows(self, value: float) -> bool:
+    def allows(self, value: int | float) -> bool:
         """Whether it lies within; NaN and infinities never do."""
         above = value > self.low if self.open_below else value >= self.low
         below = value < self.high if self.open_above else value <= self.high
         return math.isfinite(value) and above and below
 
 
-POSITIVE = Within(0, open_below=True)
-FRACTION = Within(0, 1, open_above=True)
+POSITIVE = Within(0.0, open_below=True)
+FRACTION = Within(0.0, 1.0, open_above=True)
 Count = Annotated[int, Within(1)]
 
 
@@ -72,7 +77,9 @@ def problems(options: Any) -> list[str]:
         f"{option(name)} {value} is not allowed: give {rule.wanted}"
         for name, rules in markers(type(options)).items()
         for rule in rules
-        if isinstance(rule, OneOf | Within) and (value := getattr(options, name)) is not None and not rule.allows(value)
+        if (value := getattr(options, name)) is not None
+        and isinstance(rule, OneOf | Within)
+        and not rule.allows(value)
     ]
 
 
@@ -82,7 +89,7 @@ def parse(
     default: Options | None = None,
     arguments: Sequence[str] | None = None,
 ) -> Options:
-    """The options that `arguments` (default: the process's) ask for; a value that does not parse exits with 2.
+    """The options that `arguments` (default: the process's) ask for; what does not parse exits with 2.
 
     Raises:
         Refused: naming every value that parses and is not allowed.

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import tyro
-
+from cs324dist.command_line import OneOf, parse
 from cs324dist.data.images import SHA256, fetch
 from cs324dist.errors import refusals_as_exit_code
 
@@ -13,20 +13,15 @@ from cs324dist.errors import refusals_as_exit_code
 class FetchData:
     """Fetch a data set into torchvision's folder layout, or verify the files that are there."""
 
-    dataset: str = "mnist"
+    dataset: Annotated[str, OneOf(*SHA256)] = "mnist"
     """mnist or fashion-mnist"""
     data_root: Path = Path("data")
     """Folder of the data sets; an existing one of torchvision's will do"""
 
 
-def main() -> None:
-    """Print the folder, and each file with its verified SHA-256."""
+if __name__ == "__main__":
     with refusals_as_exit_code():
-        arguments = tyro.cli(FetchData)
+        arguments = parse(FetchData, FetchData.__doc__ or "")
         print(fetch(arguments.dataset, arguments.data_root))
         for name, sha256 in SHA256[arguments.dataset].items():
             print(f"  {name:<23}  sha256 {sha256}  verified")
-
-
-if __name__ == "__main__":
-    main()

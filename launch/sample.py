@@ -6,7 +6,6 @@ python launch/sample.py tensor RUN --count 10000 --out samples.safetensors
 python launch/sample.py interpolate RUN --start-digit 4 --end-digit 1 --between 8 --out strip.png
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from cs324dist.data.counter_rng import random_bits, random_integers, random_normals, random_signs, stream_keys
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -20,7 +22,7 @@ class Shard:
 
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     def samples(self, start: int, count: int) -> Int64[Tensor, " samples"]:
         """This rank's sample indices of the global range [start, start + count).
@@ -76,7 +78,7 @@ class ShuffledEpochs:
         epochs, positions = indices // self.size, indices % self.size
         items = torch.empty_like(indices)
         if indices.numel():
-            # The indices of a batch are consecutive: first and last tell the epochs without a look at the rest.
+            # A batch's indices are consecutive: first and last tell the epochs.
             for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
                 inside = epochs == epoch
                 items[inside] = _permutation(self, epoch, indices.device)[positions[inside]]
@@ -84,9 +86,7 @@ class ShuffledEpochs:
 
 
 @lru_cache(maxsize=4)
-def _permutation(
-    shuffle: ShuffledEpochs, epoch: int, device: torch.device
-) -> Int64[Tensor, " size"]:
+def _permutation(shuffle: ShuffledEpochs, epoch: int, device: torch.device) -> Int64[Tensor, " size"]:
     keys = stream_keys(shuffle.seed, shuffle.name)
     bits = random_bits(keys, torch.tensor([epoch], device=device), shuffle.size)[0]
     return bits.argsort(stable=True)

@@ -26,7 +26,9 @@ def count_right_palindromes(
     trials = DIGITS ** free_digits(length) if exhaustive else TRIALS if length <= LONG else TRIALS_WHEN_LONG
     right = torch.zeros((), dtype=torch.int64, device=shard.device)
     for indices in shard.samples(0, trials).split(max(1, DIGITS_AT_ONCE // length)):
-        digits, last = all_palindromes(length, indices) if exhaustive else palindromes(stream, indices, length)
+        digits, last = (
+            all_palindromes(length, indices) if exhaustive else palindromes(stream, indices, length)
+        )
         right += (model(encode(digits, coding, dtype)).argmax(dim=1) == last).sum()
     return right, trials
 

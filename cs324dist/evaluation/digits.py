@@ -50,11 +50,11 @@ class DigitStatistics:
         cls, batches: Iterable[Float[Tensor, "batch 1 28 28"]], reduce: Callable[[Tensor], Tensor]
     ) -> "DigitStatistics":
         """Of this rank's batches of images in [-1, 1], put together by `reduce`, a sum over ranks."""
-        sure, counts, moments = 0.0, 0.0, None
-        for images in batches:
-            digits, confidence, features = read_digits(images)
-            sure = sure + (confidence > SURE).sum(dtype=torch.float64)
-            counts = counts + digits.bincount(minlength=10).double()
-            batch = Moments.of(features)
-            moments = moments + batch if moments else batch
-        return cls(reduce(sure), reduce(counts), Moments(*map(reduce, (moments.count, moments.total, moments.outer))))
+        read = [read_digits(images) for images in batches]
+        digits, confidence, features = (torch.cat(parts) for parts in zip(*read, strict=True))
+        moments = Moments.of(features)
+        return cls(
+            reduce((confidence > SURE).sum(dtype=torch.float64)),
+            reduce(digits.bincount(minlength=10).double()),
+            Moments(reduce(moments.count), reduce(moments.total), reduce(moments.outer)),
+        )

@@ -24,9 +24,6 @@ class Moments:
         x = features.double()
         return cls(torch.tensor(len(x), dtype=torch.float64, device=x.device), x.sum(0), x.T @ x)
 
-    def __add__(self, other: "Moments") -> "Moments":
-        return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer)
-
     def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
         """The covariance is the unbiased one."""
         mean = self.total / self.count

@@ -1,7 +1,5 @@
 """The LSTM of the report's Part I, written from its equations."""
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ class LSTM(nn.Module):
         f_t = σ(W_fx x_t + W_fh h_{t-1} + b_f)           p   = W_ph h_T + b_p
         o_t = σ(W_ox x_t + W_oh h_{t-1} + b_o)
 
-    The four gates' weights are stacked in `W_x`, `W_h` and `b`; `gate("g")` gives W_gx, W_gh and b_g as views.
+    The four gates' weights are stacked in `W_x`, `W_h`, `b`; `gate("g")` gives W_gx, W_gh, b_g as views.
 
     Args:
         input_size: features of one x_t.
@@ -33,7 +31,7 @@ class LSTM(nn.Module):
         input_size: int,
         hidden_size: int = 128,
         classes: int = 10,
-        kernel: Literal["equations", "fused"] = "fused",
+        kernel: str = "fused",
     ) -> None:
         super().__init__()
         self.config = {"input_size": input_size, "hidden_size": hidden_size, "classes": classes}
@@ -52,7 +50,7 @@ class LSTM(nn.Module):
     def scan(
         self, x: Float[Tensor, "time batch input"], state: State | None = None
     ) -> tuple[Float[Tensor, "time batch hidden"], State]:
-        """All hidden states, and the state (h, c) to go on from; it starts at zero unless `state` is given."""
+        """All hidden states, and the last state (h, c); the first is zero unless `state` is given."""
         h, c = state or (x.new_zeros(x.shape[1], self.W_h.shape[1]),) * 2
         return (self._scan_fused if self.kernel == "fused" else self._scan_equations)(x, h, c)
 
@@ -81,7 +79,11 @@ class LSTM(nn.Module):
     @torch.no_grad()
     def initialise_as_linear(self) -> None:
         """Each gate's input and hidden parts drawn as `nn.Linear` does: uniform in ±1/sqrt(fan-in)."""
-        for weight, fan_in in ((self.W_x, self.W_x.shape[1]), (self.W_h, self.W_h.shape[1]), (self.b, self.W_x.shape[1])):
+        for weight, fan_in in (
+            (self.W_x, self.W_x.shape[1]),
+            (self.W_h, self.W_h.shape[1]),
+            (self.b, self.W_x.shape[1]),
+        ):
             weight.uniform_(-(fan_in**-0.5), fan_in**-0.5)
 
     @torch.no_grad()

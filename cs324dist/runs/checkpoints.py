@@ -1,9 +1,9 @@
 """Checkpoints: folders that are complete or absent, safetensors and JSON only.
 
-    checkpoints/000001000/
-        generator/{config.json,model.safetensors}  …
-        optimizers.safetensors
-        trainer.json    step, world size, counters, loss scale, SHA-256 of every other file
+checkpoints/000001000/
+    generator/{config.json,model.safetensors}  …
+    optimizers.safetensors
+    trainer.json    step, world size, counters, loss scale, SHA-256 of every other file
 """
 
 import shutil

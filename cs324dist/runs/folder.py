@@ -1,16 +1,15 @@
 """A run is a folder, and the folder is the truth.
 
-    config.json       every setting, package versions, commit, threads, processor
-    status.json       running | stopped | finished | failed, the step, and why
-    metrics.jsonl     one JSON object a line
-    samples/          pictures, named by step
-    checkpoints/      see `checkpoints`
+config.json       every setting, package versions, commit, threads, processor
+status.json       running | stopped | finished | failed, the step, and why
+metrics.jsonl     one JSON object a line
+samples/          pictures, named by step
+checkpoints/      see `checkpoints`
 """
 
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import secrets
 import subprocess
@@ -45,7 +44,9 @@ class RunFolder:
         """
         if not self.exists:
             if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
-                raise Refused(f"--run-dir {self} holds something that is no run: give an empty or a new folder")
+                raise Refused(
+                    f"--run-dir {self} holds something that is no run: give an empty or a new folder"
+                )
             return
         stored = self.read_config()
         if not isinstance(stored.get("settings"), dict):
@@ -66,7 +67,10 @@ class RunFolder:
         for name, value in made_by.items():
             before = stored.get("made_by", made_by).get(name)
             if value != before:
-                print(f"warning: {self} was made with {name} {before}, now {value}: bits may differ", file=sys.stderr)
+                print(
+                    f"warning: {self} was made with {name} {before}, now {value}: bits may differ",
+                    file=sys.stderr,
+                )
         tracker_id = stored.get("tracker_run_id") or secrets.token_hex(4)
         try:
             for folder in (self.checkpoints, self.path / "samples"):
@@ -77,7 +81,7 @@ class RunFolder:
             )
         except OSError as error:
             raise Refused(
-                f"--run-dir {self} cannot be written to ({error.strerror}): give a folder that you can write to"
+                f"--run-dir {self} cannot be written to ({error.strerror}): give a folder that can be"
             ) from None
 
     @property
@@ -180,7 +184,8 @@ def _commit() -> str | None:
 
 
 def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []:
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

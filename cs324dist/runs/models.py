@@ -5,6 +5,7 @@ Read strictly: every tensor must be there, no other, each of the right shape and
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -12,15 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cs324dist.errors import Refused
-from cs324dist.models.digit_classifier import DigitClassifier
-from cs324dist.models.gan import Discriminator, Generator
-from cs324dist.models.lstm import LSTM
-from cs324dist.models.rnn import RNN
 from cs324dist.runs.files import read_json, write_json
 
-MODEL_CLASSES: dict[str, type[nn.Module]] = {
-    model.__name__: model for model in (LSTM, RNN, Generator, Discriminator, DigitClassifier)
-}
+LARGEST_SIZE = 65_536  # of any argument of a model
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -56,29 +52,30 @@ def load_tensors_into(path: Path, targets: Mapping[str, Tensor]) -> None:
 
 
 def save_model(folder: Path, model: nn.Module) -> None:
-    """Write a model of `MODEL_CLASSES`."""
+    """Write a model that has its constructor's arguments in `model.config`, positive integers all."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", {"class": type(model).__name__, **model.config})  # type: ignore[dict-item]
+    arguments = cast(dict[str, int], model.config)
+    write_json(folder / "config.json", {"class": type(model).__name__, **arguments})
     save_tensors(folder / "model.safetensors", model.state_dict())
 
 
-def load_model(folder: Path, expected: type[nn.Module]) -> nn.Module:
+def load_model(folder: Path, expected: type[Model]) -> Model:
     """Read a model of the class `expected`, in eval mode, on the CPU.
 
     Raises:
         Refused: the folder holds no such model, or a damaged one.
     """
-    config = read_json(folder / "config.json")
-    name = config.pop("class", None)
-    if MODEL_CLASSES.get(name) is not expected:  # type: ignore[arg-type]
+    arguments = read_json(folder / "config.json")
+    name = arguments.pop("class", None)
+    if name != expected.__name__:
         raise Refused(f"{folder} holds a model of class {name!r}, expected {expected.__name__!r}")
-    if any(type(value) is not int or not 1 <= value <= 65536 for value in config.values()):
-        raise Refused(f"{folder / 'config.json'} has values that are no sizes: {config}")
+    if any(type(value) is not int or not 1 <= value <= LARGEST_SIZE for value in arguments.values()):
+        raise Refused(f"{folder / 'config.json'} has values that are no sizes: {arguments}")
     try:
-        model = expected(**config)
+        model = expected(**arguments)
     except TypeError:
         raise Refused(
-            f"{folder / 'config.json'} has arguments that {expected.__name__} does not take: {sorted(config)}"
+            f"{folder / 'config.json'} has arguments that {name} does not take: {sorted(arguments)}"
         ) from None
     load_tensors_into(folder / "model.safetensors", model.state_dict())
     return model.eval()

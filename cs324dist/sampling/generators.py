@@ -19,7 +19,9 @@ AT_ONCE = 500  # images of one forward pass
 CANDIDATES = 1000
 
 
-def load_generator(run_or_checkpoint: str | Path, weights: Literal["averaged", "raw"] = "averaged") -> Generator:
+def load_generator(
+    run_or_checkpoint: str | Path, weights: Literal["averaged", "raw"] = "averaged"
+) -> Generator:
     """The generator of a run's newest checkpoint, or of a checkpoint, in eval mode on the CPU.
 
     Args:
@@ -35,9 +37,7 @@ def load_generator(run_or_checkpoint: str | Path, weights: Literal["averaged", "
     folder = averaged if weights == "averaged" and averaged.is_dir() else checkpoint / "generator"
     if not folder.is_dir():
         raise Refused(f"{checkpoint} holds no generator: give a run of launch/gan.py")
-    generator = load_model(folder, Generator)
-    assert isinstance(generator, Generator)
-    return generator
+    return load_model(folder, Generator)
 
 
 def _checkpoint(path: Path) -> Path:
@@ -59,16 +59,12 @@ def latents(generator: Generator, seed: int, start: int, count: int) -> Float[Te
 
 
 @torch.no_grad()
-def generate(
-    generator: Generator, z: Float[Tensor, "count latent"]
-) -> Float[Tensor, "count 1 28 28"]:
+def generate(generator: Generator, z: Float[Tensor, "count latent"]) -> Float[Tensor, "count 1 28 28"]:
     """Images in [-1, 1]."""
     return torch.cat([generator(part) for part in z.split(AT_ONCE)])
 
 
-def surest(
-    generator: Generator, digit: int, count: int, seed: int
-) -> Float[Tensor, "count latent"]:
+def surest(generator: Generator, digit: int, count: int, seed: int) -> Float[Tensor, "count latent"]:
     """Those of 1 000 candidates (20 times `count`, if that is more) whose images are most surely this digit.
 
     Raises:

@@ -10,9 +10,7 @@ from torch import Tensor
 from cs324dist.runs.files import replaced
 
 
-def grid(
-    images: Float[Tensor, "count 1 28 28"], columns: int
-) -> UInt8[Tensor, "1 height width"]:
+def grid(images: Float[Tensor, "count 1 28 28"], columns: int) -> UInt8[Tensor, "1 height width"]:
     """Images in [-1, 1] side by side, row by row, two pixels apart."""
     from torchvision.utils import make_grid
 
@@ -31,7 +29,9 @@ def save_gif(
 ) -> None:
     """Write images in [-1, 1] as a film that goes there and back, for ever."""
     film = [Image.fromarray(grid(image[None], 1)[0].numpy()) for image in images]
-    film = [frame.resize((frame.width * scale, frame.height * scale), Image.Resampling.NEAREST) for frame in film]
+    film = [
+        frame.resize((frame.width * scale, frame.height * scale), Image.Resampling.NEAREST) for frame in film
+    ]
     with replaced(path) as temporary:
         film[0].save(
             temporary,

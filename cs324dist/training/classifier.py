@@ -52,7 +52,9 @@ class ClassifierSettings(RunSettings):
 
 PRESETS = {
     "fast": ClassifierSettings(),
-    "smoke": ClassifierSettings(preset="smoke", steps=20, evaluate_every=10, checkpoint_every=10, log_every=5),
+    "smoke": ClassifierSettings(
+        preset="smoke", steps=20, evaluate_every=10, checkpoint_every=10, log_every=5
+    ),
 }
 
 
@@ -81,7 +83,9 @@ class ClassifierTask:
         """See `Task.step`."""
         indices = self.shard.batch(step, self.settings.batch_size)
         items = self.order.items(indices)
-        images = shifted(self.train_set.images[items], self.shifts.integers(indices, 2, 2 * LARGEST_SHIFT + 1))
+        images = shifted(
+            self.train_set.images[items], self.shifts.integers(indices, 2, 2 * LARGEST_SHIFT + 1)
+        )
         labels = self.train_set.labels[items]
         logits = self.model(to_unit_range(images, self.dtype))
         loss = F.cross_entropy(logits, labels)

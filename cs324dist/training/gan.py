@@ -120,14 +120,16 @@ class GANTask:
             generator = Generator(settings.latent_dim)
             discriminator = Discriminator()
         for network in (generator, discriminator):
-            network.to(self.shard.device, dtype, memory_format=torch.channels_last)
+            network.to(self.shard.device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.models: dict[str, nn.Module] = {"generator": generator, "discriminator": discriminator}
         if settings.averaging:
             self.models["generator_ema"] = copy.deepcopy(generator).eval().requires_grad_(False)
         synchronised(generator, accelerator)
         betas = (settings.beta1, settings.beta2)
         g_optimizer = torch.optim.Adam(generator.parameters(), settings.generator_lr, betas, fused=True)
-        d_optimizer = torch.optim.Adam(discriminator.parameters(), settings.discriminator_lr, betas, fused=True)
+        d_optimizer = torch.optim.Adam(
+            discriminator.parameters(), settings.discriminator_lr, betas, fused=True
+        )
         self.optimizers = {"generator": g_optimizer, "discriminator": d_optimizer}
         for optimizer in self.optimizers.values():
             create_state(optimizer)
@@ -231,7 +233,9 @@ class GANTask:
     @cached_property
     def test_digits(self) -> DigitStatistics:
         """What the classifier says of the test set."""
-        images = load_images(self.settings.dataset, "test", self.settings.data_root).images.to(self.shard.device)
+        images = load_images(self.settings.dataset, "test", self.settings.data_root).images.to(
+            self.shard.device
+        )
 
         def batches() -> Iterator[Tensor]:
             for indices in self.shard.samples(0, len(images)).split(500):

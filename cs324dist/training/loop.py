@@ -12,7 +12,7 @@ from cs324dist.training.tracking import Logbook
 
 
 def train(task: Task, run: RunFolder, accelerator: Accelerator, logbook: Logbook, start: int) -> int:
-    """Take the steps after the first `start`; returns how many are completed, fewer than all after a signal."""
+    """Take the steps after the first `start`; returns how many are completed: not all, after a signal."""
     settings = task.settings
 
     with Progress(start, settings, accelerator) as progress, StopRequest(accelerator.num_processes) as stop:

@@ -1,6 +1,6 @@
 """The LSTM (or the Elman network) on palindromes: the report's Part I."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -70,20 +70,21 @@ class LSTMSettings(RunSettings):
         return f"{self.model}-length{self.length}-{self.preset}-{self.seed}"
 
 
-REPORT = dict(
-    preset="report",
-    steps=1500,
-    coding="scalar",
-    initialisation="linear",
-    optimizer="rmsprop",
-    learning_rate=1e-3,
-    clip=10.0,
-    curriculum=1.0,
-)
+FAST = LSTMSettings()
 PRESETS = {
-    "fast": LSTMSettings(),
-    "report": LSTMSettings(**REPORT),
-    "smoke": LSTMSettings(preset="smoke", steps=20, length=10, evaluate_every=10, checkpoint_every=10),
+    "fast": FAST,
+    "report": replace(
+        FAST,
+        preset="report",
+        steps=1500,
+        coding="scalar",
+        initialisation="linear",
+        optimizer="rmsprop",
+        learning_rate=1e-3,
+        clip=10.0,
+        curriculum=1.0,
+    ),
+    "smoke": replace(FAST, preset="smoke", steps=20, length=10, evaluate_every=10, checkpoint_every=10),
 }
 
 

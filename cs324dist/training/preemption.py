@@ -25,7 +25,9 @@ class StopRequest:
         self._pending: dist.Work | None = None
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._previous = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         return self
 
     def __exit__(

@@ -38,8 +38,10 @@ class Progress:
         self._bar.close()
 
     def read(self, completed: int, metrics: Mapping[str, Tensor]) -> dict[str, float]:
-        """The metrics of this step averaged over ranks, as numbers: the one place the device is waited for."""
-        reduced = self._accelerator.reduce(torch.stack([m.detach().double() for m in metrics.values()]), "mean")
+        """The metrics of this step averaged over ranks, as numbers: here the device is waited for."""
+        reduced = self._accelerator.reduce(
+            torch.stack([m.detach().double() for m in metrics.values()]), "mean"
+        )
         values = dict(zip(metrics, reduced.tolist(), strict=True))
         now = time.perf_counter()
         rate = (completed - self._last_step) / max(now - self._last_time, 1e-9)

@@ -33,6 +33,10 @@ class _SyncedOnCPU(_BatchNorm):
         if not self.training:
             return super().forward(input)
         output, mean, variance, count = _NormaliseOverRanks.apply(input, self.weight, self.bias, self.eps)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
@@ -48,7 +52,9 @@ class _NormaliseOverRanks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, int]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
         dims = [0, *range(2, x.dim())]
         world_size = dist.get_world_size()
         local_variance, local_mean = torch.var_mean(x, dims, correction=0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import UInt8
@@ -19,6 +19,7 @@ class Evaluation:
     picture: UInt8[Tensor, "channels height width"] | None = None
 
 
+@runtime_checkable
 class Task(Protocol):
     """A model, its data and its step; the loop does the rest."""
 
