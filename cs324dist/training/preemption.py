@@ -3,7 +3,6 @@
 import os
 import signal
 from types import FrameType, TracebackType
-from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -24,7 +23,7 @@ class StopRequest:
         self._vote: torch.Tensor | None = None
         self._pending: dist.Work | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopRequest":
         self._previous = {
             number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
         }

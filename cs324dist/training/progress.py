@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
 
 import torch
 from accelerate import Accelerator
@@ -29,7 +28,7 @@ class Progress:
             disable=not (accelerator.is_main_process and self._in_terminal),
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(
