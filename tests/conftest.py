@@ -1,16 +1,66 @@
 """Fixtures of more than one test module."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cs324dist.data.images import fetch
 
+REPOSITORY = Path(__file__).parents[1]
+Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+
 
 @pytest.fixture(scope="session")
 def mnist_root() -> Path:
     """A data root that holds MNIST: the environment's CS324DIST_TEST_DATA, or the repository's data/."""
-    root = Path(os.environ.get("CS324DIST_TEST_DATA") or Path(__file__).parents[1] / "data")
+    root = Path(os.environ.get("CS324DIST_TEST_DATA") or REPOSITORY / "data")
     fetch("mnist", root)
     return root
+
+
+@pytest.fixture(scope="session")
+def launch_environment() -> dict[str, str]:
+    """What launched programs see: one thread a process, as several run beside each other; no login."""
+    leave_out = {"WANDB_API_KEY", "ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS"}
+    kept = {name: value for name, value in os.environ.items() if name not in leave_out}
+    return {**kept, "CS324DIST_THREADS": "1", "HF_HOME": os.devnull, "WANDB_SILENT": "true"}
+
+
+@pytest.fixture(scope="session")
+def launch(launch_environment: dict[str, str]) -> Launch:
+    """Run a script of the repository as a user does, through a launcher, and wait for it.
+
+    `launcher` is "python", "torchrun" or "accelerate"; `options` are the launcher's.
+    """
+
+    def run(
+        *command: str | Path,
+        launcher: str = "python",
+        options: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+        check: bool = True,
+    ) -> "subprocess.CompletedProcess[str]":
+        done = subprocess.run(
+            [*LAUNCHERS[launcher], *options, *map(str, command)],
+            cwd=REPOSITORY,
+            env={**launch_environment, **(environment or {})},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert not check or done.returncode == 0, done.stderr[-4000:]
+        return done
+
+    return run
+
+
+LAUNCHERS = {
+    "python": [sys.executable],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.launch"],
+}

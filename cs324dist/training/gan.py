@@ -66,7 +66,8 @@ class GANSettings(RunSettings):
     """Weight of the squared slope of the discriminator at real and generated images; 0: none."""
 
     averaging: Annotated[float, FRACTION] = 0.998
-    """Decay per step of the averaged generator that samples are drawn from; 0: no average is kept."""
+    """Decay per step of the averaged generator that samples are drawn from (smaller in the first steps);
+    0: no average is kept."""
 
     discriminator_every: Count = 1
     """The discriminator trains in every so many steps or epochs, beginning with the first."""
@@ -147,6 +148,11 @@ class GANTask:
 
         self._set_learning_rates(step)
         metrics = {"train/generator_loss": self._generator_step(fake)}
+        if settings.averaging:
+            decay = min(
+                settings.averaging, (step + 1) / (step + 10)
+            )  # forgets the first, random weights soon
+            average(self.models["generator_ema"], self.models["generator"], decay)
         if self._discriminator_trains(step):
             metrics["train/discriminator_loss"] = self._discriminator_step(real, fake.detach(), indices)
         elif settings.is_due(step + 1, settings.log_every):
@@ -162,8 +168,6 @@ class GANTask:
         self.g_optimizer.step()
         self.g_optimizer.zero_grad()
         discriminator.requires_grad_(True)
-        if self.settings.averaging:
-            average(self.models["generator_ema"], self.models["generator"], self.settings.averaging)
         return loss
 
     def _discriminator_step(self, real: Tensor, fake: Tensor, indices: Tensor) -> Tensor:

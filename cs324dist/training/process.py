@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from cs324dist.data.counter_rng import stream_keys
 from cs324dist.data.streams import Shard
 from cs324dist.errors import Refused
+from cs324dist.training.launcher import check_launcher
 
 HUNG_AFTER = timedelta(minutes=10)
 Answer = TypeVar("Answer")
@@ -40,6 +41,7 @@ def start_accelerator(batch_size: int) -> Accelerator:
         ],
     )
     world_size = accelerator.num_processes
+    check_launcher(world_size, accelerator.is_main_process)
     if batch_size % world_size:
         raise Refused(
             f"--batch-size {batch_size} cannot be shared out evenly over {world_size} processes: "
@@ -68,9 +70,11 @@ def prepare_process(on_cpu: bool) -> None:
 
 
 def _threads() -> int:
-    """This process's share of the cores; OMP_NUM_THREADS, if above the 1 that launchers set, has its way."""
-    asked = os.environ.get("OMP_NUM_THREADS", "1")
-    if asked.isdecimal() and int(asked) > 1:
+    """CS324DIST_THREADS, or this process's share of the cores.
+
+    OMP_NUM_THREADS cannot be asked: a launcher sets it to 1 where the user said nothing.
+    """
+    if (asked := os.environ.get("CS324DIST_THREADS", "")).isdecimal() and int(asked) > 0:
         return int(asked)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

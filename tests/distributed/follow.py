@@ -1,0 +1,46 @@
+"""Started by a launcher: take a task's first steps in float64, and write down where its weights are."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from faults import FAULTS
+from safetensors.torch import save_file
+
+from cs324dist.training import classifier, gan, lstm
+from cs324dist.training.process import start_accelerator
+
+TASKS = {
+    "gan": (gan.GANTask, gan.PRESETS),
+    "lstm": (lstm.LSTMTask, lstm.PRESETS),
+    "classifier": (classifier.ClassifierTask, classifier.PRESETS),
+}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("preset")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--settings", type=json.loads, default={})
+    parser.add_argument("--fault", choices=FAULTS)
+    arguments = parser.parse_args()
+
+    if arguments.fault:
+        FAULTS[arguments.fault]()
+    build, presets = TASKS[arguments.task]
+    settings = dataclasses.replace(presets[arguments.preset], **arguments.settings)
+    accelerator = start_accelerator(settings.batch_size)
+    task = build(settings, accelerator, torch.float64)
+    for step in range(arguments.steps):
+        task.step(step)
+    if accelerator.is_main_process:
+        tensors = {
+            f"{model}/{name}": tensor
+            for model, module in task.models.items()
+            for name, tensor in module.state_dict().items()
+        }
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, arguments.out)
+    accelerator.end_training()

@@ -1,0 +1,139 @@
+"""The launchers that users have: accelerate, torchrun and plain python, on one machine and on two."""
+
+import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+CONFIGS = sorted((Path(__file__).parents[2] / "accelerate_configs").glob("*.yaml"))
+TRAIN = ("launch/lstm.py", "--length", "20", "--steps", "50", "--log-every", "1", "--wandb", "disabled")
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+@pytest.fixture(scope="module")
+def one_process(launch, tmp_path_factory) -> list[float]:
+    run = tmp_path_factory.mktemp("one") / "run"
+    launch(*TRAIN, "--run-dir", run)
+    return losses(run)
+
+
+def assert_same_curve(run: Path, expected: list[float]) -> None:
+    assert len(expected) == 50
+    assert losses(run) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_itself_reads_the_config(config):
+    parsed = load_config_from_file(str(config))
+    assert parsed.use_cpu == config.stem.startswith("cpu")
+    assert (
+        parsed.num_processes
+        == {"cpu": 1, "cpu_ddp": 2, "gpu": 1, "multi_gpu": 2, "multi_node": 4}[config.stem]
+    )
+    assert parsed.mixed_precision == ("no" if parsed.use_cpu else "bf16")
+
+
+def test_accelerate_with_two_processes_has_the_loss_curve_of_one(launch, tmp_path, one_process):
+    run = tmp_path / "run"
+    done = launch(
+        *TRAIN,
+        "--run-dir",
+        run,
+        launcher="accelerate",
+        options=("--config_file", "accelerate_configs/cpu_ddp.yaml"),
+    )
+    assert "processes: 2" in done.stderr
+    assert_same_curve(run, one_process)
+
+
+def test_accelerate_with_one_process_has_it_too(launch, tmp_path, one_process):
+    run = tmp_path / "run"
+    launch(
+        *TRAIN,
+        "--run-dir",
+        run,
+        launcher="accelerate",
+        options=("--config_file", "accelerate_configs/cpu.yaml"),
+    )
+    assert_same_curve(run, one_process)
+
+
+def test_torchrun_with_four_processes_has_it_too(launch, tmp_path, one_process):
+    run = tmp_path / "run"
+    launch(*TRAIN, "--run-dir", run, launcher="torchrun", options=("--nproc_per_node", "4"))
+    assert_same_curve(run, one_process)
+
+
+@pytest.mark.slow
+def test_two_nodes_with_two_processes_each_have_it_too(launch, tmp_path, one_process):
+    run = tmp_path / "run"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def node(rank: int) -> str:
+        options = (
+            "--config_file",
+            "accelerate_configs/multi_node.yaml",
+            "--mixed_precision",
+            "no",
+            "--machine_rank",
+            str(rank),
+            "--main_process_ip",
+            "127.0.0.1",
+            "--main_process_port",
+            str(port),
+        )
+        return launch(*TRAIN, "--run-dir", run, launcher="accelerate", options=options).stderr
+
+    with ThreadPoolExecutor(2) as nodes:
+        said = list(nodes.map(node, (0, 1)))
+    assert "processes: 4" in said[0]
+    assert "step 50/50" not in said[1]  # only the main process speaks
+    assert_same_curve(run, one_process)
+
+
+def test_fewer_processes_than_asked_for_are_refused(launch, tmp_path):
+    run = tmp_path / "run"
+    done = launch(
+        *TRAIN,
+        "--run-dir",
+        run,
+        launcher="accelerate",
+        options=("--cpu", "--num_processes", "2"),
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "error: 2 processes were asked for, and accelerate launch started 1" in done.stderr
+    assert not run.exists()
+
+
+def test_a_default_config_of_the_users_is_named(launch, tmp_path):
+    default = tmp_path / "home" / "accelerate" / "default_config.yaml"
+    default.parent.mkdir(parents=True)
+    default.write_text(CONFIGS[0].read_text())
+    done = launch(
+        *TRAIN,
+        "--run-dir",
+        tmp_path / "run",
+        "--steps",
+        "1",
+        launcher="accelerate",
+        environment={"HF_HOME": str(tmp_path / "home")},
+    )
+    assert f"accelerate launch took its settings from {default}" in done.stderr
+
+
+def test_fp16_on_a_cpu_is_refused(launch, tmp_path):
+    options = ("--config_file", "accelerate_configs/cpu.yaml", "--mixed_precision", "fp16")
+    done = launch(*TRAIN, "--run-dir", tmp_path / "run", launcher="accelerate", options=options, check=False)
+    assert done.returncode != 0
+    assert "give bf16, or no" in done.stderr
+    assert not (tmp_path / "run").exists()
