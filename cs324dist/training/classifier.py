@@ -17,7 +17,7 @@ from cs324dist.evaluation.accuracy import count_right_images, share_right
 from cs324dist.models.digit_classifier import DigitClassifier
 from cs324dist.training.process import seeded, shard
 from cs324dist.training.settings import FREE, RunSettings
-from cs324dist.training.synced_batch_norm import synchronised
+from cs324dist.training.batch_norm import freeze_cancelled_biases, synchronised
 from cs324dist.training.task import Evaluation, create_state
 
 LARGEST_SHIFT = 2  # pixels
@@ -71,7 +71,9 @@ class ClassifierTask:
         self.order = ShuffledEpochs(settings.seed, "images/train", len(self.train_set.labels))
         self.shifts = Stream(settings.seed, "shifts/train")
         with seeded(settings.seed, "weights"):
-            classifier = synchronised(DigitClassifier().to(dtype), accelerator)
+            classifier = DigitClassifier().to(dtype)
+        freeze_cancelled_biases(classifier)
+        classifier = synchronised(classifier, accelerator)
         optimizer = torch.optim.Adam(classifier.parameters(), settings.learning_rate, fused=True)
         self.model, self.optimizer = accelerator.prepare(classifier, optimizer)
         create_state(optimizer)

@@ -21,7 +21,7 @@ from cs324dist.models.gan import Discriminator, Generator
 from cs324dist.sampling.grids import grid
 from cs324dist.training.process import seeded, shard
 from cs324dist.training.settings import FREE, RunSettings
-from cs324dist.training.synced_batch_norm import synchronised
+from cs324dist.training.batch_norm import freeze_cancelled_biases, synchronised
 from cs324dist.training.task import Evaluation, create_state
 
 GRID = 5  # rows and columns of the picture, as in the report
@@ -125,6 +125,7 @@ class GANTask:
         self.models: dict[str, nn.Module] = {"generator": generator, "discriminator": discriminator}
         if settings.averaging:
             self.models["generator_ema"] = copy.deepcopy(generator).eval().requires_grad_(False)
+        freeze_cancelled_biases(generator)
         synchronised(generator, accelerator)
         betas = (settings.beta1, settings.beta2)
         g_optimizer = torch.optim.Adam(generator.parameters(), settings.generator_lr, betas, fused=True)
@@ -163,7 +164,7 @@ class GANTask:
     def _generator_step(self, fake: Tensor) -> Tensor:
         # The bare discriminator, frozen: its gradients are neither computed nor reduced.
         discriminator = self.models["discriminator"].requires_grad_(False)
-        loss = F.softplus(-discriminator(fake).float()).mean()
+        loss = F.softplus(-discriminator(fake)).mean()
         self.accelerator.backward(loss)
         self.g_optimizer.step()
         self.g_optimizer.zero_grad()
@@ -188,10 +189,10 @@ class GANTask:
             shape = (len(indices), 2, *images.shape[1:])
             signs = self.nudges.signs(indices, 2 * images[0].numel(), self.dtype).view(shape)
             nudged = images + NUDGE * torch.cat(signs.unbind(1))
-            logits, nudged_logits = self.discriminator(torch.cat([images, nudged])).float().chunk(2)
+            logits, nudged_logits = self.discriminator(torch.cat([images, nudged])).chunk(2)
             slope = ((nudged_logits - logits) / NUDGE).square().mean()
         else:
-            logits, slope = self.discriminator(images).float(), 0.0
+            logits, slope = self.discriminator(images), 0.0
         real_logits, fake_logits = logits.chunk(2)
         cross_entropy = (F.softplus(-real_logits) + F.softplus(fake_logits)).mean() / 2
         return cross_entropy + self.settings.penalty * slope

@@ -61,7 +61,7 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
     A checkpoint can then be read into it in place, and checked for exactly these names and shapes. A step
     with zero gradients moves no weight of an optimizer without weight decay.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from cs324dist.models.lstm import LSTM
 
 STEPS, BATCH, LENGTH = 20, 16, 12
 TOLERANCE = 1e-9  # norm of difference over norm, float64
-GAN_SETTINGS = {"batch_size": BATCH, "dataset": "fake"}
+GAN_BATCH = 8  # float64 convolutions are slow
+GAN_SETTINGS = {"batch_size": GAN_BATCH, "dataset": "fake"}
 LSTM_SETTINGS = {"batch_size": BATCH, "length": LENGTH, "curriculum": 1.0}
 CASES = {
     "lstm fast": LSTM_SETTINGS,
@@ -30,8 +32,8 @@ Weights = dict[str, Tensor]
 def assert_same_path(weights: Weights, expected: Weights) -> None:
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
-        difference = (weights[name].double() - tensor.double()).norm() / tensor.double().norm()
-        assert difference <= TOLERANCE or tensor.norm() == 0, f"{name}: {difference:.1e}"
+        difference, size = (weights[name] - tensor).double().norm(), tensor.double().norm()
+        assert difference <= TOLERANCE * size, f"{name}: {difference / size:.1e}"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -58,7 +60,7 @@ def test_the_lstm_takes_the_path_of_a_plain_loop(follow, preset):
         optimizer, clip = torch.optim.Adam(model.parameters(), 1e-2, foreach=False), 1.0
     else:
         optimizer, clip = torch.optim.RMSprop(model.parameters(), 1e-3, foreach=False), 10.0
-    for indices in batches():
+    for indices in batches(BATCH):
         digits, last = palindromes(Stream(0, "palindromes/train"), indices, LENGTH)
         optimizer.zero_grad()
         F.cross_entropy(model(encode(digits, coding, torch.float64)), last).backward()
@@ -75,13 +77,15 @@ def test_the_gan_takes_the_path_of_a_plain_loop(follow, preset):
     generator.load_state_dict(part(start, "generator"))
     discriminator.load_state_dict(part(start, "discriminator"))
     averaged = copy.deepcopy(generator)
+    for name in ("fc.0", "fc.3", "upconv.0"):  # BatchNorm cancels these biases: see freeze_cancelled_biases
+        generator.get_submodule(name).bias.requires_grad_(False)
     rates, betas = {"fast": ((2e-3, 1e-3), (0.0, 0.99)), "report": ((2e-4, 2e-4), (0.9, 0.999))}[preset]
     g_adam = torch.optim.Adam(generator.parameters(), rates[0], betas, foreach=False)
     d_adam = torch.optim.Adam(discriminator.parameters(), rates[1], betas, foreach=False)
-    images = load_images("fake", "train", None).images
+    images = load_images("fake", "train", Path()).images
     order = ShuffledEpochs(0, "images/train", len(images))
 
-    for step, indices in enumerate(batches()):
+    for step, indices in enumerate(batches(GAN_BATCH)):
         real = images[order.items(indices)].double()[:, None] / 127.5 - 1
         fake = generator(Stream(0, "latents/train").normals(indices, 100, torch.float64))
         if preset == "fast":
@@ -104,7 +108,9 @@ def test_the_gan_takes_the_path_of_a_plain_loop(follow, preset):
             -torch.log(torch.sigmoid(of_real)).mean() / 2 - torch.log(1 - torch.sigmoid(of_fake)).mean() / 2
         )
         if preset == "fast":
-            signs = Stream(0, "nudges/train").signs(indices, 2 * 784, torch.float64).view(BATCH, 2, 1, 28, 28)
+            signs = (
+                Stream(0, "nudges/train").signs(indices, 2 * 784, torch.float64).view(GAN_BATCH, 2, 1, 28, 28)
+            )
             slope_at_real = (discriminator(real + 0.05 * signs[:, 0]) - of_real) / 0.05
             slope_at_fake = (discriminator(fake + 0.05 * signs[:, 1]) - of_fake) / 0.05
             loss = loss + PENALTY * (slope_at_real.square().mean() + slope_at_fake.square().mean()) / 2
@@ -124,8 +130,8 @@ def test_the_gan_takes_the_path_of_a_plain_loop(follow, preset):
 PENALTY = 0.1
 
 
-def batches() -> Iterator[Tensor]:
-    return iter(torch.arange(STEPS * BATCH).split(BATCH))
+def batches(size: int) -> Iterator[Tensor]:
+    return iter(torch.arange(STEPS * size).split(size))
 
 
 def part(weights: Weights, model: str) -> Weights:

@@ -4,6 +4,7 @@ torch's SyncBatchNorm refuses CPU tensors; this is the same mathematics for them
 train as one does.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +24,19 @@ def synchronised(model: nn.Module, accelerator: Accelerator) -> nn.Module:
         if isinstance(layer, _BatchNorm):
             layer.__class__ = _SyncedOnCPU
     return model
+
+
+def freeze_cancelled_biases(model: nn.Module) -> None:
+    """Leave untrained the biases that a BatchNorm right behind them subtracts again with the mean.
+
+    Their gradient is zero but for rounding, and Adam would scale that rounding up to whole steps: a walk
+    without effect on the output, yet another one for every number of processes.
+    """
+    for chain in model.modules():
+        if isinstance(chain, nn.Sequential):
+            for layer, following in pairwise(chain):
+                if isinstance(following, _BatchNorm) and isinstance(layer.bias, nn.Parameter):
+                    layer.bias.requires_grad_(False)
 
 
 class _SyncedOnCPU(_BatchNorm):
