@@ -49,10 +49,10 @@ class Within:
             self.wanted += f" and {'less than' if open_above else 'at most'} {high:g}"
 
     def allows(self, value: int | float) -> bool:
-        """Whether it lies within; NaN and infinities never do."""
+        """Whether it lies within; NaN and the infinities never do."""
         above = value > self.low if self.open_below else value >= self.low
         below = value < self.high if self.open_above else value <= self.high
-        return math.isfinite(value) and above and below
+        return abs(value) != math.inf and above and below  # and NaN is neither above nor below
 
 
 POSITIVE = Within(0.0, open_below=True)

@@ -7,8 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from cs324dist.data.images import fetch
+
+settings.register_profile("no deadline", deadline=None)  # a test does not depend on the machine's speed
+settings.load_profile("no deadline")
 
 REPOSITORY = Path(__file__).parents[1]
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -27,8 +27,8 @@ class Shard:
     def samples(self, start: int, count: int) -> Int64[Tensor, " samples"]:
         """This rank's sample indices of the global range [start, start + count).
 
-        Ranks take equal contiguous pieces in order; if `count` does not divide, the last ranks take one
-        fewer. Training never asks for such a count, evaluation may.
+        Ranks take contiguous pieces in order, equal or, where `count` does not divide, one apart in size.
+        Training never asks for such a count, evaluation may.
         """
         first = start + -(-count * self.rank // self.world_size)
         end = start + -(-count * (self.rank + 1) // self.world_size)
@@ -77,11 +77,9 @@ class ShuffledEpochs:
         """The items, in [0, size), that stand at these sample indices; they may span several epochs."""
         epochs, positions = indices // self.size, indices % self.size
         items = torch.empty_like(indices)
-        if indices.numel():
-            # A batch's indices are consecutive: first and last tell the epochs.
-            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-                inside = epochs == epoch
-                items[inside] = _permutation(self, epoch, indices.device)[positions[inside]]
+        for epoch in epochs.unique().tolist():
+            inside = epochs == epoch
+            items[inside] = _permutation(self, epoch, indices.device)[positions[inside]]
         return items
 
 

@@ -3,9 +3,11 @@
 checkpoints/000001000/
     generator/{config.json,model.safetensors}  …
     optimizers.safetensors
-    trainer.json    step, world size, counters, loss scale, SHA-256 of every other file
+    trainer.json    step, world size, counters, loss scale, SHA-256 of every file
 """
 
+import hashlib
+import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -54,8 +56,8 @@ def write_checkpoint(
         sync(path)
     for name in models:
         sync(temporary / name)
-    digests = {str(path.relative_to(temporary)): sha256(path) for path in files}
-    write_json(temporary / TRAINER, {**asdict(state), "sha256": digests})
+    content = {**asdict(state), "sha256": {str(path.relative_to(temporary)): sha256(path) for path in files}}
+    write_json(temporary / TRAINER, {**content, "own_sha256": _digest(content)})
     sync(temporary)
     shutil.rmtree(folder, ignore_errors=True)  # one that was found damaged, or of a run that went back
     temporary.replace(folder)
@@ -69,6 +71,8 @@ def verify_checkpoint(folder: Path) -> TrainerState:
         Refused: naming the first file that is missing or damaged.
     """
     content = read_json(folder / TRAINER)
+    if content.pop("own_sha256", None) != _digest(content):
+        raise Refused(f"{folder / TRAINER} is damaged: its content is not what its digest says")
     digests = content.pop("sha256", None)
     if not isinstance(digests, dict) or OPTIMIZERS not in digests:
         raise Refused(f"{folder / TRAINER} lists no files: it is damaged, or not a file of this project")
@@ -107,6 +111,10 @@ def keep_newest(folder: Path, count: int) -> None:
     """Delete all but the newest `count` checkpoints, and what a killed writer left behind."""
     for path in [*checkpoints_in(folder)[count:], *folder.glob(".*.tmp")]:
         shutil.rmtree(path)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _trainer_state(folder: Path, content: Mapping[str, Any]) -> TrainerState:

@@ -12,6 +12,7 @@ import json
 import math
 import platform
 import secrets
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -152,6 +153,7 @@ class RunFolder:
                 verify_checkpoint(folder)
             except Refused as refusal:
                 aside = folder.with_name(f"damaged-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
                 folder.replace(aside)
                 print(f"warning: {refusal}; moved to {aside}, going back to the one before", file=sys.stderr)
             else:

@@ -15,15 +15,16 @@ def interpolate(
     """`points` latents from `start` to `end`, both included.
 
     `linear` goes straight; on its way the norm falls below what the generator was trained on. `spherical`
-    turns at constant speed and changes the norm evenly (Shoemake 1985; White 2016).
+    turns at constant speed and changes the norm evenly (Shoemake 1985; White 2016); where the ends are
+    parallel, opposite or zero, it is the straight way.
     """
-    t = torch.linspace(0, 1, points, dtype=start.dtype)[:, None]
-    straight = (1 - t) * start + t * end
-    if method == "linear":
-        return straight
-    lengths = (1 - t) * start.norm() + t * end.norm()
-    a, b = start / start.norm(), end / end.norm()
-    angle = torch.arccos((a @ b).clamp(-1, 1))
-    if angle.sin() < 1e-4:  # parallel: a plane to turn in is not defined, or not needed
-        return straight
-    return lengths * (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
+    a, b = start.double(), end.double()
+    t = torch.linspace(0, 1, points, dtype=torch.float64)[:, None]
+    if method == "spherical" and a.any() and b.any():
+        from_a, to_b = a / a.norm(), b / b.norm()
+        # half angles by their tangent: an arccos has no digits left near 0 and π
+        angle = 2 * torch.atan2((from_a - to_b).norm(), (from_a + to_b).norm())
+        if angle.sin() > 1e-6:  # else parallel, or opposite: no plane to turn in
+            directions = (((1 - t) * angle).sin() * from_a + (t * angle).sin() * to_b) / angle.sin()
+            return (((1 - t) * a.norm() + t * b.norm()) * directions).to(start.dtype)
+    return ((1 - t) * a + t * b).to(start.dtype)

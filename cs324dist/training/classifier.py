@@ -15,9 +15,9 @@ from cs324dist.data.images import DATASETS, load_images, to_unit_range
 from cs324dist.data.streams import ShuffledEpochs, Stream
 from cs324dist.evaluation.accuracy import count_right_images, share_right
 from cs324dist.models.digit_classifier import DigitClassifier
+from cs324dist.training.batch_norm import freeze_cancelled_biases, synchronised
 from cs324dist.training.process import seeded, shard
 from cs324dist.training.settings import FREE, RunSettings
-from cs324dist.training.batch_norm import freeze_cancelled_biases, synchronised
 from cs324dist.training.task import Evaluation, create_state
 
 LARGEST_SHIFT = 2  # pixels

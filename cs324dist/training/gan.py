@@ -19,9 +19,9 @@ from cs324dist.evaluation.digits import DigitStatistics
 from cs324dist.evaluation.frechet import frechet_distance
 from cs324dist.models.gan import Discriminator, Generator
 from cs324dist.sampling.grids import grid
+from cs324dist.training.batch_norm import freeze_cancelled_biases, synchronised
 from cs324dist.training.process import seeded, shard
 from cs324dist.training.settings import FREE, RunSettings
-from cs324dist.training.batch_norm import freeze_cancelled_biases, synchronised
 from cs324dist.training.task import Evaluation, create_state
 
 GRID = 5  # rows and columns of the picture, as in the report

@@ -117,7 +117,7 @@ def from_command_line(
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     chosen = next(iter(presets))
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if word == "--preset":
             chosen = following
         elif word.startswith("--preset="):

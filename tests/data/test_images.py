@@ -340,7 +340,7 @@ class TestLaunchScript:
         ended = subprocess.run(command, capture_output=True, text=True)
         assert ended.returncode == 2
         assert ended.stdout == ""
-        assert ended.stderr == "error: data set 'cifar' is unknown; there are mnist, fashion-mnist, fake\n"
+        assert ended.stderr == "error: --dataset cifar is not allowed: give one of mnist, fashion-mnist\n"
 
     def test_it_prints_the_folder_and_each_file(self, small, tmp_path, monkeypatch, capsys) -> None:
         folder = put(tmp_path / "MNIST" / "raw", small)

@@ -1,0 +1,174 @@
+import hashlib
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from cs324dist.data import counter_rng
+from cs324dist.data.counter_rng import (
+    random_bits,
+    random_integers,
+    random_normals,
+    random_signs,
+    stream_keys,
+)
+
+MASK = 2**64 - 1
+GOLDEN = 0x9E3779B97F4A7C15
+MANY = torch.arange(100_000)
+KEYS = stream_keys(0, "noise")
+INT64 = st.integers(-(2**63), 2**63 - 1)
+STREAMS = st.text(st.characters(codec="utf-8"), max_size=20)
+
+
+def mix(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def word(seed: int, stream: str, index: int, component: int) -> int:
+    """The 64 random bits at an address, in unsigned Python integers."""
+    digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
+    first, second = (int.from_bytes(digest[at : at + 8], "little") for at in (0, 8))
+    sample = mix((index * GOLDEN + first) & MASK) ^ second
+    return mix((sample + (component + 1) * GOLDEN) & MASK)
+
+
+def words(seed: int, stream: str, indices: list[int], components: int) -> list[list[int]]:
+    return [[word(seed, stream, index, c) for c in range(components)] for index in indices]
+
+
+def chi_square_p(values: torch.Tensor, bins: int) -> float:
+    return float(stats.chisquare(values.flatten().bincount(minlength=bins).numpy()).pvalue)
+
+
+class TestBits:
+    @settings(deadline=None)
+    @given(INT64, STREAMS, st.lists(st.integers(0, 2**62), max_size=5), st.integers(1, 5))
+    def test_they_are_the_hash_computed_in_python_integers(self, seed, stream, indices, components) -> None:
+        bits = random_bits(stream_keys(seed, stream), torch.tensor(indices, dtype=torch.int64), components)
+        assert bits.shape == (len(indices), components)
+        assert [[x & MASK for x in row] for row in bits.tolist()] == words(seed, stream, indices, components)
+
+    def test_the_components_are_the_published_splitmix64_sequence(self) -> None:
+        # mix(0) is 0: with keys (0, n), sample 0 is SplitMix64 started at n. Outputs: Rosetta Code's.
+        bits = random_bits((0, 1234567), torch.tensor([0]), 5)
+        assert [x & MASK for x in bits[0].tolist()] == [
+            6457827717110365317,
+            3203168211198807973,
+            9817491932198370423,
+            4593380528125082431,
+            16408922859458223821,
+        ]
+
+    def test_the_numbers_of_every_run_so_far_stay_what_they_are(self) -> None:
+        keys, indices = stream_keys(0, "latents/train"), torch.tensor([0, 1, 7_901_184])
+        assert [[x & MASK for x in row] for row in random_bits(keys, indices, 2).tolist()] == [
+            [0xDF1A8ADF64D78A70, 0x28D523B2B41A5411],
+            [0x2C8494B5967E563E, 0xBA593AD33AC5B8B9],
+            [0xAE8B459DF96CAF81, 0x770D463A61F31FD6],
+        ]
+        assert random_integers(keys, indices, 4, 10).tolist() == [[0, 6, 5, 6], [7, 6, 9, 5], [2, 5, 1, 6]]
+        normals = [[-0.4122189781563373, -0.5515809841930044], [-1.5925713062647784, 0.10197203720672106]]
+        expected = torch.tensor(normals, dtype=torch.float64)
+        torch.testing.assert_close(random_normals(keys, indices[:2], 2), expected, rtol=1e-14, atol=1e-14)
+        signs = ["".join("-+"[x > 0] for x in row) for row in random_signs(keys, indices, 20).tolist()]
+        assert signs == ["----+++--+-+---++++-", "-+++++---++-+-+--+++", "+------+++++-+-+--++"]
+
+    @settings(deadline=None)
+    @given(INT64, st.integers(1, 63))
+    def test_the_shift_fills_with_zeros_and_not_with_the_sign(self, x: int, bits: int) -> None:
+        assert counter_rng._shift_right(torch.tensor([x]), bits).item() == (x & MASK) >> bits
+
+    def test_no_two_of_a_million_addresses_share_a_word(self) -> None:
+        # An address hashed as a sum, such as index + component, repeats a word at once.
+        assert random_bits(KEYS, torch.arange(1000), 1000).unique().numel() == 1_000_000
+
+
+class TestIntegers:
+    @settings(deadline=None)
+    @given(st.integers(0, 1000), st.integers(0, 2**62), st.integers(1, 2**63 - 1))
+    def test_they_are_the_upper_63_bits_modulo_the_bound(self, seed: int, index: int, below: int) -> None:
+        found = random_integers(stream_keys(seed, "x"), torch.tensor([index]), 3, below)
+        assert found.tolist() == [[(w >> 1) % below for w in words(seed, "x", [index], 3)[0]]]
+
+    @pytest.mark.parametrize("below", [2, 3, 10, 1000])
+    def test_all_below_the_bound_are_equally_frequent(self, below: int) -> None:
+        integers = random_integers(KEYS, MANY, 2, below)
+        assert 0.001 < chi_square_p(integers, below) < 0.999
+
+
+class TestNormals:
+    def test_they_are_box_and_muller_s_of_the_bits(self) -> None:
+        indices = list(range(50))
+        expected = [
+            [
+                math.sqrt(-2 * math.log(((w >> 32) + 0.5) / 2**32))
+                * math.cos(2 * math.pi * (w % 2**32) / 2**32)
+                for w in row
+            ]
+            for row in words(0, "noise", indices, 4)
+        ]
+        found = random_normals(KEYS, torch.tensor(indices), 4)
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-13)
+
+    def test_they_are_distributed_as_normals(self) -> None:
+        z = random_normals(KEYS, MANY, 2).flatten()
+        n = len(z)
+        assert z.isfinite().all()
+        assert stats.kstest(z.numpy(), "norm").pvalue > 0.01
+        for power, moment, deviation in ((1, 0, 1), (2, 1, 2**0.5), (3, 0, 15**0.5), (4, 3, 96**0.5)):
+            assert abs(z.pow(power).mean().item() - moment) < 3.5 * deviation / n**0.5, power
+        assert stats.ks_2samp(z[: n // 2].numpy(), -z[n // 2 :].numpy()).pvalue > 0.01
+
+    def test_the_rarest_words_give_finite_normals(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        extremes = torch.tensor([[0, -1, -(2**63), 2**63 - 1, 0xFFFFFFFF, -(2**32)]])
+        monkeypatch.setattr(counter_rng, "random_bits", lambda *_: extremes)
+        z = random_normals(KEYS, torch.tensor([0]), 6)
+        assert z.isfinite().all()
+        assert z.abs().max().item() == pytest.approx(math.sqrt(66 * math.log(2)))  # radius at 2^-33
+
+
+class TestSigns:
+    @pytest.mark.parametrize("components", [1, 64, 65, 200])
+    def test_each_is_one_bit_of_the_hash(self, components: int) -> None:
+        rows = words(0, "noise", [0, 1, 99], -(-components // 64))
+        expected = [[2 * (row[c // 64] >> c % 64 & 1) - 1 for c in range(components)] for row in rows]
+        assert random_signs(KEYS, torch.tensor([0, 1, 99]), components).tolist() == expected
+
+    def test_they_are_one_or_minus_one_equally_often_at_each_of_the_64_bits(self) -> None:
+        signs = random_signs(KEYS, MANY, 64)
+        assert signs.unique().tolist() == [-1, 1]
+        assert signs.double().mean(0).abs().max() < 4.5 / len(MANY) ** 0.5
+        assert abs(signs.double().mean()) < 3.5 / signs.numel() ** 0.5
+
+
+NEIGHBOURS = {
+    "the next seed": (stream_keys(1, "noise"), MANY, 0),
+    "the opposite seed": (stream_keys(-1, "noise"), MANY, 0),
+    "a similar name": (stream_keys(0, "noise2"), MANY, 0),
+    "the next index": (KEYS, MANY + 1, 0),
+    "the next component": (KEYS, MANY, 1),
+    "the next index, the component before": (KEYS, MANY + 1, 1),
+    "the 2^32nd index after": (KEYS, MANY + 2**32, 0),
+}
+
+
+@pytest.mark.parametrize("neighbour", NEIGHBOURS)
+def test_neighbouring_addresses_have_nothing_in_common(neighbour: str) -> None:
+    keys, indices, component = NEIGHBOURS[neighbour]
+    own = 2 if neighbour.endswith("before") else 0
+    n = len(MANY)
+    a, b = random_bits(KEYS, MANY, 3)[:, own], random_bits(keys, indices, 3)[:, component]
+    flipped = ((a ^ b)[:, None] >> torch.arange(64)) & 1
+    assert (flipped.double().mean(0) - 0.5).abs().max() < 4.5 * 0.5 / n**0.5
+    x, y = random_normals(KEYS, MANY, 3)[:, own], random_normals(keys, indices, 3)[:, component]
+    for of in (torch.sign, torch.abs, torch.square, torch.clone):
+        assert abs(torch.corrcoef(torch.stack([of(x), of(y)]))[0, 1]) < 4 / n**0.5
+    p = random_integers(KEYS, MANY, 3, 10)[:, own]
+    q = random_integers(keys, indices, 3, 10)[:, component]
+    assert chi_square_p(10 * p + q, 100) > 0.001

@@ -1,0 +1,69 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from cs324dist.data.palindromes import all_palindromes, encode, free_digits, palindromes
+from cs324dist.data.streams import Stream
+
+
+def written_out(digits: torch.Tensor, last: torch.Tensor) -> list[str]:
+    """Each palindrome, sample and target, as a string."""
+    return ["".join(map(str, [*row, end])) for row, end in zip(digits.tolist(), last.tolist(), strict=True)]
+
+
+def palindromes_of(digits: int) -> list[str]:
+    everything = ("".join(choice) for choice in itertools.product("0123456789", repeat=digits))
+    return [text for text in everything if text == text[::-1]]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 200))
+@example(0, 1)
+@example(0, 2)
+def test_sample_and_target_read_the_same_backwards(seed: int, length: int) -> None:
+    digits, last = palindromes(Stream(seed, "x"), torch.arange(20), length)
+    assert digits.shape == (20, length)
+    for text in written_out(digits, last):
+        assert len(text) == length + 1  # every entry is one decimal digit
+        assert text == text[::-1]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
+def test_counting_through_gives_each_palindrome_once(length: int) -> None:
+    expected = palindromes_of(length + 1)
+    assert 10 ** free_digits(length) == len(expected)
+    assert sorted(written_out(*all_palindromes(length, torch.arange(len(expected))))) == expected
+
+
+def test_the_report_s_five_digits_leave_a_thousand_palindromes() -> None:
+    assert 10 ** free_digits(5) == 1000
+
+
+@pytest.mark.parametrize("length", [4, 5])
+def test_all_palindromes_are_drawn_equally_often(length: int) -> None:
+    texts = written_out(*palindromes(Stream(0, "x"), torch.arange(30_000), length))
+    counts = [texts.count(text) for text in palindromes_of(length + 1)]
+    assert sum(counts) == 30_000
+    assert stats.chisquare(counts).pvalue > 0.001
+
+
+def test_the_digit_to_remember_is_uniform_at_any_length() -> None:
+    for length in (1, 10, 51):
+        digits, last = palindromes(Stream(0, "x"), torch.arange(20_000), length)
+        assert torch.equal(digits[:, 0], last)
+        assert stats.chisquare(last.bincount(minlength=10).numpy()).pvalue > 0.001
+
+
+def test_a_scalar_input_is_the_digit_and_a_onehot_one_has_a_one_at_it() -> None:
+    digits = torch.tensor([[3, 0, 9], [1, 4, 1]])
+    scalar, onehot = encode(digits, "scalar"), encode(digits, "onehot", torch.float64)
+    assert (scalar.shape, scalar.dtype) == ((3, 2, 1), torch.float32)
+    assert (onehot.shape, onehot.dtype) == ((3, 2, 10), torch.float64)
+    for sample, time in itertools.product(range(2), range(3)):
+        digit = digits[sample, time]
+        assert scalar[time, sample].tolist() == [digit]
+        assert onehot[time, sample].tolist() == [float(d == digit) for d in range(10)]

@@ -1,0 +1,145 @@
+"""Bad input as a user meets it: one `error:` line for each thing to change, exit code 2, nothing touched."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+EXIT_REFUSED = 2
+TINY = ("launch/lstm.py", "--length", "4", "--hidden-size", "8", "--steps", "2", "--wandb", "disabled")
+Content = dict[str, bytes | None]
+Done = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def lstm_run(launch, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "lstm"
+    launch(*TINY, "--run-dir", run)
+    return run
+
+
+def content_of(folder: Path) -> Content:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def assert_refused(done: Done, *expected: str) -> None:
+    """Its lines are exactly these: each is given by how it begins and what else it holds, divided by …."""
+    assert done.returncode == EXIT_REFUSED, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(expected), done.stderr
+    for line, parts in zip(sorted(lines), sorted(expected), strict=True):
+        start, *rest = parts.split(" … ")
+        assert line.startswith(f"error: {start}")
+        assert all(part in line for part in rest), line
+
+
+def test_all_values_that_are_not_allowed_are_named_together(launch, tmp_path):
+    run = tmp_path / "run"
+    wrong = ("--dataset", "cifar", "--batch-size", "-64", "--steps", "0")
+    assert_refused(
+        launch("launch/gan.py", *wrong, "--run-dir", run, check=False),
+        "--dataset cifar … give one of mnist, fashion-mnist, fake",
+        "--batch-size -64 … give at least 1",
+        "--steps 0 … give at least 1",
+    )
+    assert not run.exists()
+
+
+def test_a_palindrome_of_no_digits(launch, tmp_path):
+    run = tmp_path / "run"
+    done = launch("launch/lstm.py", "--length", "0", "--run-dir", run, check=False)
+    assert_refused(done, "--length 0 … give at least 1")
+    assert not run.exists()
+
+
+def test_a_number_that_no_float_can_hold(launch, tmp_path):
+    done = launch(*TINY, "--length", "9" * 400, "--run-dir", tmp_path / "run", check=False)
+    assert done.returncode == EXIT_REFUSED
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_folder_of_other_settings_keeps_every_byte(launch, lstm_run):
+    before = content_of(lstm_run)
+    changed = ("--length", "6", "--hidden-size", "16", "--steps", "1", "--log-every", "1")
+    assert_refused(
+        launch(*TINY, *changed, "--run-dir", lstm_run, check=False),
+        "--length 6 … run's 4",
+        "--hidden-size 16 … run's 8",
+        "--steps 1 … run's 2",
+    )
+    assert content_of(lstm_run) == before
+
+
+def test_a_run_folder_of_another_task_keeps_every_byte(launch, lstm_run):
+    before = content_of(lstm_run)
+    done = launch("launch/gan.py", "--dataset", "fake", "--run-dir", lstm_run, check=False)
+    assert_refused(done, f"--run-dir {lstm_run} holds a run of 'lstm'")
+    assert content_of(lstm_run) == before
+
+
+def test_a_run_folder_that_holds_something_else_keeps_it(launch, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    done = launch(*TINY, "--run-dir", tmp_path, check=False)
+    assert_refused(done, f"--run-dir {tmp_path} holds something that is no run … give an empty or a new")
+    assert content_of(tmp_path) == {"thesis.tex": b"mine"}
+
+
+def test_a_run_folder_where_nothing_can_be_written(launch, tmp_path):
+    (tmp_path / "file").write_text("mine")  # not permissions: root may write anywhere
+    run = tmp_path / "file" / "run"
+    assert_refused(
+        launch(*TINY, "--run-dir", run, check=False),
+        f"--run-dir {run} cannot be written to … Not a directory",
+    )
+    assert content_of(tmp_path) == {"file": b"mine"}
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-images-idx3-ubyte"])
+def test_a_truncated_file_of_the_data_set_is_named_before_a_run_begins(launch, tmp_path, mnist_root, name):
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in (mnist_root / "MNIST" / "raw").iterdir():
+        if path.name == name:
+            (raw / name).write_bytes(path.read_bytes()[:1000])
+        else:
+            (raw / path.name).symlink_to(path)
+    run = tmp_path / "run"
+    options = ("--data-root", tmp_path / "data", "--steps", "1", "--wandb", "disabled", "--run-dir", run)
+    done = launch("launch/gan.py", *options, check=False)
+    assert_refused(done, f"{raw / name} is damaged … found 1000; delete it")
+    assert not run.exists()
+    assert (raw / name).stat().st_size == 1000
+
+
+def test_a_batch_that_two_processes_cannot_share_is_refused_once(launch, tmp_path):
+    run = tmp_path / "run"
+    two = ("--nproc_per_node", "2")
+    done = launch(
+        *TINY, "--batch-size", "63", "--run-dir", run, launcher="torchrun", options=two, check=False
+    )
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said == [
+        "error: --batch-size 63 cannot be shared out evenly over 2 processes: "
+        "give a multiple of 2, such as 64"
+    ]
+    assert "cs324dist/" not in done.stderr  # torchrun's traceback has no frame of ours
+    assert not run.exists()
+
+
+def test_sampling_from_a_run_that_is_not_there(launch, tmp_path):
+    out = tmp_path / "grid.png"
+    done = launch("launch/sample.py", "grid", tmp_path / "absent", "--out", out, check=False)
+    assert_refused(done, f"{tmp_path / 'absent'} is neither a run nor a checkpoint … give a run folder")
+    assert not out.exists()
+
+
+def test_sampling_from_a_run_of_the_lstm(launch, lstm_run, tmp_path):
+    out = tmp_path / "grid.png"
+    done = launch("launch/sample.py", "grid", lstm_run, "--out", out, check=False)
+    assert_refused(done, f"{lstm_run}/checkpoints/000000002 holds no generator … give a run of launch/gan.py")
+    assert not out.exists()

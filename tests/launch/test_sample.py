@@ -1,0 +1,299 @@
+"""What sample.py draws from a run is what the run's generator makes of the seed's latents."""
+
+import inspect
+import os
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+import cs324dist
+from cs324dist import command_line
+from cs324dist.data.streams import Stream
+from cs324dist.errors import Refused
+from cs324dist.evaluation.digits import read_digits
+from cs324dist.models.gan import Generator
+from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
+from cs324dist.runs.folder import RunFolder
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "sample.py"
+PITCH, TILE = 30, 28  # pixels from tile to tile, and of a tile; a border of two all around
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    errors: list[str]
+
+
+Draw = Callable[..., Answer]
+
+
+@pytest.fixture(scope="module")
+def gan_run(launch, tmp_path_factory) -> Path:
+    """A run with two checkpoints, in fewer steps than the smoke preset's 20."""
+    run = tmp_path_factory.mktemp("runs") / "gan"
+    few = ("--steps", "6", "--checkpoint-every", "3")
+    launch(
+        *("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--wandb", "disabled"),
+        *(*few, "--run-dir", run),
+    )
+    return run
+
+
+@pytest.fixture
+def older(gan_run) -> Path:
+    return gan_run / "checkpoints" / "000000003"
+
+
+@pytest.fixture
+def newest(gan_run) -> Path:
+    return gan_run / "checkpoints" / "000000006"
+
+
+@pytest.fixture
+def draw(monkeypatch, capsys) -> Draw:
+    """The script in this process, as `__main__`."""
+
+    def run(*arguments: object) -> Answer:
+        # As a user runs it, unchecked: sample.py hands `parse` a union, which is no `type`.
+        monkeypatch.setattr(command_line, "parse", inspect.unwrap(command_line.parse))
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+            code = 0
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        said = capsys.readouterr()
+        return Answer(code, said.out, said.err.splitlines())
+
+    return run
+
+
+@torch.no_grad()
+def made_by(folder: Path, seed: int, count: int) -> Tensor:
+    """A model folder's images of the seed's first latents, one by one."""
+    generator = Generator()
+    generator.load_state_dict(load_file(folder / "model.safetensors"))
+    generator.eval()
+    z = Stream(seed, "latents/sampling").normals(torch.arange(count), 100)
+    return torch.cat([generator(latent[None]) for latent in z])
+
+
+def tiles(path: Path, rows: int, columns: int) -> np.ndarray:
+    """The tiles of a grid, row by row, as grey levels."""
+    with Image.open(path) as picture:
+        assert (picture.format, picture.mode) == ("PNG", "L")
+        assert picture.size == (PITCH * columns + 2, PITCH * rows + 2)
+        levels = np.asarray(picture).astype(int)
+    corners = [(2 + PITCH * row, 2 + PITCH * column) for row in range(rows) for column in range(columns)]
+    return np.stack([levels[y : y + TILE, x : x + TILE] for y, x in corners])
+
+
+def assert_shows(found: np.ndarray, images: Tensor) -> None:
+    """Grey level 0 is -1 and 255 is 1, but for the last bit's rounding."""
+    expected = (images[:, 0].numpy() + 1) * 127.5
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 0.51
+    assert expected.std() > 1  # not a grey square, which would look like any other
+
+
+class TestGrid:
+    def test_it_shows_the_averaged_generators_images_row_by_row(self, draw, gan_run, newest, tmp_path):
+        out = tmp_path / "grid.png"
+        answer = draw("grid", gan_run, "--rows", 2, "--columns", 3, "--seed", 5, "--out", out)
+        assert (answer.code, answer.out.strip(), answer.errors) == (0, str(out), [])
+        assert_shows(tiles(out, 2, 3), made_by(newest / "generator_ema", 5, 6))
+
+    def test_a_single_image_has_a_border_too(self, draw, gan_run, newest, tmp_path):
+        out = tmp_path / "one.png"
+        assert draw("grid", gan_run, "--rows", 1, "--columns", 1, "--out", out).code == 0
+        assert_shows(tiles(out, 1, 1), made_by(newest / "generator_ema", 0, 1))
+
+    def test_raw_weights_are_those_of_the_generator_that_trains(self, draw, gan_run, newest, tmp_path):
+        out = tmp_path / "raw.png"
+        draw("grid", gan_run, "--rows", 1, "--columns", 3, "--weights", "raw", "--out", out)
+        raw, averaged = (made_by(newest / name, 0, 3) for name in ("generator", "generator_ema"))
+        assert_shows(tiles(out, 1, 3), raw)
+        assert (raw - averaged).abs().max() > 0.1
+
+    def test_a_run_stands_for_its_newest_checkpoint(self, draw, gan_run, newest, older, tmp_path):
+        pictures = []
+        for number, source in enumerate((gan_run, newest, older)):
+            out = tmp_path / f"{number}.png"
+            assert draw("grid", source, "--rows", 1, "--columns", 2, "--out", out).code == 0
+            pictures.append(tiles(out, 1, 2))
+        assert np.array_equal(pictures[0], pictures[1])
+        assert_shows(pictures[2], made_by(older / "generator_ema", 0, 2))
+        assert not np.array_equal(pictures[0], pictures[2])
+
+
+class TestTensor:
+    def test_the_file_holds_the_seeds_images_as_float32(self, draw, gan_run, newest, tmp_path):
+        out, count = tmp_path / "samples.safetensors", 501  # more than go through the generator at once
+        assert draw("tensor", gan_run, "--count", count, "--seed", 2, "--out", out).code == 0
+        file = load_file(out)
+        assert file.keys() == {"images"}
+        images = file["images"]
+        assert (images.shape, images.dtype) == ((count, 1, 28, 28), torch.float32)
+        assert -1 <= images.min() < images.max() <= 1
+        torch.testing.assert_close(images, made_by(newest / "generator_ema", 2, count), rtol=0, atol=1e-5)
+
+
+class TestInterpolation:
+    @pytest.mark.parametrize("method", ["linear", "spherical"])
+    def test_the_ends_are_the_seeds_images(self, draw, gan_run, newest, tmp_path, method):
+        out = tmp_path / "strip.png"
+        seeds = ("--start-seed", 3, "--end-seed", 8)
+        answer = draw("interpolate", gan_run, *seeds, "--between", 4, "--method", method, "--out", out)
+        assert answer.code == 0
+        strip = tiles(out, 1, 4 + 2)
+        ends = torch.cat([made_by(newest / "generator_ema", seed, 1) for seed in (3, 8)])
+        assert_shows(strip[[0, -1]], ends)
+        steps = np.abs(np.diff(strip, axis=0)).mean((1, 2))
+        assert (steps > 0).all()
+        assert steps.max() < np.abs(strip[-1] - strip[0]).mean()
+
+    def test_with_nothing_between_it_shows_the_ends_only(self, draw, gan_run, tmp_path):
+        out = tmp_path / "strip.png"
+        draw("interpolate", gan_run, "--start-seed", 3, "--end-seed", 8, "--between", 0, "--out", out)
+        assert len(tiles(out, 1, 2)) == 2
+
+    def test_the_film_runs_there_and_back(self, draw, gan_run, tmp_path):
+        film = tmp_path / "walk.gif"
+        seeds = ("--start-seed", 3, "--end-seed", 8, "--out", tmp_path / "strip.png", "--gif", film)
+        answer = draw("interpolate", gan_run, *seeds)
+        assert answer.out.split() == [str(film), str(tmp_path / "strip.png")]
+        with Image.open(film) as picture:
+            frames = [np.asarray(picture.convert("L")).astype(int) for _ in every_frame(picture)]
+        assert np.array_equal(frames[1], frames[-1])
+        assert not np.array_equal(frames[0], frames[len(frames) // 2])
+
+    @pytest.mark.parametrize(
+        ("ends", "named"),
+        [
+            ((), ["start", "end"]),
+            (("--start-seed", 1), ["end"]),
+            (("--start-seed", 1, "--start-digit", 4, "--end-digit", 1), ["start"]),
+        ],
+        ids=["no end", "one end", "one end twice"],
+    )
+    def test_each_end_is_a_digit_or_a_seed(self, draw, gan_run, tmp_path, ends, named):
+        out = tmp_path / "strip.png"
+        answer = draw("interpolate", gan_run, *ends, "--out", out)
+        assert (answer.code, out.exists()) == (2, False)
+        assert answer.errors == [f"error: give either --{end}-digit or --{end}-seed" for end in named]
+
+
+def every_frame(picture: Image.Image):
+    for number in range(picture.n_frames):
+        picture.seek(number)
+        yield number
+
+
+class TestRefusals:
+    @pytest.fixture
+    def refused(self, draw, tmp_path):
+        """Draw a grid over an older picture: refused in one line, which comes back, and the picture stands."""
+
+        def run(*arguments: object) -> str:
+            out = tmp_path / "grid.png"
+            out.write_bytes(b"the last one")
+            answer = draw("grid", *arguments, "--out", out)
+            assert (answer.code, answer.out, out.read_bytes()) == (2, "", b"the last one")
+            (line,) = answer.errors
+            return line
+
+        return run
+
+    @pytest.mark.parametrize("file", ["generator_ema/model.safetensors", "optimizers.safetensors"])
+    def test_a_damaged_checkpoint_is_named_and_none_other_is_taken(self, refused, gan_run, tmp_path, file):
+        run = tmp_path / "damaged"
+        shutil.copytree(gan_run, run, copy_function=os.link)
+        path = run / "checkpoints" / "000000006" / file
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.unlink()  # it is the run's own file, by another name
+        path.write_bytes(content)
+        assert refused(run).startswith(f"error: {path} is damaged")
+
+    def test_a_digit_that_the_generator_does_not_make(self, refused, tmp_path):
+        run = tmp_path / "black"
+        generator = untrained()
+        with torch.no_grad():
+            generator.upconv[3].weight.zero_()
+            generator.upconv[3].bias.fill_(-9)
+            seen = int(read_digits(generator.eval()(torch.zeros(1, 8)))[0])
+        save(run, generator)
+        absent = (seen + 1) % 10
+        line = refused(run, "--digit", absent)
+        assert line.startswith(f"error: of 1280 samples, 0 are surely a {absent} where 64 are needed")
+
+    def test_a_digit_that_is_none(self, refused, gan_run):
+        assert refused(gan_run, "--digit", 10) == (
+            "error: --digit 10 is not allowed: give at least 0 and at most 9"
+        )
+
+    def test_a_run_without_a_checkpoint(self, refused, tmp_path):
+        RunFolder(tmp_path / "young").open("gan", {})
+        assert "has no checkpoint yet" in refused(tmp_path / "young")
+
+    @pytest.mark.parametrize("command", ["grid", "tensor"])
+    def test_a_file_in_a_folder_that_is_not_there(self, draw, gan_run, tmp_path, command):
+        size = {"grid": ("--rows", 1), "tensor": ("--count", 1)}[command]
+        out = tmp_path / "absent" / "file"
+        answer = draw(command, gan_run, *size, "--out", out)
+        assert answer.code == 2
+        (line,) = answer.errors
+        assert line.startswith("error: ")
+        assert str(out.parent) in line
+        assert not out.parent.exists()
+
+
+class TestLoadGenerator:
+    def test_it_is_the_checkpoints_averaged_one_in_eval_mode(self, gan_run, newest, older):
+        for source, checkpoint in ((gan_run, newest), (str(gan_run), newest), (older, older)):
+            generator = cs324dist.load_generator(source)
+            assert_holds(generator, checkpoint / "generator_ema")
+            assert not any(module.training for module in generator.modules())
+
+    def test_raw_is_the_one_that_trains(self, gan_run, newest):
+        assert_holds(cs324dist.load_generator(gan_run, "raw"), newest / "generator")
+
+    def test_without_an_average_both_are_the_one_that_trains(self, tmp_path):
+        save(tmp_path / "run", untrained())
+        folder = tmp_path / "run" / "checkpoints" / "000000001" / "generator"
+        for weights in ("averaged", "raw"):
+            generator = cs324dist.load_generator(tmp_path / "run", weights)
+            assert generator.config == {"input_dim": 8}
+            assert_holds(generator, folder)
+
+    def test_what_is_no_run_is_refused(self, tmp_path):
+        with pytest.raises(Refused, match="neither a run nor a checkpoint"):
+            cs324dist.load_generator(tmp_path)
+
+
+def untrained() -> Generator:
+    return Generator(input_dim=8)
+
+
+def save(run_dir: Path, generator: Generator) -> None:
+    run = RunFolder(run_dir)
+    run.open("gan", {})
+    write_checkpoint(run.checkpoint(1), {"generator": generator}, {}, TrainerState(1, 1))
+
+
+def assert_holds(generator: Generator, folder: Path) -> None:
+    stored = load_file(folder / "model.safetensors")
+    held = generator.state_dict()
+    assert held.keys() == stored.keys()
+    assert all(torch.equal(held[name], tensor) for name, tensor in stored.items())

@@ -1,0 +1,122 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cs324dist.models import gan
+from cs324dist.runs.models import load_model, save_model
+
+
+# The report's own two classes, to the letter.
+# fmt: off
+class Generator(nn.Module):
+    def __init__(self, input_dim):
+        super(Generator, self).__init__()  # noqa: UP008
+        self.fc = nn.Sequential(
+            nn.Linear(input_dim, 1024),
+            nn.BatchNorm1d(1024),
+            nn.ReLU(),
+            nn.Linear(1024, 128*7*7),
+            nn.BatchNorm1d(128*7*7),
+            nn.ReLU(),
+        )
+        self.upconv = nn.Sequential(
+            nn.ConvTranspose2d(128, 64, 4, stride=2, padding=1),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.ConvTranspose2d(64, 1, 4, stride=2, padding=1),
+            nn.Tanh()
+        )
+
+    def forward(self, z):
+        x = self.fc(z)
+        x = x.reshape(-1, 128, 7, 7)
+        return self.upconv(x)
+
+
+class Discriminator(nn.Module):
+    def __init__(self):
+        super(Discriminator, self).__init__()  # noqa: UP008
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 32, 5, stride=1),
+            nn.LeakyReLU(0.2),
+            nn.MaxPool2d(2, stride=2),
+            nn.Conv2d(32, 64, 5, stride=1),
+            nn.LeakyReLU(0.2),
+            nn.MaxPool2d(2, stride=2),
+            nn.Flatten(),
+            nn.Linear(64 * 4 * 4, 1024),
+            nn.LeakyReLU(0.2),
+            nn.Linear(1024, 1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, img):
+        return self.net(img)
+# fmt: on
+
+
+def normals(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def with_history(generator: nn.Module, latent: int) -> nn.Module:
+    """The generator after a training step's forward pass: its running statistics are not the initial ones."""
+    generator.train()(2 * normals(8, latent) + 1)
+    return generator
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
+@pytest.mark.parametrize("latent", [100, 7])
+def test_the_report_s_generator_and_ours_read_each_other_s_weights(latent: int, training: bool) -> None:
+    torch.manual_seed(0)
+    for source, target in (
+        (Generator(latent), gan.Generator(latent)),
+        (gan.Generator(latent), Generator(latent)),
+    ):
+        target.load_state_dict(with_history(source, latent).state_dict(), strict=True)
+        z = normals(4, latent)
+        with torch.no_grad():
+            found, expected = target.train(training)(z), source.train(training)(z)
+        assert found.shape == (4, 1, 28, 28)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(target.state_dict(), source.state_dict())
+
+
+def test_the_report_s_discriminator_and_ours_read_each_other_s_weights() -> None:
+    torch.manual_seed(0)
+    images = normals(4, 1, 28, 28).tanh()
+    ours, theirs = gan.Discriminator(), Discriminator()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    torch.testing.assert_close(ours(images).sigmoid(), theirs(images))
+    trained = Discriminator()
+    ours.load_state_dict(trained.state_dict(), strict=True)
+    torch.testing.assert_close(ours(images).sigmoid(), trained(images))
+
+
+def test_without_arguments_the_latent_has_the_report_s_100_numbers() -> None:
+    assert gan.Generator().fc[0].in_features == 100
+
+
+def test_a_saved_generator_loads_into_the_report_s_with_nothing_but_safetensors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ours, z = with_history(gan.Generator(7), 7).eval(), normals(4, 7)
+    save_model(tmp_path, ours)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+    theirs = Generator(7)
+    theirs.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+    assert torch.equal(theirs.eval()(z), ours(z))
+
+    back = load_model(tmp_path, gan.Generator)
+    assert not back.training
+    assert back.config == {"input_dim": 7}
+    assert torch.equal(back(z), ours(z))
+
+
+def test_a_saved_discriminator_comes_back(tmp_path: Path) -> None:
+    ours, images = gan.Discriminator().eval(), normals(2, 1, 28, 28)
+    save_model(tmp_path, ours)
+    assert torch.equal(load_model(tmp_path, gan.Discriminator)(images), ours(images))

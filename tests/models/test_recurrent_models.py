@@ -1,0 +1,202 @@
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from cs324dist.models.lstm import LSTM
+from cs324dist.models.rnn import RNN
+
+KERNELS = pytest.mark.parametrize("kernel", ["equations", "fused"])
+
+
+def assert_equal_to_rounding(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def normals(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def lstm(input_size: int, hidden_size: int, kernel: str, classes: int = 10) -> LSTM:
+    torch.manual_seed(0)
+    return LSTM(input_size, hidden_size, classes, kernel).double()
+
+
+def torch_s(model: LSTM) -> nn.LSTM:
+    theirs = nn.LSTM(model.W_x.shape[1], model.W_h.shape[1], dtype=torch.float64)
+    weights = {"weight_ih_l0": model.W_x, "weight_hh_l0": model.W_h, "bias_ih_l0": model.b}
+    theirs.load_state_dict(weights | {"bias_hh_l0": torch.zeros_like(model.b)})
+    return theirs
+
+
+class TestLSTM:
+    @KERNELS
+    @pytest.mark.parametrize(("time", "batch", "input_size", "hidden_size"), [(9, 4, 10, 16), (1, 1, 1, 1)])
+    def test_outputs_and_every_gradient_are_those_of_torch_s_lstm(
+        self, kernel: str, time: int, batch: int, input_size: int, hidden_size: int
+    ) -> None:
+        ours = lstm(input_size, hidden_size, kernel)
+        theirs, read_out = torch_s(ours), nn.Linear(hidden_size, 10, dtype=torch.float64)
+        read_out.load_state_dict(ours.output.state_dict())
+        # The inputs and the weights of a loss in which every output counts differently.
+        x, h, c = normals(time, batch, input_size), normals(batch, hidden_size), normals(batch, hidden_size)
+        all_h, last_c, logits = (
+            normals(time, batch, hidden_size),
+            normals(batch, hidden_size),
+            normals(batch, 10),
+        )
+
+        x_1, h_1, c_1 = (tensor.clone().requires_grad_() for tensor in (x, h, c))
+        hidden, (h_last, c_last) = ours.scan(x_1, (h_1, c_1))
+        p = ours(x_1)
+        ((hidden * all_h).sum() + (c_last * last_c).sum() + (p * logits).sum()).backward()
+
+        x_2, h_2, c_2 = (tensor.clone().requires_grad_() for tensor in (x, h, c))
+        their_hidden, (their_h, their_c) = theirs(x_2, (h_2[None], c_2[None]))
+        their_p = read_out(theirs(x_2)[0][-1])
+        ((their_hidden * all_h).sum() + (their_c * last_c).sum() + (their_p * logits).sum()).backward()
+
+        assert_equal_to_rounding(
+            {"hidden": hidden, "h": h_last, "c": c_last, "p": p},
+            {"hidden": their_hidden, "h": their_h[0], "c": their_c[0], "p": their_p},
+        )
+        names = {"W_x": "weight_ih_l0", "W_h": "weight_hh_l0", "b": "bias_ih_l0"}
+        expected = {own: theirs.get_parameter(name).grad for own, name in names.items()}
+        expected |= {f"output.{name}": tensor.grad for name, tensor in read_out.named_parameters()}
+        assert_equal_to_rounding(
+            {name: tensor.grad for name, tensor in ours.named_parameters()}
+            | {"x": x_1.grad, "h0": h_1.grad, "c0": c_1.grad},
+            expected | {"x": x_2.grad, "h0": h_2.grad, "c0": c_2.grad},
+        )
+
+    @KERNELS
+    def test_the_answer_is_that_of_the_equations_taken_one_number_at_a_time(self, kernel: str) -> None:
+        model, x = lstm(2, 3, kernel, classes=4), normals(5, 2, 2)
+        gates = {name: [part.tolist() for part in model.gate(name)] for name in "gifo"}
+        W_ph, b_p = model.output.weight.tolist(), model.output.bias.tolist()
+
+        def dot(a: list[float], b: list[float]) -> float:
+            return math.fsum(p * q for p, q in zip(a, b, strict=True))
+
+        def sigmoid(y: float) -> float:
+            return 1 / (1 + math.exp(-y))
+
+        expected = []
+        for sample in range(2):
+            h, c = [0.0] * 3, [0.0] * 3
+            for x_t in x[:, sample].tolist():
+                inner = {
+                    name: [dot(W_x[k], x_t) + dot(W_h[k], h) + b[k] for k in range(3)]
+                    for name, (W_x, W_h, b) in gates.items()
+                }
+                g = [math.tanh(y) for y in inner["g"]]
+                i, f, o = ([sigmoid(y) for y in inner[name]] for name in "ifo")
+                c = [g[k] * i[k] + c[k] * f[k] for k in range(3)]
+                h = [math.tanh(c[k]) * o[k] for k in range(3)]
+            expected.append([dot(W_ph[k], h) + b_p[k] for k in range(4)])
+        torch.testing.assert_close(
+            model(x), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
+        )
+
+    @KERNELS
+    def test_gradients_are_those_of_finite_differences(self, kernel: str) -> None:
+        model = lstm(2, 3, kernel, classes=2)
+        names = [name for name, _ in model.named_parameters()]
+
+        def logits(x: Tensor, *parameters: Tensor) -> Tensor:
+            return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (x,))
+
+        inputs = [normals(4, 2, 2), *model.parameters()]
+        assert torch.autograd.gradcheck(logits, [tensor.detach().requires_grad_() for tensor in inputs])
+
+    @KERNELS
+    @pytest.mark.parametrize("at", [1, 4, 6])
+    def test_a_scan_goes_on_from_the_state_of_the_one_before(self, kernel: str, at: int) -> None:
+        model, x = lstm(3, 5, kernel), normals(7, 2, 3)
+        whole, (h, c) = model.scan(x)
+        first, state = model.scan(x[:at])
+        second, (h_2, c_2) = model.scan(x[at:], state)
+        assert_equal_to_rounding(
+            {"hidden": torch.cat([first, second]), "h": h_2, "c": c_2}, {"hidden": whole, "h": h, "c": c}
+        )
+
+    def test_a_gate_s_weights_are_views(self) -> None:
+        model = lstm(2, 3, "fused")
+        with torch.no_grad():
+            for number, name in enumerate("gifo"):
+                for part, shape in zip(model.gate(name), [(3, 2), (3, 3), (3,)], strict=True):
+                    assert part.shape == shape
+                    part.fill_(number)
+        for stacked in (model.W_x, model.W_h, model.b):
+            counts = [int((stacked == number).sum()) for number in range(4)]
+            assert counts == [stacked.numel() // 4] * 4
+
+    def test_both_kernels_read_each_other_s_weights(self) -> None:
+        fused, equations = lstm(3, 5, "fused"), LSTM(3, 5, kernel="equations").double()
+        equations.load_state_dict(fused.state_dict())
+        x = normals(6, 2, 3)
+        torch.testing.assert_close(equations(x), fused(x), rtol=1e-12, atol=1e-12)
+
+
+class TestInitialisation:
+    @pytest.mark.parametrize("input_size", [1, 10])
+    def test_as_linear_draws_each_part_as_two_linear_layers_would(self, input_size: int) -> None:
+        torch.manual_seed(0)
+        model = LSTM(input_size, 128)
+        with torch.no_grad():
+            for tensor in model.parameters():
+                tensor.fill_(7)
+        model.initialise_as_linear()
+        for tensor, fan_in in ((model.W_x, input_size), (model.W_h, 128), (model.b, input_size)):
+            scaled = tensor.detach().flatten().double() * fan_in**0.5  # nn.Linear: uniform in ±1/sqrt(fan-in)
+            assert scaled.abs().max() <= 1 + 1e-6
+            assert stats.kstest(scaled.numpy(), "uniform", (-1, 2)).pvalue > 0.001
+
+    @pytest.mark.parametrize("length", [2, 50, 10_000])
+    def test_for_length_forgets_over_all_times_up_to_the_length(self, length: int) -> None:
+        torch.manual_seed(0)
+        model = LSTM(10, 128)
+        before = model.W_x.clone(), model.W_h.clone()
+        model.initialise_for_length(length)
+        biases = {name: model.gate(name)[2].detach() for name in "gifo"}
+        assert biases["f"].min() >= 0
+        assert biases["f"].max() <= math.log(length) + 1e-6
+        times = biases["f"].double().exp()
+        assert stats.kstest(times.numpy(), "uniform", (1, length - 1)).pvalue > 0.001
+        assert torch.equal(biases["i"], -biases["f"])
+        assert not biases["g"].any()
+        assert not biases["o"].any()
+        assert torch.equal(model.W_x, before[0])
+        assert torch.equal(model.W_h, before[1])
+
+    def test_for_a_length_of_one_is_still_finite(self) -> None:
+        model = LSTM(10, 128)
+        model.initialise_for_length(1)
+        assert 0 <= model.gate("f")[2].min() <= model.gate("f")[2].max() <= math.log(2) + 1e-6
+
+
+def test_the_elman_network_is_torch_s_rnn_with_one_bias() -> None:
+    torch.manual_seed(0)
+    ours = RNN(10, 16, 7).double()
+    theirs, read_out = nn.RNN(10, 16, dtype=torch.float64), nn.Linear(16, 7, dtype=torch.float64)
+    names = {
+        "weight_ih_l0": ours.input.weight,
+        "bias_ih_l0": ours.input.bias,
+        "weight_hh_l0": ours.recurrent.weight,
+    }
+    theirs.load_state_dict(names | {"bias_hh_l0": torch.zeros_like(ours.input.bias)})
+    read_out.load_state_dict(ours.output.state_dict())
+    x, weights = normals(9, 4, 10), normals(4, 7, seed=1)
+
+    x_1, x_2 = x.clone().requires_grad_(), x.clone().requires_grad_()
+    p, their_p = ours(x_1), read_out(theirs(x_2)[0][-1])
+    (p * weights).sum().backward()
+    (their_p * weights).sum().backward()
+
+    found = {name: tensor.grad for name, tensor in names.items()} | {"x": x_1.grad, "p": p}
+    found |= {name: tensor.grad for name, tensor in ours.output.named_parameters()}
+    expected = {name: theirs.get_parameter(name).grad for name in names} | {"x": x_2.grad, "p": their_p}
+    expected |= {name: tensor.grad for name, tensor in read_out.named_parameters()}
+    assert_equal_to_rounding(found, expected)

@@ -1,0 +1,94 @@
+"""A file is the old one or the new one, and what is not ours is refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cs324dist.errors import Refused
+from cs324dist.runs.files import read_json, replaced, write_json
+
+MEBIBYTE = 2**20
+numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+values = st.recursive(
+    st.none() | st.booleans() | numbers | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(content=st.dictionaries(st.text(), values, max_size=5))
+def test_json_is_read_back_as_it_was_written(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("json") / "settings.json"
+    write_json(path, content)
+    assert read_json(path) == content
+    assert [p.name for p in path.parent.iterdir()] == ["settings.json"]
+
+
+def test_the_old_content_stands_until_the_new_one_is_complete(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with replaced(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(type(error)), replaced(path) as temporary:  # noqa: PT012
+        temporary.write_text("half")
+        raise error
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file": "old"}
+
+
+def test_what_json_has_no_word_for_replaces_nothing(tmp_path):
+    path = tmp_path / "file"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"a": float("nan")})
+    assert {p.name: json.loads(p.read_text()) for p in tmp_path.iterdir()} == {"file": {"a": 1}}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "not valid JSON"),
+        (b'{"a": 1', "not valid JSON"),
+        (b'{"a": "\xff"}', "not valid JSON"),
+        (b'{"a":' * 100_000, "not valid JSON"),
+        (b"[1, 2]", "holds no JSON object"),
+        (b"null", "holds no JSON object"),
+        (b'{"a": 1}'.ljust(MEBIBYTE + 1), "larger than 1048576 bytes"),
+    ],
+    ids=["empty", "cut short", "not UTF-8", "deeply nested", "list", "null", "too large"],
+)
+def test_what_is_no_json_object_of_ours_is_refused_by_name(tmp_path, content, said):
+    path = tmp_path / "odd.json"
+    path.write_bytes(content)
+    assert_refused(path, said)
+
+
+def test_what_is_no_file_is_refused_by_name(tmp_path):
+    assert_refused(tmp_path / "absent.json", "cannot be read: No such file")
+    assert_refused(tmp_path, "cannot be read: Is a directory")
+    (tmp_path / "file").touch()
+    assert_refused(tmp_path / "file" / "below.json", "cannot be read: Not a directory")
+
+
+def test_a_file_of_the_largest_size_is_read(tmp_path):
+    (tmp_path / "large.json").write_bytes(b'{"a": 1}'.ljust(MEBIBYTE))
+    assert read_json(tmp_path / "large.json") == {"a": 1}
+
+
+def assert_refused(path: Path, said: str) -> None:
+    with pytest.raises(Refused) as caught:
+        read_json(path)
+    (line,) = caught.value.lines
+    assert line.startswith(f"{path} ")
+    assert said in line

@@ -1,0 +1,142 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cs324dist
+from cs324dist.data.images import load_images, to_unit_range
+from cs324dist.errors import Refused
+from cs324dist.models.gan import Generator
+from cs324dist.models.lstm import LSTM
+from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
+from cs324dist.runs.folder import RunFolder
+from cs324dist.sampling import generators
+from cs324dist.sampling.generators import generate, latents, load_generator, surest
+
+
+class Stub(Generator):
+    """Draws what `draw` makes of the latents' first numbers, and remembers the sizes of its batches."""
+
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        nn.Module.__init__(self)
+        self.config = {"input_dim": 3}
+        self.draw = draw
+        self.batches: list[int] = []
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.batches.append(len(z))
+        return self.draw(z[:, 0])
+
+
+@pytest.fixture
+def four_or_one(mnist_root: Path) -> Stub:
+    """Draws a real 4 where the latent's first number is positive, and a real 1 elsewhere."""
+    images = to_unit_range(load_images("mnist", "test", mnist_root).images[:5])  # 7 2 1 0 4
+    return Stub(lambda z: torch.where(z.view(-1, 1, 1, 1) > 0, images[4], images[2]))
+
+
+@pytest.fixture
+def fours_of_known_confidence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the classifier one that finds 4s, as surely as the first pixel says."""
+
+    def read(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.full((len(images),), 4), images[:, 0, 0, 0], torch.zeros(len(images), 128)
+
+    monkeypatch.setattr(generators, "read_digits", read)
+
+
+def confident(confidence: Callable[[Tensor], Tensor]) -> Stub:
+    return Stub(lambda z: confidence(z).view(-1, 1, 1, 1).expand(-1, 1, 28, 28))
+
+
+class TestSurest:
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_only_that_digit_is_found(self, four_or_one: Stub, seed: int) -> None:
+        fours, ones = (surest(four_or_one, digit, 20, seed) for digit in (4, 1))
+        assert fours.shape == ones.shape == (20, 3)
+        assert (fours[:, 0] > 0).all()
+        assert (ones[:, 0] < 0).all()
+        assert len({tuple(z.tolist()) for z in torch.cat([fours, ones])}) == 40
+
+    def test_a_digit_that_is_never_drawn_is_refused(self, four_or_one: Stub) -> None:
+        with pytest.raises(Refused, match=r"^of 1000 samples, 0 are surely a 7 where 1 are needed"):
+            surest(four_or_one, 7, 1, seed=0)
+
+    def test_the_surest_of_a_thousand_come_first(self, fours_of_known_confidence: None) -> None:
+        generator = confident(lambda z: 0.97 + 0.004 * z)
+        candidates = latents(generator, 5, 0, 1000).tolist()
+        expected = sorted(candidates, key=lambda z: z[0], reverse=True)[:30]
+        assert surest(generator, 4, 30, seed=5).tolist() == expected
+
+    def test_the_doubtful_are_not_taken(self, fours_of_known_confidence: None) -> None:
+        generator = confident(lambda z: torch.where(z > 2, 0.96, 0.94))
+        sure = sum(z[0] > 2 for z in latents(generator, 5, 0, 1000).tolist())
+        assert len(surest(generator, 4, sure, seed=5)) == sure
+        with pytest.raises(Refused, match=f"^of 1000 samples, {sure} are surely a 4 where {sure + 1} are"):
+            surest(generator, 4, sure + 1, seed=5)
+
+    def test_for_many_there_are_twenty_times_as_many_candidates(
+        self, fours_of_known_confidence: None
+    ) -> None:
+        with pytest.raises(Refused, match=r"^of 1200 samples, 0 are surely a 4 where 60 are needed"):
+            surest(confident(torch.zeros_like), 4, 60, seed=5)
+
+
+def test_images_are_generated_in_order_a_few_at_a_time() -> None:
+    stub = confident(torch.tanh)
+    z = latents(stub, 0, 0, 1201)
+    assert torch.equal(generate(stub, z)[:, 0, 0, 0], z[:, 0].tanh())
+    assert stub.batches == [500, 500, 201]
+
+
+def test_latents_are_a_slice_of_the_seed_s_stream() -> None:
+    stub = confident(torch.tanh)
+    assert torch.equal(latents(stub, 0, 5, 3), latents(stub, 0, 0, 8)[5:])
+    assert not torch.equal(latents(stub, 0, 5, 3), latents(stub, 1, 5, 3))
+
+
+class TestLoadGenerator:
+    @staticmethod
+    def run(path: Path) -> tuple[RunFolder, Generator, Generator]:
+        """A run whose newest checkpoint, of two, holds these raw and averaged generators."""
+        torch.manual_seed(0)
+        run, raw, averaged = RunFolder(path), Generator(7), Generator(7)
+        run.open("gan", {})
+        old = {"generator": Generator(7)}
+        write_checkpoint(run.checkpoint(900), old, {}, TrainerState(900, 1))
+        models = {"generator": raw, "generator_ema": averaged}
+        write_checkpoint(run.checkpoint(1000), models, {}, TrainerState(1000, 1))
+        return run, raw, averaged
+
+    def test_the_newest_averaged_generator_is_read_ready_to_draw(self, tmp_path: Path) -> None:
+        run, raw, averaged = self.run(tmp_path)
+        z = torch.ones(1, 7)
+        for path in (run.path, str(run.path), run.checkpoint(1000)):
+            assert torch.equal(load_generator(path)(z), averaged.eval()(z))
+        assert torch.equal(load_generator(run.path, weights="raw")(z), raw.eval()(z))
+        assert torch.equal(cs324dist.load_generator(run.path, "raw")(z), raw(z))
+        without_average = load_generator(run.checkpoint(900))
+        assert not without_average.training
+        assert not torch.equal(without_average(z), raw(z))
+
+    def test_a_damaged_file_is_refused_and_named(self, tmp_path: Path) -> None:
+        run, _, _ = self.run(tmp_path)
+        file = run.checkpoint(1000) / "generator_ema" / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(Refused, match=f"^{file} is damaged"):
+            load_generator(run.path)
+
+    def test_what_holds_no_generator_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(Refused, match="is neither a run nor a checkpoint"):
+            load_generator(tmp_path / "nothing")
+        run = RunFolder(tmp_path / "run")
+        run.open("lstm", {})
+        with pytest.raises(Refused, match="has no checkpoint yet"):
+            load_generator(run.path)
+        write_checkpoint(run.checkpoint(1), {"lstm": LSTM(1, 2)}, {}, TrainerState(1, 1))
+        with pytest.raises(Refused, match="holds no generator"):
+            load_generator(run.path)
