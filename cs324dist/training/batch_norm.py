@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def synchronised(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """`model` with its BatchNorm layers taking statistics over all ranks; parameters and names stay."""
+def synchronise(model: nn.Module, accelerator: Accelerator) -> None:
+    """Have the BatchNorm layers inside `model` take their statistics over all ranks; names stay."""
     if accelerator.num_processes == 1:
-        return model
+        return
     if accelerator.device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return
     for layer in model.modules():
         if isinstance(layer, _BatchNorm):
             layer.__class__ = _SyncedOnCPU
-    return model
 
 
 def freeze_cancelled_biases(model: nn.Module) -> None:

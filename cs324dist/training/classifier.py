@@ -15,7 +15,7 @@ from cs324dist.data.images import DATASETS, load_images, to_unit_range
 from cs324dist.data.streams import ShuffledEpochs, Stream
 from cs324dist.evaluation.accuracy import count_right_images, share_right
 from cs324dist.models.digit_classifier import DigitClassifier
-from cs324dist.training.batch_norm import freeze_cancelled_biases, synchronised
+from cs324dist.training.batch_norm import freeze_cancelled_biases, synchronise
 from cs324dist.training.process import seeded, shard
 from cs324dist.training.settings import FREE, RunSettings
 from cs324dist.training.task import Evaluation, create_state
@@ -73,7 +73,7 @@ class ClassifierTask:
         with seeded(settings.seed, "weights"):
             classifier = DigitClassifier().to(dtype)
         freeze_cancelled_biases(classifier)
-        classifier = synchronised(classifier, accelerator)
+        synchronise(classifier, accelerator)
         optimizer = torch.optim.Adam(classifier.parameters(), settings.learning_rate, fused=True)
         self.model, self.optimizer = accelerator.prepare(classifier, optimizer)
         create_state(optimizer)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from cs324dist.runs.folder import RunFolder
 from cs324dist.sampling.grids import save_png
@@ -33,7 +34,11 @@ class Logbook:
     def log_evaluation(self, completed: int, evaluation: Evaluation) -> None:
         """An evaluation's metrics, and its picture."""
         self.log(completed, evaluation.metrics)
-        if evaluation.picture is not None and self._accelerator.is_main_process:
+        if not self._accelerator.is_main_process:
+            return
+        brief = [f"{name} {value:.4f}" for name, value in evaluation.metrics.items() if "share" not in name]
+        tqdm.write("  ".join([f"evaluation after {completed} steps", *brief]), file=sys.stderr)
+        if evaluation.picture is not None:
             save_png(evaluation.picture, self._run.sample(completed))
             for tracker in self._accelerator.trackers:
                 tracker.log_images({"samples": [evaluation.picture.permute(1, 2, 0).numpy()]}, step=completed)

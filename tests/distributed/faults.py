@@ -10,7 +10,7 @@ GLOBAL_BATCH = 16
 
 def local_batch_norm() -> None:
     """Every rank normalises by the statistics of its own share of the batch."""
-    gan.synchronised = lambda model, accelerator: model
+    gan.synchronise = lambda model, accelerator: None
 
 
 def offset_rank() -> None:

@@ -90,7 +90,7 @@ def test_the_gan_takes_the_path_of_a_plain_loop(follow, preset):
         fake = generator(Stream(0, "latents/train").normals(indices, 100, torch.float64))
         if preset == "fast":
             for adam, rate in zip((g_adam, d_adam), rates, strict=True):
-                adam.param_groups[0]["lr"] = rate * (1 - step / 2000)
+                adam.param_groups[0]["lr"] = rate * (1 - step / 1800)
 
         g_adam.zero_grad()
         (-torch.log(torch.sigmoid(discriminator(fake)))).mean().backward()
