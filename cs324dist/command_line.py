@@ -3,13 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Protocol, TypeVar, get_type_hints
+from typing import Annotated, Any, Protocol, get_type_hints
 
 import tyro
 
 from cs324dist.errors import Refused
-
-Options = TypeVar("Options")
 
 
 class Rule(Protocol):
@@ -55,9 +53,9 @@ class Within:
         return abs(value) != math.inf and above and below  # and NaN is neither above nor below
 
 
-POSITIVE = Within(0.0, open_below=True)
+POSITIVE = Within(0.0, 1e9, open_below=True)
 FRACTION = Within(0.0, 1.0, open_above=True)
-Count = Annotated[int, Within(1)]
+Count = Annotated[int, Within(1, 10**9)]
 
 
 def option(field: str) -> str:
@@ -84,11 +82,11 @@ def problems(options: Any) -> list[str]:
 
 
 def parse(
-    options_type: type[Options],
+    options_type: Any,
     description: str,
-    default: Options | None = None,
+    default: Any = None,
     arguments: Sequence[str] | None = None,
-) -> Options:
+) -> Any:
     """The options that `arguments` (default: the process's) ask for; what does not parse exits with 2.
 
     Raises:

@@ -1,5 +1,6 @@
 """How the project says no: one line for each thing the user must change."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,10 @@ class Refused(Exception):
 
 @contextmanager
 def refusals_as_exit_code() -> Iterator[None]:
-    """Turn `Refused` into its lines on stderr and exit code 2, without a traceback."""
+    """Turn `Refused` into its lines on stderr, once for all ranks, and exit code 2, without a traceback."""
     try:
         yield
     except Refused as refusal:
-        for line in refusal.lines:
-            print(f"error: {line}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.writelines(f"error: {line}\n" for line in refusal.lines)
         sys.exit(EXIT_REFUSED)

@@ -1,7 +1,9 @@
 """Train the GAN on MNIST.
 
 python launch/gan.py --preset smoke --dataset fake
+
 accelerate launch --config_file accelerate_configs/cpu.yaml launch/gan.py
+
 accelerate launch --config_file accelerate_configs/multi_gpu.yaml launch/gan.py --preset report
 """
 

@@ -1,6 +1,7 @@
 """Train the LSTM on palindromes.
 
 python launch/lstm.py --length 10
+
 accelerate launch --config_file accelerate_configs/cpu_ddp.yaml launch/lstm.py --length 50
 """
 

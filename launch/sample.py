@@ -1,8 +1,11 @@
 """Draw from a trained generator.
 
 python launch/sample.py grid RUN --rows 8 --columns 8 --out grid.png
+
 python launch/sample.py grid RUN --digit 7
+
 python launch/sample.py tensor RUN --count 10000 --out samples.safetensors
+
 python launch/sample.py interpolate RUN --start-digit 4 --end-digit 1 --between 8 --out strip.png
 """
 
@@ -114,10 +117,13 @@ class Interpolation(Drawing):
 
     def draw(self) -> None:
         """Write the strip, and the film if it is wanted."""
-        for end in ("start", "end"):
-            given = [getattr(self, f"{end}_{kind}") is not None for kind in ("digit", "seed")]
-            if sum(given) != 1:
-                raise Refused(f"give either --{end}-digit or --{end}-seed")
+        ends = {"start": (self.start_digit, self.start_seed), "end": (self.end_digit, self.end_seed)}
+        if lines := [
+            f"give either --{end}-digit or --{end}-seed"
+            for end, given in ends.items()
+            if given.count(None) != 1
+        ]:
+            raise Refused(*lines)
         generator = load_generator(self.run, self.weights)
 
         def latent(digit: int | None, seed: int | None) -> torch.Tensor:
@@ -144,6 +150,8 @@ Command = (
 if __name__ == "__main__":
     with refusals_as_exit_code():
         command = parse(Command, __doc__)
+        if not command.out.parent.is_dir():
+            raise Refused(f"--out {command.out}: there is no folder {command.out.parent}; make it first")
         try:
             command.draw()
         except OSError as error:

@@ -71,7 +71,7 @@ class TestRules:
         assert words == [
             "at least 1",
             "at least 0 and at most 9",
-            "more than 0",
+            "more than 0 and at most 1e+09",
             "at least 0 and less than 1",
         ]
 
@@ -87,7 +87,7 @@ class TestOptions:
 
     def test_each_value_that_is_not_allowed_has_a_line_with_what_is(self):
         assert problems(Options(count=0, share=1.0, kind="green", digit=10, anything=-5)) == [
-            "--count 0 is not allowed: give at least 1",
+            "--count 0 is not allowed: give at least 1 and at most 1e+09",
             "--share 1.0 is not allowed: give at least 0 and less than 1",
             "--kind green is not allowed: give one of red, blue",
             "--digit 10 is not allowed: give at least 0 and at most 9",

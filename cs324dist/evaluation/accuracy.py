@@ -1,13 +1,16 @@
 """Counting right answers; each rank counts its share."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from cs324dist.data.images import LabelledImages, to_unit_range
 from cs324dist.data.palindromes import DIGITS, all_palindromes, encode, free_digits, palindromes
 from cs324dist.data.streams import Shard, Stream
 
+Predict = Callable[[Tensor], Tensor]  # inputs to logits
 TRIALS = 10_000
 TRIALS_WHEN_LONG = 1_000
 LONG = 2_000  # digits; beyond, 10 000 palindromes take minutes
@@ -16,7 +19,7 @@ DIGITS_AT_ONCE = 250_000  # what a forward pass holds in memory, about 2 KiB a d
 
 @torch.no_grad()
 def count_right_palindromes(
-    model: nn.Module, coding: str, length: int, stream: Stream, shard: Shard, dtype: torch.dtype
+    predict: Predict, coding: str, length: int, stream: Stream, shard: Shard, dtype: torch.dtype
 ) -> tuple[Int64[Tensor, ""], int]:
     """How many palindromes this rank's share of the trials gets right, and how many trials there are in all.
 
@@ -29,19 +32,19 @@ def count_right_palindromes(
         digits, last = (
             all_palindromes(length, indices) if exhaustive else palindromes(stream, indices, length)
         )
-        right += (model(encode(digits, coding, dtype)).argmax(dim=1) == last).sum()
+        right += (predict(encode(digits, coding, dtype)).argmax(dim=1) == last).sum()
     return right, trials
 
 
 @torch.no_grad()
 def count_right_images(
-    model: nn.Module, images: LabelledImages, shard: Shard, batch: int = 500
+    predict: Predict, images: LabelledImages, shard: Shard, batch: int = 500
 ) -> Int64[Tensor, ""]:
     """How many images of this rank's share are classified right."""
     right = torch.zeros((), dtype=torch.int64, device=shard.device)
     for indices in shard.samples(0, len(images.labels)).split(batch):
         inputs = to_unit_range(images.images[indices])
-        right += (model(inputs).argmax(dim=1) == images.labels[indices]).sum()
+        right += (predict(inputs).argmax(dim=1) == images.labels[indices]).sum()
     return right
 
 

@@ -104,7 +104,8 @@ def read_checkpoint(
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints below `folder`, newest first."""
-    return sorted((path for path in folder.glob("[0-9]*") if path.name.isdecimal()), reverse=True)
+    found = (path for path in folder.glob("[0-9]*") if path.name.isdecimal())
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
 def keep_newest(folder: Path, count: int) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,13 +11,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 
-from cs324dist.command_line import POSITIVE, Count, OneOf, Within
+from cs324dist.command_line import POSITIVE, Count, OneOf
 from cs324dist.data.images import DATASETS, load_images, to_unit_range
 from cs324dist.data.streams import ShuffledEpochs, Stream
 from cs324dist.evaluation.accuracy import count_right_images, share_right
 from cs324dist.models.digit_classifier import DigitClassifier
 from cs324dist.training.batch_norm import freeze_cancelled_biases, synchronise
-from cs324dist.training.process import seeded, shard
+from cs324dist.training.process import in_full_precision, seeded, shard
 from cs324dist.training.settings import FREE, RunSettings
 from cs324dist.training.task import Evaluation, create_state
 
@@ -30,7 +31,7 @@ class ClassifierSettings(RunSettings):
     preset: Annotated[str, OneOf("fast", "smoke"), FREE] = "fast"
     """Recipe that the other defaults come from: fast (the committed weights'), smoke (seconds)."""
 
-    steps: Annotated[int, Within(1), FREE] = 3000
+    steps: Annotated[Count, FREE] = 3000
     batch_size: Count = 128
     checkpoint_every: Annotated[Count, FREE] = 1000
 
@@ -101,7 +102,7 @@ class ClassifierTask:
     def evaluate(self) -> Evaluation:
         """Accuracy on the test set."""
         classifier = self.models["classifier"].eval()
-        right = count_right_images(classifier, self.test_set, self.shard)
+        right = count_right_images(partial(in_full_precision, classifier), self.test_set, self.shard)
         classifier.train()
         accuracy = self.accelerator.reduce(right, "sum").item() / len(self.test_set.labels)
         return Evaluation({"eval/accuracy": accuracy})

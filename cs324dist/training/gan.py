@@ -1,7 +1,6 @@
 """The GAN on MNIST: the report's Part II."""
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +17,14 @@ from cs324dist.data.streams import ShuffledEpochs, Stream
 from cs324dist.evaluation.digits import DigitStatistics
 from cs324dist.evaluation.frechet import frechet_distance
 from cs324dist.models.gan import Discriminator, Generator
+from cs324dist.runs.models import LARGEST_SIZE
 from cs324dist.sampling.grids import grid
 from cs324dist.training.batch_norm import freeze_cancelled_biases, synchronise
-from cs324dist.training.process import seeded, shard
+from cs324dist.training.process import in_full_precision, seeded, shard
 from cs324dist.training.settings import FREE, RunSettings
 from cs324dist.training.task import Evaluation, create_state
 
+AT_ONCE = 500  # images of one forward pass in an evaluation
 GRID = 5  # rows and columns of the picture, as in the report
 NUDGE = 0.05  # how far the penalty looks, in units of the images' range [-1, 1]
 
@@ -36,7 +37,7 @@ class GANSettings(RunSettings):
     """Recipe that the other defaults come from: fast (best digits per minute), report (the report's, 200
     epochs), smoke (seconds, to see that it runs)."""
 
-    steps: Annotated[int, Within(1), FREE] = 1800
+    steps: Annotated[Count, FREE] = 1800
 
     dataset: Annotated[str, OneOf(*DATASETS)] = "mnist"
     """Images: mnist, fashion-mnist, or fake (noise, needs no files)."""
@@ -44,7 +45,7 @@ class GANSettings(RunSettings):
     data_root: Annotated[Path, FREE] = Path("data")
     """Folder of the data sets, laid out as torchvision's; what is absent is fetched into it."""
 
-    latent_dim: Count = 100
+    latent_dim: Annotated[int, Within(1, LARGEST_SIZE)] = 100
     """Width of the latent vector."""
 
     generator_lr: Annotated[float, POSITIVE] = 2e-3
@@ -62,7 +63,7 @@ class GANSettings(RunSettings):
     lr_decay: Annotated[str, OneOf("linear", "none")] = "linear"
     """linear: both step sizes fall to zero over --steps; none: they stay."""
 
-    penalty: Annotated[float, Within(0)] = 0.1
+    penalty: Annotated[float, Within(0.0, 1e9)] = 0.1
     """Weight of the squared slope of the discriminator at real and generated images; 0: none."""
 
     averaging: Annotated[float, FRACTION] = 0.998
@@ -118,7 +119,10 @@ class GANTask:
     ) -> None:
         self.settings, self.accelerator, self.dtype = settings, accelerator, dtype
         self.shard = shard(accelerator)
-        self.images = load_images(settings.dataset, "train", settings.data_root).images.to(self.shard.device)
+        self.images, self.test_images = (
+            load_images(settings.dataset, split, settings.data_root).images.to(self.shard.device)
+            for split in ("train", "test")
+        )
         self.order = ShuffledEpochs(settings.seed, "images/train", len(self.images))
         self.latents = Stream(settings.seed, "latents/train")
         self.nudges = Stream(settings.seed, "nudges/train")
@@ -218,21 +222,19 @@ class GANTask:
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
         """A grid of samples; for digits also their Fréchet distance to the test set, and what can be read."""
-        name = "generator_ema" if self.settings.averaging else "generator"
-        generator = self.models[name].eval()
-        seed, latent_dim, dtype = self.settings.seed, self.settings.latent_dim, self.dtype
-        first = torch.arange(GRID * GRID, device=self.shard.device)
-        picture = grid(generator(Stream(seed, "latents/grid").normals(first, latent_dim, dtype)), GRID)
+        generator = self.models["generator_ema" if self.settings.averaging else "generator"].eval()
+        seed, latent_dim, count = self.settings.seed, self.settings.latent_dim, len(self.test_images)
+
+        def draw(stream: str, indices: Tensor) -> Tensor:
+            z = Stream(seed, stream).normals(indices, latent_dim, self.dtype)
+            return in_full_precision(generator, z)
+
+        picture = grid(draw("latents/grid", torch.arange(GRID * GRID, device=self.shard.device)), GRID)
         metrics = {}
-        if self.settings.dataset != "fashion-mnist":
-            stream = Stream(seed, "latents/evaluation")
-            count = int(self.test_digits.moments.count)
+        if self.settings.dataset != "fashion-mnist":  # whose images are no digits
+            shares = self.shard.samples(0, count).split(AT_ONCE)
             samples = DigitStatistics.of(
-                (
-                    generator(stream.normals(indices, latent_dim, dtype))
-                    for indices in self.shard.samples(0, count).split(500)
-                ),
-                self._sum_over_ranks,
+                (draw("latents/evaluation", share) for share in shares), self._sum_over_ranks
             )
             metrics = {
                 "eval/frechet_distance": frechet_distance(samples.moments, self.test_digits.moments).item(),
@@ -245,15 +247,10 @@ class GANTask:
     @cached_property
     def test_digits(self) -> DigitStatistics:
         """What the classifier says of the test set."""
-        images = load_images(self.settings.dataset, "test", self.settings.data_root).images.to(
-            self.shard.device
+        shares = self.shard.samples(0, len(self.test_images)).split(AT_ONCE)
+        return DigitStatistics.of(
+            (to_unit_range(self.test_images[share]) for share in shares), self._sum_over_ranks
         )
-
-        def batches() -> Iterator[Tensor]:
-            for indices in self.shard.samples(0, len(images)).split(500):
-                yield to_unit_range(images[indices])
-
-        return DigitStatistics.of(batches(), self._sum_over_ranks)
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "sum")

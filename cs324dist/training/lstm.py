@@ -1,6 +1,7 @@
 """The LSTM (or the Elman network) on palindromes: the report's Part I."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -14,7 +15,8 @@ from cs324dist.data.streams import Stream
 from cs324dist.evaluation.accuracy import count_right_palindromes, share_right
 from cs324dist.models.lstm import LSTM
 from cs324dist.models.rnn import RNN
-from cs324dist.training.process import seeded, shard
+from cs324dist.runs.models import LARGEST_SIZE
+from cs324dist.training.process import in_full_precision, seeded, shard
 from cs324dist.training.settings import FREE, RunSettings
 from cs324dist.training.task import Evaluation, create_state
 
@@ -29,7 +31,7 @@ class LSTMSettings(RunSettings):
     """Recipe that the other defaults come from: fast (solves any length in few steps), report (the report's),
     smoke (seconds, to see that it runs)."""
 
-    steps: Annotated[int, Within(1), FREE] = 300
+    steps: Annotated[Count, FREE] = 300
     batch_size: Count = 128
     log_every: Annotated[Count, FREE] = 10
     evaluate_every: Annotated[Count, FREE] = 100
@@ -44,7 +46,7 @@ class LSTMSettings(RunSettings):
     lstm: Annotated[str, OneOf("fused", "equations"), FREE] = "fused"
     """How the LSTM runs: torch's fused kernel, or the equations as written; equal to rounding."""
 
-    hidden_size: Count = 128
+    hidden_size: Annotated[int, Within(1, LARGEST_SIZE)] = 128
     """Width of the hidden state."""
 
     coding: Annotated[str, OneOf("onehot", "scalar")] = "onehot"
@@ -62,7 +64,7 @@ class LSTMSettings(RunSettings):
     clip: Annotated[float, POSITIVE] = 1.0
     """Largest norm of the whole gradient."""
 
-    curriculum: Annotated[float, Within(1)] = 2.0
+    curriculum: Annotated[float, Within(1.0, 1e9)] = 2.0
     """Factor by which a short start length grows, whenever a batch is 97 % right, to --length; 1: none."""
 
     def run_name(self) -> str:
@@ -130,10 +132,10 @@ class LSTMTask:
     def evaluate(self) -> Evaluation:
         """Accuracy at the full length; see `count_right_palindromes`."""
         settings = self.settings
-        model = self.models[settings.model]
+        predict = partial(in_full_precision, self.models[settings.model])
         stream = Stream(settings.seed, "palindromes/evaluation")
         right, trials = count_right_palindromes(
-            model, settings.coding, settings.length, stream, self.shard, self.dtype
+            predict, settings.coding, settings.length, stream, self.shard, self.dtype
         )
         return Evaluation({"eval/accuracy": self.accelerator.reduce(right, "sum").item() / trials})
 

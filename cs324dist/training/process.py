@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
 
 from cs324dist.data.counter_rng import stream_keys
 from cs324dist.data.streams import Shard
@@ -78,6 +79,11 @@ def _threads() -> int:
         return int(asked)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def in_full_precision(model: nn.Module, inputs: Tensor) -> Tensor:
+    """The model's output without the autocast that Accelerate puts into the instance's `forward`."""
+    return type(model).forward(model, inputs)
 
 
 def shard(accelerator: Accelerator) -> Shard:

@@ -34,7 +34,7 @@ class RunSettings:
     seed: Annotated[int, Within(0)] = 0
     """Everything random is a function of it."""
 
-    steps: Annotated[int, Within(1), FREE] = 1000
+    steps: Annotated[Count, FREE] = 1000
     """Optimization steps in all."""
 
     batch_size: Count = 64

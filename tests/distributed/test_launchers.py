@@ -12,9 +12,12 @@ CONFIGS = sorted((Path(__file__).parents[2] / "accelerate_configs").glob("*.yaml
 TRAIN = ("launch/lstm.py", "--length", "20", "--steps", "50", "--log-every", "1", "--wandb", "disabled")
 
 
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(run: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["train/loss"] for line in lines if "train/loss" in line]
+    return [line["train/loss"] for line in metrics(run) if "train/loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +140,55 @@ def test_fp16_on_a_cpu_is_refused(launch, tmp_path):
     assert done.returncode != 0
     assert "give bf16, or no" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_restarted_and_continues_from_the_last_checkpoint(launch, tmp_path):
+    run = tmp_path / "run"
+    options = ("--config_file", "accelerate_configs/cpu_ddp.yaml", "--max_restarts", "1")
+    done = launch(Path(__file__).parent / "killed_once.py", run, launcher="accelerate", options=options)
+    assert "continuing from step 20 of 40" in done.stderr
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    assert [line["step"] for line in metrics(run) if "train/loss" in line] == list(range(1, 41))
+
+
+def test_bf16_on_a_cpu_solves_length_ten(launch, tmp_path):
+    run = tmp_path / "run"
+    options = ("--config_file", "accelerate_configs/cpu.yaml", "--mixed_precision", "bf16")
+    done = launch(
+        "launch/lstm.py",
+        "--length",
+        "10",
+        "--wandb",
+        "disabled",
+        "--run-dir",
+        run,
+        launcher="accelerate",
+        options=options,
+    )
+    assert "precision: bf16" in done.stderr
+    assert metrics(run)[-1]["eval/accuracy"] == 1.0
+
+
+@pytest.mark.slow
+def test_the_gan_trains_in_bf16_on_a_cpu(launch, tmp_path, mnist_root):
+    run = tmp_path / "run"
+    options = ("--config_file", "accelerate_configs/cpu.yaml", "--mixed_precision", "bf16")
+    launch(
+        "launch/gan.py",
+        "--steps",
+        "300",
+        "--batch-size",
+        "16",
+        "--data-root",
+        mnist_root,
+        "--wandb",
+        "disabled",
+        "--run-dir",
+        run,
+        launcher="accelerate",
+        options=options,
+    )
+    lines = metrics(run)
+    # Untrained, the distance is above 100; a run that went wrong has NaN, written as null.
+    assert lines[-1]["eval/frechet_distance"] < 60

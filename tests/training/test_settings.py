@@ -154,7 +154,7 @@ class TestPresets:
             from_command_line(gan.PRESETS, "", ["--preset", "slow", "--steps", "0", "--beta2", "1"])
         assert caught.value.lines == (
             "--preset slow is not allowed: give one of fast, report, smoke",
-            "--steps 0 is not allowed: give at least 1",
+            "--steps 0 is not allowed: give at least 1 and at most 1e+09",
             "--beta2 1.0 is not allowed: give at least 0 and less than 1",
         )
 
