@@ -56,7 +56,7 @@ class TestRules:
         [
             (Within(1), [1, 10**9], [0, -1]),
             (Within(0, 9), [0, 9], [-1, 10]),
-            (POSITIVE, [1e-300, 1e300], [0.0, -1e-300]),
+            (POSITIVE, [1e-300, 1e9], [0.0, 1.1e9]),
             (FRACTION, [0.0, 1 - 1e-16], [1.0, -1e-16]),
         ],
         ids=lambda value: getattr(value, "wanted", ""),

@@ -1,0 +1,78 @@
+"""What reaches Weights & Biases, and what happens where it cannot be reached."""
+
+import json
+from pathlib import Path
+
+import pytest
+from wandb.proto.wandb_internal_pb2 import Record
+
+SMOKE = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--steps", "10")
+BLOCK, HEADER = 32_768, 7
+
+
+def records(path: Path) -> list[Record]:
+    """A `.wandb` file is a LevelDB log: 32 KiB blocks of chunks of (checksum, length, kind, bytes)."""
+    data, at, parts, found = path.read_bytes(), 7, [], []
+    while at + HEADER <= len(data):
+        if BLOCK - at % BLOCK < HEADER:
+            at += BLOCK - at % BLOCK
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts.append(data[at + HEADER : at + HEADER + length])
+        at += HEADER + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            found.append(Record.FromString(b"".join(parts)))
+            parts = []
+    return found
+
+
+@pytest.fixture(scope="module")
+def recorded(launch, tmp_path_factory):
+    run = tmp_path_factory.mktemp("offline") / "run"
+    return run, launch(*SMOKE, "--run-dir", run).stderr
+
+
+def test_without_a_login_it_records_offline_and_says_so_in_one_line(recorded):
+    run, said = recorded
+    lines = [line for line in said.splitlines() if "Weights & Biases" in line or "wandb" in line]
+    assert lines == [f"Weights & Biases: no login (`wandb login`); recording offline in {run}/wandb"]
+
+
+def test_the_same_values_and_pictures_go_there_as_to_the_metrics_file(recorded):
+    run, _ = recorded
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    logged: dict[int, dict] = {}
+    for record in records(file):
+        if record.WhichOneof("record_type") == "history":
+            row = {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
+            logged.setdefault(row["_step"], {}).update(row)
+    expected: dict[int, dict] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        expected.setdefault(row["step"], {}).update(row)
+    assert expected.keys() == {5, 10}
+    for step, row in expected.items():
+        row.pop("step")
+        assert {name: logged[step][name] for name in row} == row
+    assert logged[10]["samples/_type"] == "images/separated"
+    assert list(run.glob("wandb/offline-run-*/files/media/images/*.png"))
+
+
+def test_a_login_without_a_network_falls_back_to_offline(launch, tmp_path):
+    run = tmp_path / "run"
+    done = launch(
+        "launch/lstm.py", "--preset", "smoke", "--run-dir", run,
+        environment={"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"},
+    )  # fmt: skip
+    assert "http://127.0.0.1:9 cannot be reached" in done.stderr
+    assert list(run.glob("wandb/offline-run-*"))
+
+
+def test_disabled_leaves_no_trace(launch, tmp_path):
+    run = tmp_path / "run"
+    done = launch("launch/lstm.py", "--preset", "smoke", "--wandb", "disabled", "--run-dir", run)
+    assert not (run / "wandb").exists()
+    assert "Weights" not in done.stderr
