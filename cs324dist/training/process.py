@@ -5,14 +5,17 @@ import ctypes
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from cs324dist.data.counter_rng import stream_keys
 from cs324dist.data.streams import Shard
@@ -33,6 +36,9 @@ def start_accelerator(batch_size: int) -> Accelerator:
     prepare_process(on_cpu=not has_gpu)
     if not has_gpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         raise Refused("--mixed_precision fp16 would silently run as float32 on a CPU: give bf16, or no")
+    rejoin_after_restart("nccl" if has_gpu else "gloo")
+    # torch 2.13 has another name for the argument, which Accelerate does not know yet.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     accelerator = Accelerator(
         cpu=not has_gpu,
         kwargs_handlers=[
@@ -49,6 +55,18 @@ def start_accelerator(batch_size: int) -> Accelerator:
             f"give a multiple of {world_size}, such as {-(-batch_size // world_size) * world_size}"
         )
     return accelerator
+
+
+def rejoin_after_restart(backend: str) -> None:
+    """Form the process group under a name of its own, if `--max_restarts` has restarted the workers.
+
+    The store still has the addresses of the dead processes: half of the restarts fail (pytorch #135712).
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if restarts:
+        store, rank, world_size = next(rendezvous("env://"))
+        store = dist.PrefixStore(f"restart {restarts}", store)
+        dist.init_process_group(backend, timeout=HUNG_AFTER, world_size=world_size, rank=rank, store=store)
 
 
 def prepare_process(on_cpu: bool) -> None:
