@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -59,44 +60,44 @@ class _SyncedOnCPU(_BatchNorm):
 
 
 class _NormaliseOverRanks(torch.autograd.Function):
-    """One collective each way: (mean, variance) of every rank forward, two sums per channel backward.
+    """One collective each way: every rank's mean and variance forward, two sums per channel backward.
 
-    Means of means and of centred squares, not of squares: E[x²] - E[x]² would lose the digits of a small
-    variance beside a large mean. Ranks hold equally many samples.
+    Variances are put together from centred squares, as E[x²] - E[x]² would lose the digits of a small
+    variance beside a large mean. Ranks hold equally many samples. The passes over `x` are those of torch's
+    own kernels.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, int]:
-        dims = [0, *range(2, x.dim())]
         world_size = dist.get_world_size()
-        local_variance, local_mean = torch.var_mean(x, dims, correction=0)
-        moments = torch.stack([local_mean, local_variance])
+        moments = torch.stack(torch.batch_norm_update_stats(x, None, None, 0.0))  # mean, biased variance
         of_all_ranks = moments.new_empty(world_size * 2, moments.shape[1])
         dist.all_gather_into_tensor(of_all_ranks, moments)
         means, variances = of_all_ranks.view(world_size, 2, -1).unbind(1)
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)
-        inverse_std = (variance + eps).rsqrt()
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        normalised = (x - mean.view(shape)) * inverse_std.view(shape)
-        ctx.save_for_backward(normalised, weight, inverse_std)
-        ctx.dims, ctx.shape, ctx.count = dims, shape, x.numel() // x.shape[1] * world_size
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.eps, ctx.count = eps, x.numel() // x.shape[1] * world_size
         ctx.mark_non_differentiable(mean, variance)
-        return normalised * weight.view(shape) + bias.view(shape), mean, variance, ctx.count
+        return F.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance, ctx.count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None]:
-        normalised, weight, inverse_std = ctx.saved_tensors
-        grad_bias = grad.sum(ctx.dims)
-        grad_weight = (grad * normalised).sum(ctx.dims)
+        x, weight, mean, variance = ctx.saved_tensors
+        # As if mean and variance were constants; what they contribute is taken off below.
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
         sums = torch.stack([grad_bias, grad_weight])
         dist.all_reduce(sums)  # parameters' gradients stay local: DDP reduces those
-        mean_grad, mean_product = (sums / ctx.count).unbind(0)
-        shape = ctx.shape
-        grad_x = (weight * inverse_std).view(shape) * (
-            grad - mean_grad.view(shape) - normalised * mean_product.view(shape)
-        )
+        mean_grad, mean_product = sums / ctx.count
+        inverse_std = (variance + ctx.eps).rsqrt()
+        # grad_x - weight·inverse_std·(mean_grad + normalised·mean_product), gathered by powers of x
+        slope = weight * inverse_std.square() * mean_product
+        offset = weight * inverse_std * mean_grad - slope * mean
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        grad_x.addcmul_(x, slope.view(shape), value=-1).sub_(offset.view(shape))
         return grad_x, grad_weight, grad_bias, None

@@ -4,6 +4,7 @@ from accelerate import Accelerator
 
 from cs324dist.runs.checkpoints import TrainerState, keep_newest, read_checkpoint, write_checkpoint
 from cs324dist.runs.folder import RunFolder
+from cs324dist.training.loss_scale import SkippedSteps
 from cs324dist.training.preemption import StopRequest
 from cs324dist.training.process import on_main_process
 from cs324dist.training.progress import Progress
@@ -14,10 +15,11 @@ from cs324dist.training.tracking import Logbook
 def train(task: Task, run: RunFolder, accelerator: Accelerator, logbook: Logbook, start: int) -> int:
     """Take the steps after the first `start`; returns how many are completed: not all, after a signal."""
     settings = task.settings
+    skipped = SkippedSteps(accelerator.scaler, accelerator.device)
 
     with Progress(start, settings, accelerator) as progress, StopRequest(accelerator.num_processes) as stop:
         for completed in range(start + 1, settings.steps + 1):
-            metrics = task.step(completed - 1)
+            metrics = {**task.step(completed - 1), **skipped.observe()}
             if settings.is_due(completed, settings.log_every):
                 logbook.log(completed, progress.read(completed, metrics))
             if settings.is_due(completed, settings.evaluate_every):

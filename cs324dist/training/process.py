@@ -74,7 +74,8 @@ def prepare_process(on_cpu: bool) -> None:
     # A long backward pass makes denormal numbers, ten times slower; threads started earlier would keep them.
     torch.set_flush_denormal(True)
     if on_cpu:
-        torch.set_num_threads(_threads())
+        torch.set_num_threads(threads := _threads())
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # or Accelerate sets a number of its own
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         with contextlib.suppress(AttributeError):  # musl has no mallopt

@@ -25,6 +25,7 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--settings", type=json.loads, default={})
+    parser.add_argument("--evaluate", action="store_true")
     parser.add_argument("--fault", choices=FAULTS)
     arguments = parser.parse_args()
 
@@ -36,6 +37,10 @@ if __name__ == "__main__":
     task = build(settings, accelerator, torch.float64)
     for step in range(arguments.steps):
         task.step(step)
+    if arguments.evaluate:
+        metrics = task.evaluate().metrics
+        if accelerator.is_main_process:
+            arguments.out.with_suffix(".json").write_text(json.dumps(metrics))
     if accelerator.is_main_process:
         tensors = {
             f"{model}/{name}": tensor
