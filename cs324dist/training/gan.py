@@ -161,9 +161,8 @@ class GANTask:
         self._set_learning_rates(step)
         metrics = {"train/generator_loss": self._generator_step(fake)}
         if settings.averaging:
-            decay = min(
-                settings.averaging, (step + 1) / (step + 10)
-            )  # forgets the first, random weights soon
+            # The first weights are random: they are forgotten sooner.
+            decay = min(settings.averaging, (step + 1) / (step + 10))
             average(self.models["generator_ema"], self.models["generator"], decay)
         if self._discriminator_trains(step):
             metrics["train/discriminator_loss"] = self._discriminator_step(real, fake.detach(), indices)

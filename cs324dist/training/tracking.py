@@ -16,7 +16,8 @@ from cs324dist.training.settings import RunSettings
 from cs324dist.training.task import Evaluation
 
 PROJECT = "cs324dist"
-CONNECT_TIMEOUT = 10  # seconds
+CONNECT_TIMEOUT = 5  # seconds
+LOGIN_TIMEOUT = 10  # seconds
 
 
 class Logbook:
@@ -51,6 +52,8 @@ def start_tracking(accelerator: Accelerator, settings: RunSettings, run: RunFold
     """
     if settings.wandb == "disabled" or not accelerator.is_main_process:
         return
+    import wandb
+
     os.environ.setdefault("WANDB_SILENT", "true")
     mode, why = ("offline", "") if settings.wandb == "offline" else _reachable_mode()
     if why:
@@ -61,6 +64,7 @@ def start_tracking(accelerator: Accelerator, settings: RunSettings, run: RunFold
         "name": run.path.name,
         "dir": str(run),
         "resume": "allow" if mode == "online" else None,
+        "settings": wandb.Settings(init_timeout=LOGIN_TIMEOUT),
     }
     try:
         accelerator.init_trackers(PROJECT, settings.as_json(), {"wandb": {**wandb_run, "mode": mode}})
