@@ -102,7 +102,7 @@ def plot(result: dict, path: Path) -> None:
     axes.barh(names, medians, xerr=spread, color=colours, capsize=3)
     axes.axvline(1, color="grey", linestyle=":")
     axes.invert_yaxis()
-    axes.set_xlabel("speed of two processes over one (strong); efficiency (weak, 1 is perfect)")
+    axes.set_xlabel("two processes over one: speed-up (strong), efficiency (weak)")
     for row, median in enumerate(medians):
         axes.text(0.03, row, f"{median:.2f}", color="white", va="center", weight="bold")
     figure.savefig(path, dpi=150)

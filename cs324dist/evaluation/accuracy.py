@@ -38,12 +38,12 @@ def count_right_palindromes(
 
 @torch.no_grad()
 def count_right_images(
-    predict: Predict, images: LabelledImages, shard: Shard, batch: int = 500
+    predict: Predict, images: LabelledImages, shard: Shard, dtype: torch.dtype, batch: int = 500
 ) -> Int64[Tensor, ""]:
     """How many images of this rank's share are classified right."""
     right = torch.zeros((), dtype=torch.int64, device=shard.device)
     for indices in shard.samples(0, len(images.labels)).split(batch):
-        inputs = to_unit_range(images.images[indices])
+        inputs = to_unit_range(images.images[indices], dtype)
         right += (predict(inputs).argmax(dim=1) == images.labels[indices]).sum()
     return right
 

@@ -102,7 +102,9 @@ class ClassifierTask:
     def evaluate(self) -> Evaluation:
         """Accuracy on the test set."""
         classifier = self.models["classifier"].eval()
-        right = count_right_images(partial(in_full_precision, classifier), self.test_set, self.shard)
+        right = count_right_images(
+            partial(in_full_precision, classifier), self.test_set, self.shard, self.dtype
+        )
         classifier.train()
         accuracy = self.accelerator.reduce(right, "sum").item() / len(self.test_set.labels)
         return Evaluation({"eval/accuracy": accuracy})

@@ -1,11 +1,15 @@
 """One seed, one path: 1, 2 and 4 processes, and a plain loop that knows nothing of the project's."""
 
 import copy
+import json
+import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,6 +20,7 @@ from cs324dist.models.gan import Discriminator, Generator
 from cs324dist.models.lstm import LSTM
 
 STEPS, BATCH, LENGTH = 20, 16, 12
+FOLLOW = Path(__file__).parent / "follow.py"
 TOLERANCE = 1e-9  # norm of difference over norm, float64
 GAN_BATCH = 8  # float64 convolutions are slow
 GAN_SETTINGS = {"batch_size": GAN_BATCH, "dataset": "fake"}
@@ -144,3 +149,35 @@ def whole(**models: torch.nn.Module) -> Weights:
 
 def state(model: torch.nn.Module) -> list[Tensor]:
     return [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["lstm fast", "gan fast"])
+def test_two_nodes_with_two_processes_each_take_the_path_of_one(follow, launch, tmp_path, case):
+    out = tmp_path / "weights.safetensors"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def node(rank: int) -> None:
+        arguments = [*case.split(), out, "--steps", STEPS, "--settings", json.dumps(CASES[case])]
+        options = [
+            "--num_machines",
+            2,
+            "--num_processes",
+            4,
+            "--machine_rank",
+            rank,
+            "--mixed_precision",
+            "no",
+            "--main_process_ip",
+            "127.0.0.1",
+            "--main_process_port",
+            port,
+        ]
+        config = ("--config_file", "accelerate_configs/multi_node.yaml")
+        launch(FOLLOW, *arguments, launcher="accelerate", options=(*config, *map(str, options)))
+
+    with ThreadPoolExecutor(2) as nodes:
+        list(nodes.map(node, (0, 1)))
+    assert_same_path(load_file(out), follow(*case.split(), CASES[case], steps=STEPS))

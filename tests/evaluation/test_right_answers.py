@@ -104,9 +104,12 @@ def test_images_are_counted_over_all_shards() -> None:
             return nn.functional.one_hot(((x[:, 0, 0, 0] + 1) * 127.5).round().long(), 10).float()
 
     labelled = LabelledImages(images, labels)
-    shares = [count_right_images(FirstPixel(), labelled, Shard(rank, 3), batch=4).item() for rank in range(3)]
+    shares = [
+        count_right_images(FirstPixel(), labelled, Shard(rank, 3), torch.float32, batch=4).item()
+        for rank in range(3)
+    ]
     assert shares == [7, 8, 7]
-    assert count_right_images(FirstPixel(), labelled, Shard()).item() == 22
+    assert count_right_images(FirstPixel(), labelled, Shard(), torch.float32).item() == 22
 
 
 def test_the_share_of_right_answers_in_a_batch() -> None:
