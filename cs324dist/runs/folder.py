@@ -107,10 +107,6 @@ class RunFolder:
         """Everything in `config.json`."""
         return read_json(self.path / "config.json")
 
-    def read_status(self) -> dict[str, Any]:
-        """Everything in `status.json`."""
-        return read_json(self.path / "status.json")
-
     def write_status(self, state: State, step: int, why: str = "") -> None:
         """Say where the run stands: what a batch script reads."""
         write_json(self.path / "status.json", {"state": state, "step": step, "why": why})
