@@ -43,4 +43,4 @@ if __name__ == "__main__":
         times.append(time.perf_counter() - before)
     if accelerator.is_main_process:
         print(json.dumps({"milliseconds": 1000 * statistics.median(times[WARM_UP:])}))
-    accelerator.end_training()
+    process.leave(accelerator)

@@ -57,6 +57,21 @@ def start_accelerator(batch_size: int) -> Accelerator:
     return accelerator
 
 
+def leave(accelerator: Accelerator, exit_code: int = 0) -> None:
+    """Close trackers and process group, and end the process; one process alone goes on if the code is 0.
+
+    Gloo's threads live on while anything refers to the group, and one that lets go of a tensor while the
+    interpreter shuts down aborts the process (pytorch #179291): several processes leave without a shutdown.
+    """
+    accelerator.end_training()
+    if accelerator.num_processes > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    if exit_code:
+        sys.exit(exit_code)
+
+
 def rejoin_after_restart(backend: str) -> None:
     """Form the process group under a name of its own, if `--max_restarts` has restarted the workers.
 

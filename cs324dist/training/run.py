@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from cs324dist.errors import EXIT_STOPPED, refusals_as_exit_code
 from cs324dist.runs.folder import RunFolder
 from cs324dist.training.loop import resume, train
-from cs324dist.training.process import on_main_process, start_accelerator
+from cs324dist.training.process import leave, on_main_process, start_accelerator
 from cs324dist.training.settings import Settings, conflicts, from_command_line
 from cs324dist.training.task import Task
 from cs324dist.training.tracking import Logbook, start_tracking
@@ -27,10 +27,10 @@ def main(task: str, build: Build[Settings], presets: Mapping[str, Settings], des
         accelerator = start_accelerator(settings.batch_size)
         try:
             done = run_to_the_end(task, build, settings, accelerator)
-        finally:
+        except BaseException:
             accelerator.end_training()
-    if not done:
-        sys.exit(EXIT_STOPPED)
+            raise
+        leave(accelerator, 0 if done else EXIT_STOPPED)
 
 
 def run_to_the_end(name: str, build: Build[Settings], settings: Settings, accelerator: Accelerator) -> bool:
