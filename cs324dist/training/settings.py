@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from cs324dist.command_line import Count, OneOf, Within, markers, option, parse
 
@@ -52,12 +52,16 @@ class RunSettings:
     keep_last: Annotated[Count, FREE] = 3
     """Checkpoints kept, newest first."""
 
+    hung_after: Annotated[Count, FREE] = 600
+    """Seconds without an answer from another process after which the run ends."""
+
     wandb: Annotated[str, OneOf("online", "offline", "disabled"), FREE] = "online"
     """Weights & Biases: online (offline where there is no login or network), offline or disabled."""
 
     dry_run: Annotated[bool, FREE] = False
     """Print the settings that would be used, and stop."""
 
+    memory_options: ClassVar[tuple[str, ...]] = ("batch_size",)  # to lower where memory does not suffice
     schedule_depends_on_steps = False  # whether another `steps` would change the steps already taken
 
     def run_name(self) -> str:
