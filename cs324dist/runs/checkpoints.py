@@ -146,13 +146,22 @@ def read_checkpoint(
     Raises:
         Refused: damaged, or written for other models; nothing was copied then.
     """
-    targets = {f"{name}/{WEIGHTS}": model.state_dict() for name, model in models.items()}
-    targets[OPTIMIZERS] = dict(optimizers)
+    targets = tensors_by_file(models, optimizers)
     state = verify_checkpoint(folder, targets)
     tensors = {file: read_tensors(folder / file, expected) for file, expected in targets.items()}
     for file, expected in targets.items():
         copy_into(expected, tensors[file])
     return state
+
+
+def tensors_by_file(
+    models: Mapping[str, nn.Module], optimizers: Mapping[str, Tensor]
+) -> dict[str, Mapping[str, Tensor]]:
+    """The live tensors that a checkpoint is made of, by the file that holds them."""
+    files: dict[str, Mapping[str, Tensor]] = {
+        f"{name}/{WEIGHTS}": model.state_dict() for name, model in models.items()
+    }
+    return {**files, OPTIMIZERS: optimizers}
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

@@ -106,14 +106,7 @@ class RunFolder:
         if self._owner is None:
             self.claim()
         stored = self.read_config() if self.exists else {}
-        made_by = {**environment(), "precision": precision}
-        before = stored.get("made_by")
-        for name, value in made_by.items():
-            if isinstance(before, dict) and value != before.get(name):
-                print(
-                    f"warning: {self} was made with {name} {before.get(name)}, now {value}: bits may differ",
-                    file=sys.stderr,
-                )
+        made_by = self.made_by(precision)
         tracker_id = stored.get("tracker_run_id")
         if not (isinstance(tracker_id, str) and re.fullmatch("[0-9a-f]{8}", tracker_id)):
             tracker_id = secrets.token_hex(4)
@@ -126,6 +119,18 @@ class RunFolder:
             )
         except OSError as error:
             raise self._unwritable(error) from None
+
+    def made_by(self, precision: str) -> dict[str, Any]:
+        """What a result's bits may depend on; what differs from what the run was made by so far is said."""
+        here = {**environment(), "precision": precision}
+        before = self.read_config().get("made_by") if self.exists else None
+        for name, value in here.items():
+            if isinstance(before, dict) and value != before.get(name):
+                print(
+                    f"warning: {self} was made with {name} {before.get(name)}, now {value}: bits may differ",
+                    file=sys.stderr,
+                )
+        return here
 
     def _unwritable(self, error: OSError) -> Refused:
         return Refused(f"--run-dir {self} cannot be written to ({error.strerror}): give a folder that can be")

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from pathlib import Path
 
 from accelerate import Accelerator
 
@@ -101,8 +102,18 @@ def resume(task: Task, run: RunFolder, accelerator: Accelerator) -> TrainerState
     newest = on_main_process(accelerator, run.newest_checkpoint)
     if newest is None:
         return TrainerState(0, accelerator.num_processes)
-    state = read_checkpoint(newest, task.models, optimizer_tensors(task))
+    state = restore(task, newest, accelerator)
     on_main_process(accelerator, lambda: run.check_metrics(state.metrics_lines))
+    return state
+
+
+def restore(task: Task, checkpoint: Path, accelerator: Accelerator) -> TrainerState:
+    """Read a checkpoint into `task`.
+
+    Raises:
+        Refused: it is damaged, or another model's.
+    """
+    state = read_checkpoint(checkpoint, task.models, optimizer_tensors(task))
     task.counters.update(state.counters)
     if state.loss_scale and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(dict(state.loss_scale))
