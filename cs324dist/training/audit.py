@@ -77,7 +77,7 @@ def audit(path: Path, count: int | None, from_start: bool, data_root: Path | Non
     accelerator = start_accelerator(settings.batch_size)
     if accelerator.mixed_precision != made_by.get("precision"):
         raise Refused(
-            f"precision is {accelerator.mixed_precision} here, and {made_by.get('precision')!r:.9} in the run: "
+            f"precision is {accelerator.mixed_precision}, and was {made_by.get('precision')!r:.9} in the run: "
             f"give that to accelerate launch as --mixed_precision"
         )
     stretches = on_main_process(

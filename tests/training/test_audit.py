@@ -63,12 +63,8 @@ def test_one_flipped_bit_of_one_weight_is_found(launch, copy, step, found):
     flip_a_bit(copy / "checkpoints" / f"{step:09d}")
     done = launch("launch/audit.py", copy, check=False)
     assert done.returncode == 1
-    different = {
-        (start, start + 5)
-        for start in (5, 10, 15)
-        if f"steps {start} to {start + 5}: DIFFERENT" in done.stdout
-    }
-    assert different == found
+    stretches = [(start, start + 5) for start in (5, 10, 15)]
+    assert {(a, b) for a, b in stretches if f"steps {a} to {b}: DIFFERENT" in done.stdout} == found
     assert "error: steps" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -137,4 +133,4 @@ def test_a_run_in_bf16_is_replayed_in_bf16_alone(launch, tmp_path):
     done = launch("launch/audit.py", run, launcher="accelerate", options=bf16)
     assert done.stdout.count("equal to the last bit") == 2
     done = launch("launch/audit.py", run, check=False)
-    assert (done.returncode, "--mixed_precision bf16" in done.stderr) == (2, True)
+    assert (done.returncode, "was 'bf16' in the run" in done.stderr) == (2, True)
