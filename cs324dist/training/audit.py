@@ -75,15 +75,16 @@ def audit(path: Path, count: int | None, from_start: bool, data_root: Path | Non
     if made_by.get("threads") in range(1, 1025):
         os.environ.setdefault("CS324DIST_THREADS", str(made_by["threads"]))  # bits depend on it
     accelerator = start_accelerator(settings.batch_size)
-    if accelerator.mixed_precision != made_by.get("precision"):
+    precision = accelerator.mixed_precision
+    if precision != (recorded := made_by.get("precision")):
         raise Refused(
-            f"precision is {accelerator.mixed_precision}, and was {made_by.get('precision')!r:.9} in the run: "
+            f"the precision is {precision!r} here, and was {recorded!r:.9} in the run: "
             f"give that to accelerate launch as --mixed_precision"
         )
     stretches = on_main_process(
         accelerator, lambda: choose(run, accelerator.num_processes, count, from_start)
     )
-    on_main_process(accelerator, lambda: run.made_by(accelerator.mixed_precision))
+    on_main_process(accelerator, lambda: run.made_by(precision))
     rows = {row["step"]: row for row in run.read_metrics() if any("train/" in key for key in row)}
     task = build(settings, accelerator)
     wrong = []
