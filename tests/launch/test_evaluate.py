@@ -41,7 +41,9 @@ def test_two_processes_share_the_work(launch, run, mnist_root, tmp_path):
     command = ("launch/evaluate.py", run, "--count", "1001", "--data-root", mnist_root, "--out")
     launch(*command, tmp_path / "one.json")
     launch(*command, tmp_path / "two.json", launcher="accelerate", options=TWO)
+    words = ("weights", "classifier_sha256")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert [two.pop(name) for name in words] == [one.pop(name) for name in words]
     assert two == pytest.approx(one, rel=1e-9)
 
 
