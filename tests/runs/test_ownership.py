@@ -228,6 +228,29 @@ class TestTheSameMoment:
             won = [generation for each in pool.map(generations, range(claimants)) for generation in each]
         assert sorted(won) == list(range(1, rounds + 1))
 
+    def test_where_locks_do_not_reach_the_other_machine_one_wins(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(ownership, "FileLock", lambda path: threading.Semaphore())
+        newest = ownership.newest_generation
+        claimants = 4
+        barrier = threading.Barrier(claimants)
+
+        def seen_by_all_at_once(owners: Path) -> int:
+            found = newest(owners)
+            barrier.wait()
+            return found
+
+        monkeypatch.setattr(ownership, "newest_generation", seen_by_all_at_once)
+
+        def wins(_: int) -> bool:
+            try:
+                Ownership(tmp_path)
+            except Refused:
+                return False
+            return True
+
+        with ThreadPoolExecutor(claimants) as pool:
+            assert sum(pool.map(wins, range(claimants))) == 1
+
     def test_of_four_processes_one_wins(self, run, start):
         processes = [start() for _ in range(4)]
         said = sorted(process.stdout.readline() for process in processes)
