@@ -43,7 +43,7 @@ test-all: .venv/installed  ## everything (under 25 minutes on 2 cores)
 chaos: .venv/installed  ## 200 kills at random moments, every end compared bit for bit (under 25 minutes on 2 cores)
 	$(BIN)/python tests/chaos.py
 
-fuzz: .venv/installed  ## damage run folders in 10 000 ways, and read them (under 40 minutes on 2 cores)
+fuzz: .venv/installed  ## damage run folders in 10 000 ways, and read them (about 20 minutes on 2 cores)
 	$(BIN)/python tests/fuzz.py
 
 lint: .venv/installed  ## style and types

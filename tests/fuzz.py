@@ -340,7 +340,7 @@ def moved_checkpoints(w: Workspace) -> None:
     rng, path = w.rng, w.checkpoint()
     name = rng.choice(("000000008", "000000004", "999999999", "0999999999", "000000000", "damaged-000000006",
                        ".000000006.1.tmp", "٠٠٠٠٠٠٠٠٩", "latest"))  # fmt: skip
-    target = path.with_name(name)
+    target = path.with_name(name if name != path.name else "000000010")
     remove(target)
     how = rng.choice(("renamed", "copied", "linked", "of the other run"))
     if how == "renamed":
@@ -638,13 +638,10 @@ def mutated(originals: dict[str, Original], folder: Path, seed: int, number: int
     names = ("gan", "lstm") if number % GAN_EVERY == 0 else ("lstm", "gan")
     workspace = Workspace(*(originals[name] for name in names), folder, rng)
     workspace.make()
-    for _ in range(rng.choice((1, 1, 1, 2))):
-        try:
-            rng.choice(MUTATORS)(workspace)
-        except (OSError, ValueError, KeyError, IndexError, StopIteration, TypeError, AttributeError) as error:
-            workspace.say(f"(not applicable after the first: {type(error).__name__})")
-            if len(workspace.done) < 2:
-                raise
+    wanted = rng.choice((1, 1, 1, 2))
+    while len(workspace.done) < wanted:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            rng.choice(MUTATORS)(workspace)  # which a mutation before may have made impossible
     return workspace
 
 
