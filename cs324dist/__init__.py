@@ -1,7 +1,10 @@
 """Two small classics, an LSTM and a GAN, trained the same at any world size."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+PARENT = os.getppid()  # at the start, before the seconds that torch's import takes
 
 if TYPE_CHECKING:
     from cs324dist.models.gan import Generator

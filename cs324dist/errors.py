@@ -31,6 +31,11 @@ class Failed(Refused):
     exit_code = EXIT_FAILED
 
 
+def shown(value: object) -> str:
+    """A value from a file that anybody may have written, as part of a line."""
+    return "".join(character for character in str(value)[:200] if character.isprintable())
+
+
 @contextmanager
 def errors_as_exit_codes() -> Iterator[None]:
     """Turn `Refused`, `Failed` and Ctrl-C into lines on stderr and an exit code, without a traceback."""

@@ -3,8 +3,11 @@
 python launch/classifier.py
 """
 
-from cs324dist.training.classifier import PRESETS, ClassifierTask
-from cs324dist.training.run import main
+from cs324dist.errors import errors_as_exit_codes
 
 if __name__ == "__main__":
-    main("classifier", ClassifierTask, PRESETS, __doc__)
+    with errors_as_exit_codes():
+        from cs324dist.training.classifier import PRESETS, ClassifierTask
+        from cs324dist.training.run import main
+
+        main("classifier", ClassifierTask, PRESETS, __doc__)

@@ -7,8 +7,11 @@ accelerate launch --config_file accelerate_configs/cpu.yaml launch/gan.py
 accelerate launch --config_file accelerate_configs/multi_gpu.yaml launch/gan.py --preset report
 """
 
-from cs324dist.training.gan import PRESETS, GANTask
-from cs324dist.training.run import main
+from cs324dist.errors import errors_as_exit_codes
 
 if __name__ == "__main__":
-    main("gan", GANTask, PRESETS, __doc__)
+    with errors_as_exit_codes():
+        from cs324dist.training.gan import PRESETS, GANTask
+        from cs324dist.training.run import main
+
+        main("gan", GANTask, PRESETS, __doc__)

@@ -5,8 +5,11 @@ python launch/lstm.py --length 10
 accelerate launch --config_file accelerate_configs/cpu_ddp.yaml launch/lstm.py --length 50
 """
 
-from cs324dist.training.lstm import PRESETS, LSTMTask
-from cs324dist.training.run import main
+from cs324dist.errors import errors_as_exit_codes
 
 if __name__ == "__main__":
-    main("lstm", LSTMTask, PRESETS, __doc__)
+    with errors_as_exit_codes():
+        from cs324dist.training.lstm import PRESETS, LSTMTask
+        from cs324dist.training.run import main
+
+        main("lstm", LSTMTask, PRESETS, __doc__)

@@ -5,12 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 FUZZ = Path(__file__).with_name("fuzz.py")
 
 
-@pytest.mark.xfail(strict=True, reason="what it has found is not mended yet")
 def test_every_reader_refuses_or_reads_what_was_there(tmp_path, launch_environment):
     command = [sys.executable, FUZZ, "--mutations", "150", "--seed", "1", "--out", tmp_path / "fuzz.json"]
     done = subprocess.run(command, env=launch_environment, capture_output=True, text=True, check=False)

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from cs324dist.errors import Failed, Refused
-from cs324dist.runs.files import is_number, read_json, sha256, sync, write_json
+from cs324dist.runs.files import clear, is_number, read_json, sha256, sync, write_json
 from cs324dist.runs.models import copy_into, read_tensors, save_model, save_tensors
 
 TRAINER = "trainer.json"
 OPTIMIZERS = "optimizers.safetensors"
 WEIGHTS = "model.safetensors"
+LARGEST_GENERATION = 999_999_990
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ def write_checkpoint(
         if not _all_finite(tensors.values()):
             raise Failed(f"after step {state.step}, the {name} holds values that are not finite")
     temporary = folder.with_name(f".{folder.name}.{state.generation}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    clear(temporary)
     try:
         _write_files(temporary, models, optimizers, state)
         if _generation(folder) <= state.generation:
-            shutil.rmtree(folder, ignore_errors=True)  # damaged, or left by an owner that was cut off
+            clear(folder)  # damaged, or left by an owner that was cut off
         temporary.rename(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        clear(temporary)
     sync(folder.parent)
 
 
@@ -179,7 +179,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
     Before them those that do not say who wrote them, so that the damage is seen.
     """
     found = folder.iterdir() if folder.is_dir() else ()
-    named = (path for path in found if re.fullmatch("[0-9]{9,10}", path.name))
+    named = (path for path in found if re.fullmatch("[0-9]{9}|1[0-9]{9}", path.name))
     ours = (path for path in named if path.is_dir() and not path.is_symlink())
     return sorted(ours, key=lambda path: (_generation(path) or math.inf, int(path.name)), reverse=True)
 
@@ -193,11 +193,16 @@ def keep_newest(folder: Path, count: int, generation: int = 1) -> None:
     newest_first = sorted(written_by, key=lambda path: (written_by[path], int(path.name)), reverse=True)
     for path in newest_first[count:]:
         if written_by[path] <= generation:
-            shutil.rmtree(path)
+            clear(path)
     for path in folder.glob(".*.tmp"):
         writer = re.fullmatch(r"\.[0-9]+\.([0-9]{1,9})\.tmp", path.name)
         if writer is None or int(writer[1]) <= generation:
-            shutil.rmtree(path, ignore_errors=True)
+            clear(path)
+
+
+def newest_generation(folder: Path) -> int:
+    """The latest owner that wrote one of the checkpoints below `folder`; 0 without one."""
+    return max(map(_generation, checkpoints_in(folder)), default=0)
 
 
 def _generation(checkpoint: Path) -> int:
@@ -206,7 +211,7 @@ def _generation(checkpoint: Path) -> int:
         generation = read_json(checkpoint / TRAINER).get("generation")
     except Refused:
         return 0
-    return generation if type(generation) is int else 0
+    return generation if type(generation) is int and 0 < generation <= LARGEST_GENERATION else 0
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -216,11 +221,14 @@ def _digest(content: Mapping[str, Any]) -> str:
 def _trainer_state(folder: Path, content: Mapping[str, Any]) -> TrainerState:
     try:
         state = TrainerState(**content)
+        complete = content.keys() == asdict(state).keys()
         counts = [state.step, state.world_size, state.generation, state.metrics_lines]
         well_formed = (
-            all(type(n) is int and is_number(n) for n in [*counts, *state.counters.values()])
+            complete
+            and all(type(n) is int and is_number(n) for n in [*counts, *state.counters.values()])
             and min(counts) >= 0
             and state.world_size > 0
+            and 0 < state.generation <= LARGEST_GENERATION
             and all(is_number(x) for x in state.loss_scale.values())
             and type(state.evaluation_owed) is bool
         )

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +24,19 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def clear(path: Path) -> None:
+    """Remove whatever has this name: a file, a folder, or a link, but never what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A name to write to; what was written takes the place of `path` at the end, and not before."""
     temporary = path.with_name(f".{path.name}.tmp")
+    clear(temporary)
     try:
         yield temporary
         sync(temporary)

@@ -17,7 +17,6 @@ import os
 import platform
 import re
 import secrets
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -27,12 +26,13 @@ from typing import Any, Literal
 
 import torch
 
-from cs324dist.errors import Refused
+from cs324dist.errors import Refused, shown
 from cs324dist.runs.checkpoints import (
     checkpoints_in,
+    newest_generation,
     verify_checkpoint,
 )
-from cs324dist.runs.files import is_number, parse_json, read_json, replaced, write_json
+from cs324dist.runs.files import clear, is_number, parse_json, read_json, replaced, write_json
 from cs324dist.runs.ownership import Ownership
 
 State = Literal["running", "stopped", "finished", "failed"]
@@ -49,6 +49,7 @@ class RunFolder:
         self._metrics: FileIO | None = None
         self._metrics_lines = 0
         self._unwritten = b""
+        self._damaged: dict[Path, Refused] = {}
 
     def __str__(self) -> str:
         return str(self.path)
@@ -59,7 +60,7 @@ class RunFolder:
         Raises:
             Refused: it is something else.
         """
-        for name in FOLDERS:
+        for name in (*FOLDERS, "wandb", "metrics.jsonl"):
             if (self.path / name).is_symlink():
                 raise Refused(f"{self.path / name} is a link: a run writes nowhere but into its own folder")
         if not self.exists:
@@ -73,7 +74,7 @@ class RunFolder:
         if not isinstance(stored.get("settings"), dict):
             raise Refused(f"{self.path / 'config.json'} is damaged, or not a file of this project")
         if stored.get("task") != task:
-            raise Refused(f"--run-dir {self} holds a run of {stored.get('task')!r}: give another folder")
+            raise Refused(f"--run-dir {self} holds a run of {stored.get('task')!r:.99}: give another folder")
         if lines := conflicts(stored["settings"]):
             raise Refused(*lines)
 
@@ -85,7 +86,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._owner = Ownership(self.path)
+            self._owner = Ownership(self.path, after=newest_generation(self.checkpoints))
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -127,7 +128,8 @@ class RunFolder:
         for name, value in here.items():
             if isinstance(before, dict) and value != before.get(name):
                 print(
-                    f"warning: {self} was made with {name} {before.get(name)}, now {value}: bits may differ",
+                    f"warning: {self} was made with {name} {shown(before.get(name))}, now {value}: "
+                    f"bits may differ",
                     file=sys.stderr,
                 )
         return here
@@ -224,11 +226,13 @@ class RunFolder:
         Raises:
             Refused: one is damaged.
         """
+        path = self.path / "metrics.jsonl"
+        if path.exists() and not path.is_file():
+            raise Refused(f"{path} is not a file")
         for number, line in enumerate(itertools.islice(self._lines_of_metrics(), lines), 1):
             if _row(line) is None:
                 raise Refused(
-                    f"{self.path / 'metrics.jsonl'}: line {number} is damaged: "
-                    f"mend or delete it, then run the same command again"
+                    f"{path}: line {number} is damaged: mend or delete it, then run the same command again"
                 )
 
     def _lines_of_metrics(self) -> Iterator[bytes]:
@@ -241,6 +245,7 @@ class RunFolder:
     def go_back_to(self, step: int, metrics_lines: int) -> None:
         """Drop the metrics past the checkpoint of `step`, after which steps are about to be taken again."""
         self.check_owned()
+        self.set_damaged_aside()
         first = itertools.islice(self._lines_of_metrics(), metrics_lines)
         kept = [line for line in first if (row := _row(line)) and row["step"] <= step]
         if (lost := metrics_lines - len(kept)) > 0:
@@ -263,12 +268,12 @@ class RunFolder:
         return int(newest.name) if newest else 0
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest valid checkpoint; damaged ones that are newer are named and moved aside.
+        """The newest valid checkpoint; None for a run that has none yet.
 
         Raises:
-            Refused: there are checkpoints, and all of them are damaged.
+            Refused: there are checkpoints, and all of them are damaged, or there were some.
         """
-        damaged: dict[Path, Refused] = {}
+        damaged = self._damaged = {}
         for folder in checkpoints_in(self.checkpoints):
             try:
                 verify_checkpoint(folder)
@@ -277,18 +282,29 @@ class RunFolder:
             else:
                 break
         else:
-            if damaged:
+            if damaged or self._saved_step():
                 raise Refused(
                     *(str(refusal) for refusal in damaged.values()),
                     f"no checkpoint of {self} can be used: bring one back, or give another --run-dir",
                 )
             return None
-        for path, refusal in damaged.items():
-            aside = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.replace(aside)
-            print(f"warning: {refusal}; moved to {aside}, going back to the one before", file=sys.stderr)
         return folder
+
+    def _saved_step(self) -> int:
+        try:
+            step = read_json(self.path / "status.json").get("step")
+        except Refused:
+            return 0
+        return step if type(step) is int else 0
+
+    def set_damaged_aside(self) -> None:
+        """Name the damaged checkpoints that `newest_checkpoint` came upon, and move them out of the way."""
+        for path, refusal in self._damaged.items():
+            aside = path.with_name(f"damaged-{path.name}")
+            clear(aside)
+            path.rename(aside)
+            print(f"warning: {refusal}; moved to {aside}, going back to the one before", file=sys.stderr)
+        self._damaged = {}
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

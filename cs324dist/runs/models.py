@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cs324dist.errors import Refused
+from cs324dist.errors import Refused, shown
 from cs324dist.runs.files import read_json, write_json
 
 LARGEST_SIZE = 65_536  # of any argument of a model
@@ -63,7 +63,7 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
             _compare(path, stored, expected)
             tensors = {name: stored.get_tensor(name) for name in expected}
     except (OSError, SafetensorError) as error:
-        raise Refused(f"{path} cannot be read as safetensors: {error}") from None
+        raise Refused(f"{path} cannot be read as safetensors: {shown(error)}") from None
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise Refused(f"{path}: {name!r} holds values that are not finite: it is damaged")
@@ -73,9 +73,9 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
 def _compare(path: Path, stored: safe_open, expected: Mapping[str, Tensor]) -> None:
     names = set(stored.keys())
     if absent := sorted(expected.keys() - names):
-        raise Refused(f"{path} lacks {len(absent)} tensors, the first of them {absent[0]!r}")
+        raise Refused(f"{path} lacks {len(absent)} tensors, the first of them {absent[0]!r:.99}")
     if foreign := sorted(names - expected.keys()):
-        raise Refused(f"{path} holds {len(foreign)} tensors too many, the first of them {foreign[0]!r}")
+        raise Refused(f"{path} holds {len(foreign)} tensors too many, the first of them {foreign[0]!r:.99}")
     for name, tensor in expected.items():
         header = stored.get_slice(name)
         found = (header.get_dtype(), tuple(header.get_shape()))
@@ -116,15 +116,15 @@ def load_model(folder: Path, expected: type[Model]) -> Model:
     arguments = read_json(folder / "config.json")
     name = arguments.pop("class", None)
     if name != expected.__name__:
-        raise Refused(f"{folder} holds a model of class {name!r}, expected {expected.__name__!r}")
+        raise Refused(f"{folder} holds a model of class {shown(name)!r}, expected {expected.__name__!r}")
     if any(type(value) is not int or not 1 <= value <= LARGEST_SIZE for value in arguments.values()):
-        raise Refused(f"{folder / 'config.json'} has values that are no sizes: {arguments}")
+        raise Refused(f"{folder / 'config.json'} has values that are no sizes: {shown(arguments)}")
     try:
         with torch.device("meta"):  # shapes without memory, whatever sizes the file claims
             model = expected(**arguments)
     except TypeError:
         raise Refused(
-            f"{folder / 'config.json'} has arguments that {name} does not take: {sorted(arguments)}"
+            f"{folder / 'config.json'} has arguments that {name} does not take: {shown(sorted(arguments))}"
         ) from None
     tensors = read_tensors(folder / "model.safetensors", model.state_dict())
     # clones, as what safetensors gives is the file itself, mapped into memory

@@ -21,12 +21,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cs324dist.errors import Refused
+from cs324dist.errors import Refused, shown
 from cs324dist.runs.files import read_json, sync, write_json
 
 PATIENCE = 10  # seconds that a new owner waits for one on its way out
 HEARTBEAT = 5  # seconds from one sign of life to the next
 SILENCE = 20  # seconds without a sign of life after which an owner on another machine counts as dead
+LATEST = 999_999_998  # owner of a run that any reader takes; names have nine digits
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -37,8 +38,8 @@ class Superseded(Refused):
 class Ownership:
     """The right to write into a run folder, held by one process."""
 
-    def __init__(self, run: Path) -> None:
-        """Take it.
+    def __init__(self, run: Path, after: int = 0) -> None:
+        """Take it, with a generation later than `after`.
 
         Raises:
             Refused: a live process has it.
@@ -47,9 +48,11 @@ class Ownership:
         self._folder = run / "owners"
         self._folder.mkdir(exist_ok=True)
         before = newest_generation(self._folder)
+        if before >= LATEST:
+            raise Refused(f"{self._folder / f'{before}.json'} is no owner of this run: delete it")
         if before:
             _wait_for_the_end_of(self._folder, before, run)
-        self.generation = before + 1
+        self.generation = max(before, after) + 1
         self._path = self._folder / f"{self.generation}.json"
         self._lock = FileLock(self._path.with_suffix(".lock"))
         try:
@@ -60,8 +63,9 @@ class Ownership:
             raise Refused(f"{run} was just taken by another process: wait for it, or stop it") from None
         write_json(self._path, _this_process())
         sync(self._folder)
-        for generation in range(1, self.generation):
-            self._path.with_name(f"{generation}.lock").unlink(missing_ok=True)
+        for lock in self._folder.glob("*.lock"):
+            if lock.name != f"{self.generation}.lock":
+                lock.unlink(missing_ok=True)
         self._released = threading.Event()
         threading.Thread(target=self._give_signs_of_life, daemon=True).start()
 
@@ -99,8 +103,8 @@ class Ownership:
 
 def newest_generation(owners: Path) -> int:
     """The number of the last owner; 0 without one."""
-    names = [path.name for path in owners.iterdir()] if owners.is_dir() else []
-    found = (re.fullmatch(r"([1-9][0-9]{0,8})\.json", name) for name in names)
+    files = [path for path in owners.glob("*.json") if path.is_file() and not path.is_symlink()]
+    found = (re.fullmatch(r"([1-9][0-9]{0,8})\.json", path.name) for path in files)
     return max((int(match[1]) for match in found if match), default=0)
 
 
@@ -165,5 +169,4 @@ def _touched(path: Path) -> int:
 
 def _name(owner: dict[str, Any]) -> str:
     job = f", Slurm job {owner['slurm_job']}" if owner.get("slurm_job") else ""
-    text = f"process {owner.get('pid')} on {owner.get('host')}{job}, since {owner.get('since')}"
-    return "".join(character for character in text[:200] if character.isprintable())
+    return shown(f"process {owner.get('pid')} on {owner.get('host')}{job}, since {owner.get('since')}")

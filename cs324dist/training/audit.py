@@ -24,6 +24,7 @@ from cs324dist.runs.checkpoints import checkpoints_in, tensors_by_file, verify_c
 from cs324dist.runs.folder import RunFolder
 from cs324dist.runs.models import read_tensors
 from cs324dist.training.classifier import ClassifierSettings, ClassifierTask
+from cs324dist.training.failures import explained
 from cs324dist.training.gan import GANSettings, GANTask
 from cs324dist.training.loop import restore
 from cs324dist.training.lstm import LSTMSettings, LSTMTask
@@ -74,15 +75,27 @@ def audit(path: Path, count: int | None, from_start: bool, data_root: Path | Non
         settings = dataclasses.replace(settings, data_root=data_root)  # type: ignore[call-arg]
     if made_by.get("threads") in range(1, 1025):
         os.environ.setdefault("CS324DIST_THREADS", str(made_by["threads"]))  # bits depend on it
+    with explained(settings):
+        _audit(run, settings, build, made_by.get("precision"), count, from_start)
+
+
+def _audit(
+    run: RunFolder,
+    settings: RunSettings,
+    build: Callable[..., Any],
+    recorded: Any,
+    count: int | None,
+    from_start: bool,
+) -> None:
     accelerator = start_accelerator(settings.batch_size)
     precision = accelerator.mixed_precision
-    if precision != (recorded := made_by.get("precision")):
+    if precision != recorded:
         raise Refused(
             f"the precision is {precision!r} here, and was {recorded!r:.9} in the run: "
             f"give that to accelerate launch as --mixed_precision"
         )
     stretches = on_main_process(
-        accelerator, lambda: choose(run, accelerator.num_processes, count, from_start)
+        accelerator, lambda: choose(run, accelerator.num_processes, settings.steps, count, from_start)
     )
     on_main_process(accelerator, lambda: run.made_by(precision))
     rows = {row["step"]: row for row in run.read_metrics() if any("train/" in key for key in row)}
@@ -97,10 +110,12 @@ def audit(path: Path, count: int | None, from_start: bool, data_root: Path | Non
         raise Failed(*wrong, f"{run} does not repeat: see docs/checkpoints.md for what that can mean")
 
 
-def choose(run: RunFolder, world_size: int, count: int | None, from_start: bool) -> list[Stretch]:
+def choose(run: RunFolder, world_size: int, steps: int, count: int | None, from_start: bool) -> list[Stretch]:
     """Stretches that `world_size` processes took: the beginning only if asked for, and then first."""
     checkpoints = sorted(checkpoints_in(run.checkpoints), key=lambda path: int(path.name))
     states = {path: verify_checkpoint(path) for path in checkpoints}
+    if checkpoints and int(checkpoints[-1].name) > steps:
+        raise Refused(f"{checkpoints[-1]} is of a later step than the run's last, {steps}")
     stretches = [Stretch(None, checkpoints[0])] if checkpoints and from_start else []
     stretches += [Stretch(*pair) for pair in pairwise(checkpoints)]
     if not stretches:

@@ -72,7 +72,10 @@ class _NormaliseOverRanks(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, int]:
         world_size = dist.get_world_size()
-        moments = torch.stack(torch.batch_norm_update_stats(x, None, None, 0.0))  # mean, biased variance
+        in_full = x.to(weight.dtype)  # the kernel takes no other
+        moments = torch.stack(
+            torch.batch_norm_update_stats(in_full, None, None, 0.0)
+        )  # mean, biased variance
         of_all_ranks = moments.new_empty(world_size * 2, moments.shape[1])
         dist.all_gather_into_tensor(of_all_ranks, moments)
         means, variances = of_all_ranks.view(world_size, 2, -1).unbind(1)

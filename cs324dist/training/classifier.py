@@ -81,6 +81,7 @@ class ClassifierTask:
         self.models = {"classifier": classifier}
         self.optimizers = {"classifier": optimizer}
         self.counters: dict[str, int] = {}
+        self.counter_limits: dict[str, range] = {}
 
     def step(self, step: int) -> dict[str, Tensor]:
         """See `Task.step`."""

@@ -149,6 +149,7 @@ class GANTask:
         self.generator, self.g_optimizer = accelerator.prepare(generator, g_optimizer)
         self.discriminator, self.d_optimizer = accelerator.prepare(discriminator, d_optimizer)
         self.counters: dict[str, int] = {}
+        self.counter_limits: dict[str, range] = {}
 
     def step(self, step: int) -> dict[str, Tensor]:
         """See `Task.step`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from cs324dist.errors import Failed
+from cs324dist.errors import Failed, Refused, shown
 from cs324dist.runs.checkpoints import (
     TrainerState,
     keep_newest,
@@ -130,6 +130,9 @@ def restore(task: Task, checkpoint: Path, accelerator: Accelerator) -> TrainerSt
         Refused: it is damaged, or another model's.
     """
     state = read_checkpoint(checkpoint, task.models, optimizer_tensors(task))
+    limits = task.counter_limits
+    if state.counters.keys() != limits.keys() or any(n not in limits[k] for k, n in state.counters.items()):
+        raise Refused(f"{checkpoint} has counters that this run cannot reach: {shown(state.counters)}")
     task.counters.update(state.counters)
     if state.loss_scale and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(dict(state.loss_scale))

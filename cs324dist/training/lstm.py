@@ -115,6 +115,7 @@ class LSTMTask:
         self.optimizers = {settings.model: optimizer}
         start = settings.length if settings.curriculum == 1 else min(SHORTEST, settings.length)
         self.counters = {"length": start}
+        self.counter_limits = {"length": range(start, settings.length + 1)}
 
     def step(self, step: int) -> dict[str, Tensor]:
         """See `Task.step`."""

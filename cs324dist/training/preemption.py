@@ -2,9 +2,10 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -37,8 +38,12 @@ class StopRequest:
         Before, while there is nothing to lose yet, they end the process at once, whatever it waits for.
         """
         self._previous = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+            number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)
         }
+        arrivals, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        threading.Thread(target=self._count, args=(arrivals,), daemon=True).start()
         if self._world_size > 1:
             self._group = dist.new_group(backend="gloo")
 
@@ -48,12 +53,20 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._previous:
+            os.close(signal.set_wakeup_fd(-1))
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self._pending is not None and kind is None:
             self._pending.wait()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _count(self, arrivals: int) -> None:
+        """In a thread: a handler would have to wait for the end of whatever torch is doing."""
+        while number := os.read(arrivals, 1):
+            self._note(number[0])
+        os.close(arrivals)
+
+    def _note(self, number: int) -> None:
         now = time.monotonic()
         self._signals += now - self._last_signal >= TOGETHER
         self._last_signal = now

@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from cs324dist import PARENT
 from cs324dist.data.counter_rng import stream_keys
 from cs324dist.data.streams import Shard
 from cs324dist.errors import Refused
@@ -87,6 +88,8 @@ def prepare_process(on_cpu: bool) -> None:
             # A launcher that is killed would leave its workers running.
             pr_set_pdeathsig = 1
             libc.prctl(pr_set_pdeathsig, signal.SIGTERM)
+            if os.getppid() != PARENT:  # it died before this was set
+                os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _threads() -> int:

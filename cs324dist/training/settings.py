@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from cs324dist.command_line import Count, OneOf, Within, markers, option, parse, problems
-from cs324dist.errors import Refused
+from cs324dist.errors import Refused, shown
 
 
 class Free:
@@ -93,16 +93,16 @@ def conflicts(settings: RunSettings, stored: Mapping[str, Any]) -> list[str]:
     """One line for each setting of a stored run that this command would change in mid-course."""
     given, marked = settings.as_json(), markers(type(settings))
     lines = [
-        f"{option(name)} {given[name]} differs from the run's {stored.get(name)}: give the run's value, "
-        f"or another --run-dir"
+        f"{option(name)} {given[name]} differs from the run's {shown(stored.get(name))}: "
+        f"give the run's value, or another --run-dir"
         for name in given
         if FREE not in marked[name] and given[name] != stored.get(name)
     ]
     steps = stored.get("steps")
     if settings.schedule_depends_on_steps and settings.steps != steps:
         lines.append(
-            f"--steps {settings.steps} differs from the run's {steps}, which its learning rate depends on: "
-            f"give the run's value, or another --run-dir"
+            f"--steps {settings.steps} differs from the run's {shown(steps)}, which its learning rate "
+            f"depends on: give the run's value, or another --run-dir"
         )
     elif isinstance(steps, int) and settings.steps < steps:
         lines.append(
@@ -126,9 +126,9 @@ def from_json(settings_type: type[Settings], stored: Any) -> Settings:
         }
         settings = dataclasses.replace(defaults, **given)
     except (AttributeError, TypeError, ValueError) as error:
-        raise Refused(f"config.json is damaged, or of another version: {error}") from None
+        raise Refused(f"config.json is damaged, or of another version: {shown(error)}") from None
     mistyped = [
-        f"config.json: {name} is {value!r}"[:200]
+        f"config.json: {name} is {shown(value)}"
         for name, value in given.items()
         if name != "run_dir" and type(value) is not types[name]
     ]

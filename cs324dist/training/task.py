@@ -36,6 +36,9 @@ class Task(Protocol):
     counters: dict[str, int]
     """Integers that are part of the state, such as a curriculum's length."""
 
+    counter_limits: Mapping[str, range]
+    """The values that each of them can take."""
+
     def step(self, step: int) -> Mapping[str, Tensor]:
         """Train on the samples of step `step`, counted from 0.
 

@@ -72,15 +72,27 @@ def start_tracking(accelerator: Accelerator, settings: RunSettings, run: RunFold
         "id": run.read_config()["tracker_run_id"],
         "name": run.path.name,
         "dir": str(run),
+        "mode": mode,
         "resume": "allow" if mode == "online" else None,
         "settings": wandb.Settings(init_timeout=LOGIN_TIMEOUT),
     }
+    # It records all of SLURM_*, of which this one is a token.
+    os.environ.pop("SLURM_JWT", None)
     try:
-        accelerator.init_trackers(PROJECT, settings.as_json(), {"wandb": {**wandb_run, "mode": mode}})
+        accelerator.init_trackers(PROJECT, settings.as_json(), {"wandb": wandb_run})
     except Exception as error:  # whatever its client raises, training goes on
         print(f"Weights & Biases: {error}; recording offline in {run}/wandb", file=sys.stderr)
         wandb_run |= {"mode": "offline", "resume": None}
         accelerator.init_trackers(PROJECT, settings.as_json(), {"wandb": wandb_run})
+    if wandb_run["mode"] == "offline":
+        _log_again(accelerator, run)
+
+
+def _log_again(accelerator: Accelerator, run: RunFolder) -> None:
+    """Log what there is: a segment whose process was killed may have lost it."""
+    for row in run.read_metrics():
+        values = {name: value for name, value in row.items() if name != "step" and value is not None}
+        accelerator.log(values, step=row["step"])
 
 
 def _reachable_mode() -> tuple[str, str]:

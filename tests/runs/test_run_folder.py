@@ -64,6 +64,7 @@ class TestCheckpoints:
         before, damaged = save(run, 10), damage(save(run, 20))
         content = damaged.read_bytes()
         assert run.newest_checkpoint() == before
+        run.set_damaged_aside()
         (line,) = capsys.readouterr().err.splitlines()
         aside = run.checkpoints / "damaged-000000020"
         assert line.startswith(f"warning: {damaged} is damaged")
@@ -85,6 +86,7 @@ class TestCheckpoints:
         for _ in range(2):
             damage(save(run, 20))
             assert run.newest_checkpoint() == before
+            run.set_damaged_aside()
 
 
 class TestMetrics:

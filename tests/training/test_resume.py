@@ -67,17 +67,12 @@ def test_two_processes_agree_on_the_step_to_stop_after(tmp_path, launch_environm
     assert [float(n) for n in numbers[0]] == pytest.approx([float(n) for n in numbers[1]], abs=1e-3)
 
 
-MIXED_DTYPES = "BatchNorm over ranks takes bfloat16's statistics in bfloat16, and torch refuses the mixture"
-
-
 def every_way() -> list:
     """Each task on one and two processes, in float32 and bfloat16; two of them in the quick tests."""
     quick = [("gan", 1, "no"), ("classifier", 2, "bf16")]
-    not_yet = [("gan", 2, "bf16"), ("classifier", 2, "bf16")]
     ways = []
     for way in itertools.product(TASKS, (1, 2), ("no", "bf16")):
         marks = [pytest.mark.slow] * (way not in quick)
-        marks += [pytest.mark.xfail(strict=True, reason=MIXED_DTYPES)] * (way in not_yet)
         ways.append(pytest.param(*way, marks=marks, id="-".join(map(str, way))))
     return ways
 

@@ -36,10 +36,6 @@ EVALUATING = (*SMOKE, "--length", "2001", "--steps", "2", "--log-every", "1", "-
 HERE = Path(__file__).parent
 
 
-def not_yet(why: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=why)
-
-
 def assert_stopped_with_a_checkpoint(run: Path, step: int) -> None:
     assert status(run)["state"] == "stopped"
     assert status(run)["step"] == trainer(run)["step"] == int(newest_checkpoint(run).name) >= step
@@ -72,7 +68,6 @@ class TestTraining:
             assert started.end() == 75
         assert_stopped_with_a_checkpoint(run, 10)
 
-    @not_yet("Python runs the handlers after the step, once for all signals of a number")
     def test_a_third_signal_ends_at_once_even_within_a_long_step(self, tmp_path, launch_environment):
         run = tmp_path / "run"
         command = (str(HERE / "endless_step.py"), *SMOKE[1:])
@@ -159,7 +154,7 @@ class TestEvaluation:
 class TestStartUp:
     @pytest.mark.parametrize(
         "number",
-        [TERM, pytest.param(INT, marks=not_yet("a traceback while torch is imported"))],
+        [TERM, INT],
         ids=["TERM", "INT"],
     )
     def test_a_new_run_is_not_begun(self, tmp_path, launch_environment, number):
@@ -211,7 +206,6 @@ class TestLaunchers:
             assert started.end() != 0  # and waits for the workers' end
         assert_stopped_with_a_checkpoint(run, 10)
 
-    @not_yet("the parent's death is asked for after the imports, and may have happened by then")
     @pytest.mark.parametrize("launcher", ["accelerate with one", "accelerate with two"])
     def test_workers_whose_launcher_dies_in_their_start_up_end_too(
         self, tmp_path, launch_environment, launcher

@@ -27,6 +27,7 @@ class Toy:
     optimizers: Mapping[str, torch.optim.Optimizer]
     settings: RunSettings = field(default_factory=RunSettings)
     counters: dict[str, int] = field(default_factory=dict)
+    counter_limits: dict[str, range] = field(default_factory=dict)
 
     def step(self, step: int) -> dict[str, Tensor]:
         raise NotImplementedError

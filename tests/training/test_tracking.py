@@ -89,14 +89,11 @@ def test_disabled_leaves_no_trace(launch, tmp_path):
     assert "Weights" not in done.stderr
 
 
-KILLED_SEGMENTS = "wandb-core writes in blocks of 32 KiB, and what it holds of a killed run is lost"
-
-
 @pytest.mark.parametrize(
     "number",
     [
         signal.SIGTERM,
-        pytest.param(signal.SIGKILL, marks=pytest.mark.xfail(strict=True, reason=KILLED_SEGMENTS)),
+        signal.SIGKILL,
     ],
     ids=["TERM", "KILL"],
 )
