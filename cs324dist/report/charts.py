@@ -117,7 +117,7 @@ def chart(
         title=title,
         note=note,
         unit=unit,
-        x=Axis(0, max(last, 1)),
+        x=Axis(0.0, float(max(last, 1))),
         y=limits([[math.log10(v) if unit == "log" else v for v in values] for values in shown], unit),
         curves=[Curve(index, path(series, unit == "log")) for index, series in all_series.items()],
         described=f"{title} over {number(last)} steps. {'; '.join(ends)}.",
@@ -145,15 +145,13 @@ def limits(curves: Sequence[Sequence[float]], unit: str) -> Axis:
 
 def path(series: Series, log: bool) -> str:
     """The line through the values, with a gap where there is none."""
-    parts, pen_down = [], False
+    strokes: list[list[str]] = [[]]
     for step, value in thinned(series):
         if value is None:
-            pen_down = False
-            continue
-        height = f"{math.log10(value) if log else value:.5g}"
-        parts.append(f"{'L' if pen_down else 'M'}{step} {height}")
-        pen_down = True
-    return "".join(parts) + "h0"  # a point alone is a dot
+            strokes.append([])
+        else:
+            strokes[-1].append(f"{step} {math.log10(value) if log else value:.5g}")
+    return "".join(f"M{'L'.join(points)}h0" for points in strokes if points)  # h0: a lone point is a dot
 
 
 def thinned(series: Series) -> Iterable[tuple[int, float | None]]:
@@ -187,7 +185,7 @@ def log_ticks(axis: Axis) -> list[float]:
     return [v for v in values if axis.low <= math.log10(v) <= axis.high][:20]
 
 
-def number(value: float) -> str:
+def number(value: int | float) -> str:
     """A number for people: 187 500, 0.0123."""
     if value == int(value) and abs(value) < LARGE:
         return f"{int(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}").replace("-", "\N{MINUS SIGN}")

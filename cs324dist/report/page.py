@@ -118,7 +118,7 @@ def _word(count: int) -> str:
     return WORDS[count] if count < len(WORDS) else str(count)
 
 
-def _by_length(run: Run) -> tuple[float, str]:
+def _by_length(run: Run) -> tuple[int, str]:
     length = run.settings.get("length")
     return (length if type(length) is int else 0), run.setting("model")
 

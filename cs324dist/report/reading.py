@@ -5,6 +5,7 @@ else is left out.
 """
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -93,20 +94,25 @@ def read_runs(paths: tuple[Path, ...]) -> tuple[list[Run], list[str]]:
     Raises:
         Refused: none of them is a run.
     """
-    folders = {path.resolve(): path for path in reversed(paths)}  # each once, by its first name
-    found = {path: place for place, path in reversed(folders.items()) if RunFolder(path).exists}
-    others = [
-        f"{plain(str(path))} is no run"
-        for path in dict.fromkeys(paths)
-        if path.resolve() not in found.values()
-    ]
+    places = {Path(os.path.realpath(path)): path for path in reversed(paths)}  # each once
+    found: dict[Path, Path] = {}
+    others = []
+    for place, path in reversed(places.items()):
+        try:
+            is_run, why = RunFolder(path).exists, "is no run"
+        except OSError as error:
+            is_run, why = False, f"cannot be read ({error.strerror})"
+        if is_run:
+            found[place] = path
+        else:
+            others.append(f"{plain(str(path))} {why}")
     if not found:
-        given = "; ".join(others) or "no run was given"
+        given = "; ".join(others) or "no run was named"
         raise Refused(f"{given}: give run folders, such as runs/gan-fast-0")
-    names = [place.name for place in found.values()]
+    names = [place.name for place in found]
     return [
-        read_run(path, path.name if names.count(place.name) == 1 and path.name else str(path))
-        for path, place in found.items()
+        read_run(path, place.name if names.count(place.name) == 1 else str(path))
+        for place, path in found.items()
     ], others
 
 
@@ -156,7 +162,7 @@ def _metrics(rows: list[dict[str, Any]]) -> dict[str, Series]:
         for name, value in row.items():
             if name != "step" and (name in found or len(found) < MOST_METRICS):
                 fits = value is not None and abs(value) <= LARGEST
-                found.setdefault(name, {})[row["step"]] = value if fits else None
+                found.setdefault(name, {})[row["step"]] = float(value) if fits else None
     return {plain(name): series for name, series in found.items()}
 
 
