@@ -125,6 +125,8 @@ def notice(run: Run) -> str | None:
         case "failed":
             saved = f"It was last saved at {progress(run)}" if run.step else "Nothing was saved"
             return f"failed: {run.why.removeprefix('Failed: ') or 'it does not say why'}. {saved}."
+        case "unclear":
+            return f"does not say how it stands, {progress(run)}"
         case "not started":
             return "has not begun: its folder holds no status yet"
     return f"is {run.state}{why}"

@@ -59,9 +59,9 @@ class Run:
 
     @property
     def reached(self) -> int:
-        """The step it has come to: while it runs, ahead of its last checkpoint."""
+        """The step it has come to: of one that runs or does not say, the last that was logged."""
         logged = (step for series in self.metrics.values() for step in series)
-        return max(self.step, *logged, 0) if self.state == "running" else self.step
+        return max(self.step, *logged, 0) if self.state in ("running", "unclear") else self.step
 
     def setting(self, name: str) -> str:
         """A setting as text."""
@@ -128,7 +128,8 @@ def read_run(path: Path, name: str) -> Run:
             return {}
 
     config = read("config.json")
-    status = read("status.json") if (path / "status.json").exists() else {}
+    begun = (path / "status.json").exists()
+    status = read("status.json") if begun else {}
     owners = _numbered(path / "owners", r"([1-9][0-9]{0,8})\.json")
     checkpoints = _numbered(path / "checkpoints", r"([0-9]{1,18})")
     trainer = read(f"checkpoints/{checkpoints[-1][1].name}/{TRAINER}") if checkpoints else {}
@@ -137,7 +138,7 @@ def read_run(path: Path, name: str) -> Run:
     except OSError as error:
         rows = []
         problems.append(f"metrics.jsonl cannot be read: {error.strerror}")
-    state = plain(status.get("state", "")) or "not started"
+    state = plain(status.get("state", "")) or ("unclear" if begun else "not started")
     return Run(
         path=path,
         name=plain(name),

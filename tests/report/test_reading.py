@@ -108,6 +108,13 @@ def test_no_run_at_all_is_refused(tmp_path: Path, paths: tuple[str, ...]) -> Non
     assert len(refusal.value.lines) == 1
 
 
+def test_a_run_whose_status_is_damaged_is_as_far_as_its_metrics(tmp_path: Path) -> None:
+    path = make_lstm(tmp_path / "run")
+    (path / "status.json").write_text("{")
+    run = read_run(path, "run")
+    assert (run.state, run.reached) == ("unclear", 300)
+
+
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "new")
     folder.open("lstm", {})
