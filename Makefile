@@ -19,7 +19,7 @@ install: .venv/installed  ## make .venv and install the package into it
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-train: .venv/installed  ## train both models on real data, and draw from the GAN (minutes)
+train: .venv/installed  ## train both models on real data, draw from the GAN, and write the report (minutes)
 	$(BIN)/python launch/fetch_data.py --dataset mnist
 	@config=$$($(BIN)/python -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")') && set -ex && \
 	    $(BIN)/accelerate launch --config_file accelerate_configs/$$config.yaml launch/gan.py --run-dir runs/gan && \
@@ -27,9 +27,11 @@ train: .venv/installed  ## train both models on real data, and draw from the GAN
 	$(BIN)/python launch/sample.py grid runs/gan --out runs/grid.png
 	$(BIN)/python launch/sample.py interpolate runs/gan --start-digit 4 --end-digit 1 \
 	    --out runs/strip.png --gif runs/walk.gif
+	$(BIN)/python launch/report.py runs/gan runs/lstm --out runs/report.html
 	@echo
 	@echo "The LSTM's last word: $$(tail -n 1 runs/lstm/metrics.jsonl)"
-	@echo "Pictures to open:"
+	@echo "To look at:"
+	@echo "  runs/report.html the page of both runs: curves, films, what was run"
 	@echo "  runs/grid.png    digits that the GAN made"
 	@echo "  runs/strip.png   from a 4 to a 1; as a film: runs/walk.gif"
 	@echo "  runs/gan/samples how they came about, step by step"

@@ -1,0 +1,217 @@
+"""Curves as SVG paths in the data's own coordinates.
+
+The box that they are drawn in is 1000 by 1000 and stretched by the page; one transform maps the data to it.
+To zoom, the page's script sets another transform; to read values off, it parses the paths: they are the only
+copy of the data.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import median_low
+
+from cs324dist.report.reading import Run, Series
+
+BOX = 1000
+MOST_POINTS = 800  # of a curve
+TABLE_ROWS = 11
+FAR = 4  # times as high as is usual
+LARGE = 1e7  # numbers from here on have an exponent
+
+
+@dataclass(frozen=True)
+class Axis:
+    """From `low` to `high`, in data coordinates."""
+
+    low: float
+    high: float
+
+    def share(self, value: float) -> float:
+        """Where a value lies, in percent of the axis."""
+        return 100 * (value - self.low) / (self.high - self.low)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A labelled place on an axis, in percent of it."""
+
+    place: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A value to hold a curve against."""
+
+    value: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run's line."""
+
+    run: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One metric of several runs over their steps."""
+
+    title: str
+    note: str
+    unit: str  # "": a plain number, "%": a share, "log": a positive number on a logarithmic axis
+    x: Axis
+    y: Axis
+    curves: list[Curve]
+    described: str
+    header: list[str] = field(default_factory=list)
+    table: list[list[str]] = field(default_factory=list)
+    reference: Reference | None = None
+
+    @property
+    def transform(self) -> str:
+        """From data coordinates to the box; y points down there."""
+        across, down = BOX / (self.x.high - self.x.low), BOX / (self.y.low - self.y.high)
+        return f"matrix({across:.9g} 0 0 {down:.9g} {-self.x.low * across:.9g} {-self.y.high * down:.9g})"
+
+    @property
+    def x_ticks(self) -> list[Tick]:
+        """Steps to label."""
+        return [Tick(self.x.share(v), number(v)) for v in ticks(self.x) if v == int(v)]
+
+    @property
+    def y_ticks(self) -> list[Tick]:
+        """Values to label."""
+        if self.unit == "log":
+            return [Tick(self.y.share(math.log10(v)), number(v)) for v in log_ticks(self.y)]
+        return [Tick(self.y.share(v), formatted(v, self.unit)) for v in ticks(self.y)]
+
+    def height(self, value: float) -> float:
+        """A value in data coordinates."""
+        return math.log10(value) if self.unit == "log" else value
+
+
+def chart(
+    title: str,
+    note: str,
+    metric: str,
+    unit: str,
+    runs: Sequence[tuple[int, Run]],
+    reference: Reference | None = None,
+) -> Chart | None:
+    """The curves of the runs that have the metric; None if none has."""
+    drawn = {index: run for index, run in runs if run.last(metric) is not None}
+    if not drawn:
+        return None
+    all_series = {index: run.series(metric) for index, run in drawn.items()}
+    shown = [[value for value in series.values() if value is not None] for series in all_series.values()]
+    shown += [[reference.value]] if reference else []
+    if unit == "log" and min(map(min, shown)) <= 0:
+        unit = ""
+    last = max(step for series in all_series.values() for step in series)
+    ends = [f"{run.name} ends at {formatted(run.last(metric), unit)}" for run in drawn.values()]
+    return Chart(
+        title=title,
+        note=note,
+        unit=unit,
+        x=Axis(0.0, float(max(last, 1))),
+        y=limits([[math.log10(v) if unit == "log" else v for v in values] for values in shown], unit),
+        curves=[Curve(index, path(series, unit == "log")) for index, series in all_series.items()],
+        described=f"{title} over {number(last)} steps. {'; '.join(ends)}.",
+        header=[run.name for run in drawn.values()],
+        table=_table(list(all_series.values()), unit),
+        reference=reference,
+    )
+
+
+def limits(curves: Sequence[Sequence[float]], unit: str) -> Axis:
+    """An axis that holds the curves with a little room; a share's goes from 0 to 100 %.
+
+    A curve that leaves the others far behind, as one that diverges, leaves the picture.
+    """
+    low, high = min(map(min, curves)), max(map(max, curves))
+    if unit == "" and (usual := median_low(map(max, curves))) > 0:
+        high = min(high, FAR * usual)
+    if unit == "%" and low >= 0 and high <= 1:
+        return Axis(-0.03, 1.03)
+    if unit != "log" and 0 < low < high / 2:
+        low = 0.0
+    room = 0.05 * (high - low) or abs(high) / 2 or 1.0
+    return Axis(low - room, high + room)
+
+
+def path(series: Series, log: bool) -> str:
+    """The line through the values, with a gap where there is none."""
+    strokes: list[list[str]] = [[]]
+    for step, value in thinned(series):
+        if value is None:
+            strokes.append([])
+        else:
+            strokes[-1].append(f"{step} {math.log10(value) if log else value:.5g}")
+    return "".join(f"M{'L'.join(points)}h0" for points in strokes if points)  # h0: a lone point is a dot
+
+
+def thinned(series: Series) -> Iterable[tuple[int, float | None]]:
+    """At most `MOST_POINTS` of the points, the least and the greatest of each stretch among them."""
+    points = list(series.items())
+    if len(points) <= MOST_POINTS:
+        return points
+    per_stretch = math.ceil(len(points) / (MOST_POINTS // 2 - 1))
+    kept = {points[0], points[-1]}
+    for start in range(0, len(points), per_stretch):
+        stretch = [p for p in points[start : start + per_stretch] if p[1] is not None]
+        stretch.sort(key=lambda point: point[1] or 0.0)
+        kept.update(stretch[:1] + stretch[-1:])
+    return sorted(kept, key=lambda point: point[0])
+
+
+def ticks(axis: Axis, about: int = 5) -> list[float]:
+    """Round numbers on the axis."""
+    rough = (axis.high - axis.low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.99)
+    first, last = math.ceil(axis.low / step), math.floor(axis.high / step)
+    return [float(f"{k * step:.10g}") for k in range(first, min(last, first + 2 * about) + 1)]
+
+
+def log_ticks(axis: Axis) -> list[float]:
+    """1, 2, 5, 10, … on an axis of logarithms; powers of ten alone where those are many."""
+    powers = range(math.floor(axis.low), math.ceil(axis.high) + 1)
+    factors = (1, 2, 5) if axis.high - axis.low < 2.5 else (1,)
+    values = (factor * 10.0**power for power in powers for factor in factors)
+    return [v for v in values if axis.low <= math.log10(v) <= axis.high][:20]
+
+
+def number(value: int | float) -> str:
+    """A number for people: 187 500, 0.0123."""
+    if value == int(value) and abs(value) < LARGE:
+        return f"{int(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}").replace("-", "\N{MINUS SIGN}")
+    return f"{value:.3g}".replace("e+", "e").replace("-", "\N{MINUS SIGN}")
+
+
+def formatted(value: float | None, unit: str) -> str:
+    """A value with its unit; a share that is not quite 100 % does not read so."""
+    if value is None:
+        return "\N{EN DASH}"
+    if unit != "%":
+        return number(float(f"{value:.3g}")) if abs(value) < 1000 else number(round(value))
+    percent = 100 * value
+    return (
+        f"{math.floor(percent * 100) / 100 if 99 < percent < 100 else round(percent, 1):g}\N{NO-BREAK SPACE}%"
+    )
+
+
+def _table(all_series: list[Series], unit: str) -> list[list[str]]:
+    """Values at a few steps: at each, a run's last so far, unless it has ended before."""
+    steps = sorted({step for series in all_series for step in series})
+    at = sorted({steps[round(k * (len(steps) - 1) / (TABLE_ROWS - 1))] for k in range(TABLE_ROWS)})
+    orders = [list(series.items()) for series in all_series]
+
+    def value(points: list[tuple[int, float | None]], step: int) -> str:
+        before = bisect_right(points, step, key=lambda point: point[0])
+        return formatted(points[before - 1][1], unit) if before and step <= points[-1][0] else ""
+
+    return [[number(step), *(value(points, step) for points in orders)] for step in at]

@@ -1,0 +1,134 @@
+"""Pictures as `data:` addresses: films of sample grids, and walks through the latent space."""
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from cs324dist.errors import Refused
+from cs324dist.models.gan import Generator
+from cs324dist.report.charts import number
+from cs324dist.report.reading import Run
+from cs324dist.sampling.generators import generate, latents, load_generator, surest
+from cs324dist.sampling.grids import grid
+from cs324dist.sampling.interpolation import Method, interpolate
+
+MOST_FRAMES = 160  # of all films of a page
+LARGEST_FILE, LARGEST_SIDE = 1 << 20, 1024  # bytes and pixels of a sample; ours are 17 KiB and 152
+START, END = 4, 1  # digits, as in the report
+WALK_FRAMES, STRIP_IMAGES = 48, 10
+METHODS: tuple[Method, ...] = ("linear", "spherical")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture, or some side by side, at one place of the slider."""
+
+    label: str
+    sources: list[str]
+    shares: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Film:
+    """The grids of samples, step by step."""
+
+    frames: list[Frame]
+    problems: list[str]
+
+    @property
+    def stills(self) -> list[tuple[str, Frame]]:
+        """Beginning, middle and end, as far as they are different pictures."""
+        count = len(self.frames)
+        places = {"Beginning": 0, "Middle": count // 2, "End": count - 1}
+        return [(name, self.frames[k]) for name, k in places.items()] if count > 2 else []
+
+
+@dataclass(frozen=True)
+class Walk:
+    """From one image to another, by each method."""
+
+    ends: str
+    frames: list[Frame]
+    strips: dict[str, str]
+
+
+def film(run: Run, most_frames: int) -> Film:
+    """The run's samples, evenly thinned; the first and the last are kept."""
+    steps, problems, frames = list(run.samples), [], []
+    count = min(len(steps), most_frames)
+    chosen = sorted({steps[round(k * (len(steps) - 1) / max(count - 1, 1))] for k in range(count)})
+    for step in chosen:
+        shares = [run.series(f"eval/share_of_{digit}").get(step) for digit in range(10)]
+        whole = [share for share in shares if share is not None and 0 <= share <= 1]
+        try:
+            source = read_picture(run.samples[step])
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            problems.append(f"samples/{run.samples[step].name} cannot be read")
+        else:
+            frames.append(Frame(f"step {number(step)}", [source], whole if len(whole) == 10 else None))
+    return Film(frames, problems)
+
+
+def read_picture(path: Path) -> str:
+    """A grey picture from a file that may be anything.
+
+    Raises:
+        OSError, ValueError, SyntaxError, Image.DecompressionBombError: it is no such picture.
+    """
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError("too large")
+    with Image.open(path, formats=["PNG"]) as picture:
+        if max(picture.size) > LARGEST_SIDE:
+            raise ValueError("too large")
+        return encoded(picture.convert("L"), lossy=True)
+
+
+def encoded(picture: Image.Image, *, lossy: bool = False) -> str:
+    """A picture in a `data:` address, which is a third longer than the file."""
+    file = io.BytesIO()
+    picture.save(file, "WEBP", quality=60, method=4) if lossy else picture.save(file, "PNG", optimize=True)
+    kind = "webp" if lossy else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def walk(run: Run) -> Walk:
+    """A walk through the latent space of the run's newest checkpoint.
+
+    Raises:
+        Refused: there is no checkpoint that can be used.
+    """
+    generator = load_generator(run.path)
+    start, end, ends = _ends(generator)
+    strips: dict[str, str] = {}
+    frames = []
+    for method in METHODS:
+        ten = generate(generator, interpolate(start, end, STRIP_IMAGES, method))
+        strips[method] = encoded(_picture(grid(ten, STRIP_IMAGES)))
+        images = generate(generator, interpolate(start, end, WALK_FRAMES, method))
+        frames.append([encoded(_picture(grid(image[None], 1))) for image in images])
+    return Walk(
+        ends,
+        [
+            Frame(f"{k + 1} of {WALK_FRAMES}", list(sources))
+            for k, sources in enumerate(zip(*frames, strict=True))
+        ],
+        strips,
+    )
+
+
+def _ends(generator: Generator) -> tuple[Tensor, Tensor, str]:
+    try:
+        ends = [surest(generator, digit, 1, seed=0)[0] for digit in (START, END)]
+    except Refused:  # it draws no such digits, or not yet
+        start, end = latents(generator, 0, 0, 2)
+        return start, end, "from one image to another"
+    return ends[0], ends[1], f"from a {START} to a {END}"
+
+
+def _picture(tiles: UInt8[Tensor, "1 height width"]) -> Image.Image:
+    return Image.fromarray(tiles[0].contiguous().numpy())

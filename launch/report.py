@@ -1,0 +1,38 @@
+"""Write one HTML page about runs, which opens from disk and needs nothing else.
+
+python launch/report.py runs/gan-fast-0 runs/lstm-length50-fast-0 --out report.html
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from cs324dist.command_line import parse
+from cs324dist.errors import Refused, errors_as_exit_codes
+from cs324dist.report.page import write_report
+
+
+@dataclass(frozen=True)
+class Report:
+    """What to report on."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Run folders: finished, running, stopped or failed."""
+
+    out: Path = Path("report.html")
+    """Page to write."""
+
+
+if __name__ == "__main__":
+    with errors_as_exit_codes():
+        options = parse(Report, __doc__)
+        if not options.out.parent.is_dir():
+            raise Refused(f"--out {options.out}: there is no folder {options.out.parent}; make it first")
+        try:
+            for line in write_report(options.runs, options.out):
+                print(f"warning: {line}: left out", file=sys.stderr)
+        except OSError as error:
+            raise Refused(f"{options.out} cannot be written: {error.strerror}") from None
+        print(options.out)

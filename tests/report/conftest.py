@@ -1,0 +1,29 @@
+"""Runs to report on."""
+
+import os
+from pathlib import Path
+
+import pytest
+from made_runs import HOSTILE, make_damaged, make_gan, make_lstm
+
+from cs324dist.runs.folder import RunFolder
+from cs324dist.training import lstm
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    """A folder of runs: three lengths, an RNN, two GANs, a damaged and an empty one."""
+    root = tmp_path_factory.mktemp("runs")
+    for length in (5, 10, 20):
+        make_lstm(root / f"lstm-length{length}", length, steps=500 if length == 20 else 300)
+    make_lstm(root / "rnn-length5", 5, model="rnn")
+    make_gan(root / "gan-fast-0")
+    make_gan(root / "gan-young", frames=1, checkpoint=False, distance=1e6)
+    make_damaged(root / HOSTILE)
+    empty = RunFolder(root / "empty")
+    empty.open("lstm", lstm.PRESETS["fast"].as_json())
+    empty.release()
+    for folder in root.iterdir():
+        for owner in (folder / "owners").glob("*.json"):
+            os.utime(owner, (0, 0))
+    return root

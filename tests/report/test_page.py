@@ -1,0 +1,145 @@
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from made_runs import ENDS_SCRIPT, HOSTILE, make_gan, make_lstm
+
+from cs324dist.report.page import write_report
+from cs324dist.report.reading import read_run
+
+
+class Page(HTMLParser):
+    """Elements and texts of a page, and whether every element is closed where it should be."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in {"meta", "img", "input", "br", "path"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def page(runs: Path, tmp_path_factory) -> Page:
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    assert write_report(tuple(sorted(runs.iterdir())), out) == []
+    return Page(out.read_text())
+
+
+def test_it_is_well_formed_and_refers_to_nothing_outside(page: Page) -> None:
+    assert page.open == []
+    for tag, attributes in page.tags:
+        assert tag not in {"link", "iframe", "object", "base"}
+        assert (attributes.get("src") or "data:").startswith("data:")
+        assert (attributes.get("href") or "#").startswith("#")
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_text_is_shown_as_text(page: Page) -> None:
+    assert HOSTILE in page.texts
+    assert any(ENDS_SCRIPT in text for text in page.texts)
+    scripts = [attributes for tag, attributes in page.tags if tag == "script"]
+    assert [s for s in scripts if s.get("type") != "application/json"] == [{}]
+    assert not any("onerror" in attributes for _, attributes in page.tags)
+
+
+def test_every_picture_has_an_alternative_text(page: Page) -> None:
+    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(pictures) >= 8
+    assert all(attributes.get("alt") for attributes in pictures)
+
+
+def test_what_has_not_finished_says_so_at_the_top(page: Page) -> None:
+    text = " ".join(page.texts)
+    top = text[: text.index("The network reads")]
+    assert "Eight runs: six finished" in top
+    assert "failed: RuntimeError:" in top
+    assert "has not begun" in top
+
+
+def test_the_lstm_table(page: Page) -> None:
+    text = re.sub(r"\s+", " ", " ".join(page.texts)).replace("\N{EN DASH}", "-")
+    assert "lstm-length5 LSTM 5 180 200 100 % 1 000 38 s" in text
+    assert "rnn-length5 RNN 5 180 200 100 % 1 000 38 s" in text
+    assert "lstm-length20 LSTM 20 - - 72.5 % 1 000 64 s" in text
+
+
+def test_a_gan_without_a_checkpoint_says_why_there_is_no_walk(page: Page) -> None:
+    text = " ".join(page.texts)
+    assert text.count("No walk through the latent space:") == 1
+    assert "no checkpoint yet" in text
+
+
+def test_a_task_of_ones_own_has_its_metrics_drawn(tmp_path: Path) -> None:
+    path = make_lstm(tmp_path / "run")
+    config = (path / "config.json").read_text()
+    (path / "config.json").write_text(config.replace('"task": "lstm"', '"task": "mine <b>"'))
+    write_report((path,), tmp_path / "report.html")
+    text = " ".join(Page((tmp_path / "report.html").read_text()).texts)
+    assert "mine <b>" in text
+    assert "train/accuracy" in text
+
+
+@pytest.mark.parametrize("content", ["{", '{"task": 3, "settings": [], "made_by": "x"}', "{}"])
+def test_a_run_whose_configuration_is_damaged(tmp_path: Path, content: str) -> None:
+    path = make_gan(tmp_path / "run")
+    (path / "config.json").write_text(content)
+    write_report((path,), tmp_path / "report.html")
+    assert Page((tmp_path / "report.html").read_text()).open == []
+
+
+def test_ten_runs_fit_into_five_megabytes(tmp_path: Path) -> None:
+    frames = make_gan(tmp_path / "0", frames=60)
+    for number in range(1, 10):
+        shutil.copytree(frames, tmp_path / str(number))
+    write_report(tuple(tmp_path.iterdir()), tmp_path / "report.html")
+    size = (tmp_path / "report.html").stat().st_size
+    assert size < 5_000_000  # of noise, which compresses worst
+    assert len(read_run(frames, "").samples) == 60
+
+
+def test_the_page_before_stands_if_the_new_one_cannot_be_written(tmp_path: Path, monkeypatch) -> None:
+    path, out = make_lstm(tmp_path / "run"), tmp_path / "report.html"
+    out.write_text("before")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        write_report((path,), out)
+    assert out.read_text() == "before"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "run"]
+
+
+class TestCommand:
+    def test_it_writes_the_page_and_leaves_out_what_is_no_run(self, launch, runs, tmp_path):
+        out = tmp_path / "report.html"
+        done = launch("launch/report.py", runs / "lstm-length5", tmp_path, "--out", out)
+        assert done.stdout == f"{out}\n"
+        assert done.stderr == f"warning: {tmp_path} is no run: left out\n"
+        assert out.read_text().startswith("<!doctype html>")
+
+    def test_no_run_is_refused_in_one_line(self, launch, tmp_path):
+        done = launch("launch/report.py", tmp_path, "--out", tmp_path / "report.html", check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"error: {tmp_path} is no run: give run folders, such as runs/gan-fast-0\n"
+        assert list(tmp_path.iterdir()) == []
