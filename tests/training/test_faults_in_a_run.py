@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from cs324dist.runs.checkpoints import verify_checkpoint
 
+pytestmark = pytest.mark.slow  # real processes, signals and faults: minutes
+
 REPOSITORY = Path(__file__).parents[2]
 LSTM = ("launch/lstm.py", "--length", "4", "--batch-size", "8", "--log-every", "1", "--wandb", "disabled")
 MEBIBYTE = 1 << 20

@@ -20,6 +20,8 @@ import os, runpy, signal, sys
 from pathlib import Path
 from cs324dist.runs import checkpoints, folder
 
+pytestmark = pytest.mark.slow  # real processes, signals and faults: minutes
+
 place, count, sys.argv = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 
 def stops(honest):

@@ -24,6 +24,8 @@ from cs324dist.models.gan import Generator
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
 from cs324dist.runs.folder import RunFolder
 
+pytestmark = pytest.mark.slow  # real processes, signals and faults: minutes
+
 TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
 LONG = ("launch/lstm.py", "--length", "10", "--steps", "5000", "--log-every", "1", "--evaluate-every", "5000",
         "--checkpoint-every", "5000", "--wandb", "disabled")  # fmt: skip
