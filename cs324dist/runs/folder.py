@@ -61,6 +61,8 @@ class RunFolder:
             Refused: it is something else.
         """
         for name in (*FOLDERS, "wandb", "metrics.jsonl"):
+            if name in FOLDERS and (self.path / name).exists() and not (self.path / name).is_dir():
+                raise Refused(f"{self.path / name} is no folder: it is damaged, or not of this project")
             if (self.path / name).is_symlink():
                 raise Refused(f"{self.path / name} is a link: a run writes nowhere but into its own folder")
         if not self.exists:
