@@ -9,6 +9,7 @@ import time
 
 from accelerate import DistributedDataParallelKwargs
 
+from cs324dist.errors import leave
 from cs324dist.training import process
 from cs324dist.training.gan import PRESETS, GANTask
 
@@ -43,4 +44,5 @@ if __name__ == "__main__":
         times.append(time.perf_counter() - before)
     if accelerator.is_main_process:
         print(json.dumps({"milliseconds": 1000 * statistics.median(times[WARM_UP:])}))
-    process.leave(accelerator)
+    accelerator.end_training()
+    leave(0)

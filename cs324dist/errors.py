@@ -1,10 +1,12 @@
-"""How the project says no: one line for each thing the user must change."""
+"""How the project says no: one line for each thing the user must know, once for all ranks."""
 
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
+EXIT_FAILED = 1
 EXIT_REFUSED = 2
 EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: run the same command again to continue
 
@@ -12,17 +14,53 @@ EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: run the same command again to conti
 class Refused(Exception):
     """Input that cannot be used. Each line says what was given, what is allowed and what to do."""
 
+    exit_code = EXIT_REFUSED
+    alike_on_all_ranks = True  # and so said by the first alone
+
     def __init__(self, *lines: str) -> None:
-        super().__init__("\n".join(lines))
+        super().__init__(*lines)
         self.lines = lines
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+class Failed(Refused):
+    """Work that cannot go on, through no fault of the input's form. Each line says why and what to do."""
+
+    exit_code = EXIT_FAILED
 
 
 @contextmanager
-def refusals_as_exit_code() -> Iterator[None]:
-    """Turn `Refused` into its lines on stderr, once for all ranks, and exit code 2, without a traceback."""
+def errors_as_exit_codes() -> Iterator[None]:
+    """Turn `Refused`, `Failed` and Ctrl-C into lines on stderr and an exit code, without a traceback."""
     try:
         yield
     except Refused as refusal:
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.writelines(f"error: {line}\n" for line in refusal.lines)
-        sys.exit(EXIT_REFUSED)
+        rank = os.environ.get("RANK", "0")
+        if refusal.alike_on_all_ranks:
+            _say(*(f"error: {line}" for line in refusal.lines))
+        else:
+            sys.stderr.writelines(f"error on rank {rank}: {line}\n" for line in refusal.lines)
+        leave(refusal.exit_code)
+    except KeyboardInterrupt:
+        _say("stopped by a signal")
+        leave(EXIT_STOPPED)
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End the process.
+
+    Gloo's threads live on while anything refers to the process group, and one that lets go of a tensor while
+    the interpreter shuts down aborts the process (pytorch #179291): one of several leaves without a shutdown.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
+
+
+def _say(*lines: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.writelines(f"{line}\n" for line in lines)

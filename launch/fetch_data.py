@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cs324dist.command_line import OneOf, parse
 from cs324dist.data.images import SHA256, fetch
-from cs324dist.errors import refusals_as_exit_code
+from cs324dist.errors import errors_as_exit_codes
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class FetchData:
 
 
 if __name__ == "__main__":
-    with refusals_as_exit_code():
+    with errors_as_exit_codes():
         arguments = parse(FetchData, FetchData.__doc__ or "")
         print(fetch(arguments.dataset, arguments.data_root))
         for name, sha256 in SHA256[arguments.dataset].items():

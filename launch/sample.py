@@ -17,7 +17,7 @@ import torch
 from tyro.conf import Positional, subcommand
 
 from cs324dist.command_line import Count, OneOf, Within, parse
-from cs324dist.errors import Refused, refusals_as_exit_code
+from cs324dist.errors import Refused, errors_as_exit_codes
 from cs324dist.runs.files import replaced
 from cs324dist.runs.models import save_tensors
 from cs324dist.sampling.generators import generate, latents, load_generator, surest
@@ -148,7 +148,7 @@ Command = (
 
 
 if __name__ == "__main__":
-    with refusals_as_exit_code():
+    with errors_as_exit_codes():
         command = parse(Command, __doc__)
         if not command.out.parent.is_dir():
             raise Refused(f"--out {command.out}: there is no folder {command.out.parent}; make it first")

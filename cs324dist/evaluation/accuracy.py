@@ -1,6 +1,6 @@
 """Counting right answers; each rank counts its share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float, Int64
@@ -11,6 +11,7 @@ from cs324dist.data.palindromes import DIGITS, all_palindromes, encode, free_dig
 from cs324dist.data.streams import Shard, Stream
 
 Predict = Callable[[Tensor], Tensor]  # inputs to logits
+Watching = Callable[[Iterable[Tensor]], Iterable[Tensor]]  # may end early; see `training.task`
 TRIALS = 10_000
 TRIALS_WHEN_LONG = 1_000
 LONG = 2_000  # digits; beyond, 10 000 palindromes take minutes
@@ -19,7 +20,13 @@ DIGITS_AT_ONCE = 250_000  # what a forward pass holds in memory, about 2 KiB a d
 
 @torch.no_grad()
 def count_right_palindromes(
-    predict: Predict, coding: str, length: int, stream: Stream, shard: Shard, dtype: torch.dtype
+    predict: Predict,
+    coding: str,
+    length: int,
+    stream: Stream,
+    shard: Shard,
+    dtype: torch.dtype,
+    watching: Watching = iter,
 ) -> tuple[Int64[Tensor, ""], int]:
     """How many palindromes this rank's share of the trials gets right, and how many trials there are in all.
 
@@ -28,7 +35,7 @@ def count_right_palindromes(
     exhaustive = DIGITS ** free_digits(length) <= TRIALS
     trials = DIGITS ** free_digits(length) if exhaustive else TRIALS if length <= LONG else TRIALS_WHEN_LONG
     right = torch.zeros((), dtype=torch.int64, device=shard.device)
-    for indices in shard.samples(0, trials).split(max(1, DIGITS_AT_ONCE // length)):
+    for indices in watching(shard.samples(0, trials).split(max(1, DIGITS_AT_ONCE // length))):
         digits, last = (
             all_palindromes(length, indices) if exhaustive else palindromes(stream, indices, length)
         )
@@ -38,11 +45,16 @@ def count_right_palindromes(
 
 @torch.no_grad()
 def count_right_images(
-    predict: Predict, images: LabelledImages, shard: Shard, dtype: torch.dtype, batch: int = 500
+    predict: Predict,
+    images: LabelledImages,
+    shard: Shard,
+    dtype: torch.dtype,
+    batch: int = 500,
+    watching: Watching = iter,
 ) -> Int64[Tensor, ""]:
     """How many images of this rank's share are classified right."""
     right = torch.zeros((), dtype=torch.int64, device=shard.device)
-    for indices in shard.samples(0, len(images.labels)).split(batch):
+    for indices in watching(shard.samples(0, len(images.labels)).split(batch)):
         inputs = to_unit_range(images.images[indices], dtype)
         right += (predict(inputs).argmax(dim=1) == images.labels[indices]).sum()
     return right

@@ -3,25 +3,30 @@
 checkpoints/000001000/
     generator/{config.json,model.safetensors}  …
     optimizers.safetensors
-    trainer.json    step, world size, counters, loss scale, SHA-256 of every file
+    trainer.json    step, generation, world size, counters, …, SHA-256 of every file
 """
 
 import hashlib
 import json
+import math
+import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from cs324dist.errors import Refused
-from cs324dist.runs.files import read_json, sha256, sync, write_json
-from cs324dist.runs.models import load_tensors_into, save_model, save_tensors
+from cs324dist.errors import Failed, Refused
+from cs324dist.runs.files import is_number, read_json, sha256, sync, write_json
+from cs324dist.runs.models import copy_into, read_tensors, save_model, save_tensors
 
 TRAINER = "trainer.json"
 OPTIMIZERS = "optimizers.safetensors"
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -40,32 +45,66 @@ class TrainerState:
     loss_scale: Mapping[str, float] = field(default_factory=dict)
     """State of the fp16 gradient scaler; empty otherwise."""
 
+    generation: int = 1
+    """The owner that wrote it; see `ownership`."""
+
+    metrics_lines: int = 0
+    """Lines of `metrics.jsonl` that belong to the completed steps."""
+
+    evaluation_owed: bool = False
+    """Whether a signal cut this step's evaluation short."""
+
 
 def write_checkpoint(
     folder: Path, models: Mapping[str, nn.Module], optimizers: Mapping[str, Tensor], state: TrainerState
 ) -> None:
-    """Write a checkpoint under a temporary name beside `folder`, sync it, and rename it to `folder`."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    """Write a checkpoint under a temporary name beside `folder`, sync it, and rename it to `folder`.
+
+    Raises:
+        Failed: a tensor is not finite.
+        OSError: it cannot be written, or a later owner has written it; nothing of it is left.
+    """
+    for name, tensors in {**{n: m.state_dict() for n, m in models.items()}, "optimizer": optimizers}.items():
+        if not _all_finite(tensors.values()):
+            raise Failed(f"after step {state.step}, the {name} holds values that are not finite")
+    temporary = folder.with_name(f".{folder.name}.{state.generation}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, model in models.items():
-        save_model(temporary / name, model)
-    save_tensors(temporary / OPTIMIZERS, optimizers)
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    for path in files:
-        sync(path)
-    for name in models:
-        sync(temporary / name)
-    content = {**asdict(state), "sha256": {str(path.relative_to(temporary)): sha256(path) for path in files}}
-    write_json(temporary / TRAINER, {**content, "own_sha256": _digest(content)})
-    sync(temporary)
-    shutil.rmtree(folder, ignore_errors=True)  # one that was found damaged, or of a run that went back
-    temporary.replace(folder)
+    try:
+        _write_files(temporary, models, optimizers, state)
+        if _generation(folder) <= state.generation:
+            shutil.rmtree(folder, ignore_errors=True)  # damaged, or left by an owner that was cut off
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     sync(folder.parent)
 
 
-def verify_checkpoint(folder: Path) -> TrainerState:
-    """Check every file's digest.
+def _write_files(
+    folder: Path, models: Mapping[str, nn.Module], optimizers: Mapping[str, Tensor], state: TrainerState
+) -> None:
+    folder.mkdir(parents=True)
+    for name, model in models.items():
+        save_model(folder / name, model)
+    save_tensors(folder / OPTIMIZERS, optimizers)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        sync(path)
+    for name in models:
+        sync(folder / name)
+    content = {**asdict(state), "sha256": {str(path.relative_to(folder)): sha256(path) for path in files}}
+    write_json(folder / TRAINER, {**content, "own_sha256": _digest(content)})
+    sync(folder)
+
+
+@torch.no_grad()
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    largest = torch._foreach_norm(floats, math.inf) if floats else ()  # NaN, if there is one
+    return all(math.isfinite(x) for x in largest)
+
+
+def verify_checkpoint(folder: Path, needed: Iterable[str] = ()) -> TrainerState:
+    """Check every file's digest, and that the files `needed` are among them.
 
     Raises:
         Refused: naming the first file that is missing or damaged.
@@ -77,14 +116,26 @@ def verify_checkpoint(folder: Path) -> TrainerState:
     if not isinstance(digests, dict) or OPTIMIZERS not in digests:
         raise Refused(f"{folder / TRAINER} lists no files: it is damaged, or not a file of this project")
     for name, expected in digests.items():
+        if not re.fullmatch(r"(\w{1,99}/)?\w{1,99}\.(json|safetensors)", name, re.ASCII):
+            raise Refused(f"{folder / TRAINER} names {name[:200]!r}, which is no file of a checkpoint")
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
             raise Refused(f"{folder / TRAINER} names {name!r}, outside the checkpoint")
         if not path.is_file():
             raise Refused(f"{path} is missing")
-        if sha256(path) != expected:
+        try:
+            found = sha256(path)
+        except OSError as error:
+            raise Refused(f"{path} cannot be read: {error.strerror}") from None
+        if found != expected:
             raise Refused(f"{path} is damaged: its SHA-256 is not the one in {TRAINER}")
-    return _trainer_state(folder, content)
+    for name in needed:
+        if name not in digests:
+            raise Refused(f"{folder} holds no {name}: it is a checkpoint of another task")
+    state = _trainer_state(folder, content)
+    if folder.name.isdecimal() and int(folder.name) != state.step:
+        raise Refused(f"{folder / TRAINER} is of step {state.step}: it was moved here, or is damaged")
+    return state
 
 
 def read_checkpoint(
@@ -93,25 +144,60 @@ def read_checkpoint(
     """Check a checkpoint and copy it into models and optimizer state, in place.
 
     Raises:
-        Refused: damaged, or written for other models.
+        Refused: damaged, or written for other models; nothing was copied then.
     """
-    state = verify_checkpoint(folder)
-    for name, model in models.items():
-        load_tensors_into(folder / name / "model.safetensors", model.state_dict())
-    load_tensors_into(folder / OPTIMIZERS, optimizers)
+    targets = tensors_by_file(models, optimizers)
+    state = verify_checkpoint(folder, targets)
+    tensors = {file: read_tensors(folder / file, expected) for file, expected in targets.items()}
+    for file, expected in targets.items():
+        copy_into(expected, tensors[file])
     return state
 
 
+def tensors_by_file(
+    models: Mapping[str, nn.Module], optimizers: Mapping[str, Tensor]
+) -> dict[str, Mapping[str, Tensor]]:
+    """The live tensors that a checkpoint is made of, by the file that holds them."""
+    files: dict[str, Mapping[str, Tensor]] = {
+        f"{name}/{WEIGHTS}": model.state_dict() for name, model in models.items()
+    }
+    return {**files, OPTIMIZERS: optimizers}
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints below `folder`, newest first."""
-    found = (path for path in folder.glob("[0-9]*") if path.name.isdecimal())
-    return sorted(found, key=lambda path: int(path.name), reverse=True)
+    """The checkpoints below `folder`: those of the latest owner first, and of one owner the newest first.
+
+    Before them those that do not say who wrote them, so that the damage is seen.
+    """
+    found = folder.iterdir() if folder.is_dir() else ()
+    named = (path for path in found if re.fullmatch("[0-9]{9,10}", path.name))
+    ours = (path for path in named if path.is_dir() and not path.is_symlink())
+    return sorted(ours, key=lambda path: (_generation(path) or math.inf, int(path.name)), reverse=True)
 
 
-def keep_newest(folder: Path, count: int) -> None:
-    """Delete all but the newest `count` checkpoints, and what a killed writer left behind."""
-    for path in [*checkpoints_in(folder)[count:], *folder.glob(".*.tmp")]:
-        shutil.rmtree(path)
+def keep_newest(folder: Path, count: int, generation: int = 1) -> None:
+    """Delete all but the newest `count` checkpoints, and what a killed writer left behind.
+
+    What later generations than this wrote stays.
+    """
+    written_by = {path: _generation(path) for path in checkpoints_in(folder)}
+    newest_first = sorted(written_by, key=lambda path: (written_by[path], int(path.name)), reverse=True)
+    for path in newest_first[count:]:
+        if written_by[path] <= generation:
+            shutil.rmtree(path)
+    for path in folder.glob(".*.tmp"):
+        writer = re.fullmatch(r"\.[0-9]+\.([0-9]{1,9})\.tmp", path.name)
+        if writer is None or int(writer[1]) <= generation:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _generation(checkpoint: Path) -> int:
+    """The owner that wrote it; 0 where it does not say so."""
+    try:
+        generation = read_json(checkpoint / TRAINER).get("generation")
+    except Refused:
+        return 0
+    return generation if type(generation) is int else 0
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -119,18 +205,18 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _trainer_state(folder: Path, content: Mapping[str, Any]) -> TrainerState:
-    step, world_size = content.get("step"), content.get("world_size")
-    counters, loss_scale = content.get("counters"), content.get("loss_scale")
-    if (
-        not _are(int, [step, world_size])
-        or not isinstance(counters, dict)
-        or not _are(int, counters.values())
-        or not isinstance(loss_scale, dict)
-        or not _are((int, float), loss_scale.values())
-    ):
+    try:
+        state = TrainerState(**content)
+        counts = [state.step, state.world_size, state.generation, state.metrics_lines]
+        well_formed = (
+            all(type(n) is int and is_number(n) for n in [*counts, *state.counters.values()])
+            and min(counts) >= 0
+            and state.world_size > 0
+            and all(is_number(x) for x in state.loss_scale.values())
+            and type(state.evaluation_owed) is bool
+        )
+    except (TypeError, AttributeError):
+        well_formed = False
+    if not well_formed:
         raise Refused(f"{folder / TRAINER} has values of the wrong type: it is damaged")
-    return TrainerState(step, world_size, counters, loss_scale)  # type: ignore[arg-type]
-
-
-def _are(kind: type | tuple[type, ...], values: Iterable[Any]) -> bool:
-    return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
+    return state

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise Refused(f"{path} is larger than {LARGEST_JSON} bytes: it is not a file of this project")
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
@@ -57,6 +58,28 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise Refused(f"{path} holds no JSON object: it is damaged, or not a file of this project")
     return content
+
+
+def parse_json(text: bytes) -> Any:
+    """A JSON value.
+
+    Raises:
+        ValueError, RecursionError: it is none; NaN and the infinities are not JSON.
+    """
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number that every reader can hold."""
+    return (
+        type(value) in (int, float)
+        and abs(value) < math.inf
+        and (type(value) is float or abs(value) <= 1 << 53)
+    )
 
 
 def sha256(path: Path) -> str:

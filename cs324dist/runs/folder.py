@@ -5,34 +5,50 @@ status.json       running | stopped | finished | failed, the step, and why
 metrics.jsonl     one JSON object a line
 samples/          pictures, named by step
 checkpoints/      see `checkpoints`
+owners/           see `ownership`
 """
 
+import errno
 import importlib.metadata
+import itertools
 import json
 import math
+import os
 import platform
+import re
 import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from cs324dist.errors import Refused
-from cs324dist.runs.checkpoints import checkpoints_in, verify_checkpoint
-from cs324dist.runs.files import read_json, replaced, write_json
+from cs324dist.runs.checkpoints import (
+    checkpoints_in,
+    verify_checkpoint,
+)
+from cs324dist.runs.files import is_number, parse_json, read_json, replaced, write_json
+from cs324dist.runs.ownership import Ownership
 
 State = Literal["running", "stopped", "finished", "failed"]
+FOLDERS = {"owners", "checkpoints", "samples"}
+LARGEST_LINE = 1 << 16  # bytes of a line of metrics; ours are a few hundred
 
 
 class RunFolder:
-    """The files of one run; only the main process writes them."""
+    """The files of one run; only the process that owns it writes them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._owner: Ownership | None = None
+        self._metrics: FileIO | None = None
+        self._metrics_lines = 0
+        self._unwritten = b""
 
     def __str__(self) -> str:
         return str(self.path)
@@ -43,8 +59,12 @@ class RunFolder:
         Raises:
             Refused: it is something else.
         """
+        for name in FOLDERS:
+            if (self.path / name).is_symlink():
+                raise Refused(f"{self.path / name} is a link: a run writes nowhere but into its own folder")
         if not self.exists:
-            if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
+            found = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+            if self.path.is_file() or found - FOLDERS - {".config.json.tmp"}:
                 raise Refused(
                     f"--run-dir {self} holds something that is no run: give an empty or a new folder"
                 )
@@ -57,33 +77,63 @@ class RunFolder:
         if lines := conflicts(stored["settings"]):
             raise Refused(*lines)
 
-    def open(self, task: str, settings: Mapping[str, Any]) -> None:
-        """Make the folder, or go on with it; say what is run and by what.
+    def claim(self) -> None:
+        """Own the folder, which is made if it is new.
 
         Raises:
-            Refused: it cannot be written to.
+            Refused: a live process owns it, or it cannot be written to.
         """
-        stored = self.read_config() if self.exists else {}
-        made_by = environment()
-        for name, value in made_by.items():
-            before = stored.get("made_by", made_by).get(name)
-            if value != before:
-                print(
-                    f"warning: {self} was made with {name} {before}, now {value}: bits may differ",
-                    file=sys.stderr,
-                )
-        tracker_id = stored.get("tracker_run_id") or secrets.token_hex(4)
         try:
-            for folder in (self.checkpoints, self.path / "samples"):
-                folder.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._owner = Ownership(self.path)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def release(self, *, unused: bool = False) -> None:
+        """Let another process own it; `unused` leaves no trace of this one."""
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._owner is not None:
+            self._owner.withdraw() if unused else self._owner.release()
+        self._owner = self._metrics = None
+
+    def open(self, task: str, settings: Mapping[str, Any], precision: str = "no") -> None:
+        """Own the folder, and write down what is run and by what; a difference to what ran before is said.
+
+        Raises:
+            Refused: see `claim`.
+        """
+        if self._owner is None:
+            self.claim()
+        stored = self.read_config() if self.exists else {}
+        made_by = self.made_by(precision)
+        tracker_id = stored.get("tracker_run_id")
+        if not (isinstance(tracker_id, str) and re.fullmatch("[0-9a-f]{8}", tracker_id)):
+            tracker_id = secrets.token_hex(4)
+        try:
+            for folder in FOLDERS:
+                (self.path / folder).mkdir(exist_ok=True)
             write_json(
                 self.path / "config.json",
                 {"task": task, "settings": settings, "tracker_run_id": tracker_id, "made_by": made_by},
             )
         except OSError as error:
-            raise Refused(
-                f"--run-dir {self} cannot be written to ({error.strerror}): give a folder that can be"
-            ) from None
+            raise self._unwritable(error) from None
+
+    def made_by(self, precision: str) -> dict[str, Any]:
+        """What a result's bits may depend on; what differs from what the run was made by so far is said."""
+        here = {**environment(), "precision": precision}
+        before = self.read_config().get("made_by") if self.exists else None
+        for name, value in here.items():
+            if isinstance(before, dict) and value != before.get(name):
+                print(
+                    f"warning: {self} was made with {name} {before.get(name)}, now {value}: bits may differ",
+                    file=sys.stderr,
+                )
+        return here
+
+    def _unwritable(self, error: OSError) -> Refused:
+        return Refused(f"--run-dir {self} cannot be written to ({error.strerror}): give a folder that can be")
 
     @property
     def exists(self) -> bool:
@@ -94,6 +144,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def generation(self) -> int:
+        """Which owner this is, counted from 1."""
+        return self._owner.generation if self._owner else 1
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint of one step."""
@@ -107,54 +162,146 @@ class RunFolder:
         """Everything in `config.json`."""
         return read_json(self.path / "config.json")
 
+    def check_owned(self) -> None:
+        """Find that no other process has taken the folder over; called before anything is written.
+
+        Raises:
+            Superseded: one has.
+        """
+        if self._owner is not None:
+            self._owner.check()
+
     def write_status(self, state: State, step: int, why: str = "") -> None:
-        """Say where the run stands: what a batch script reads."""
-        write_json(self.path / "status.json", {"state": state, "step": step, "why": why})
+        """Say where the run stands: what a batch script reads. If that cannot be written, it is said."""
+        self.check_owned()
+        try:
+            write_json(self.path / "status.json", {"state": state, "step": step, "why": why})
+        except OSError as error:
+            print(f"warning: {self}/status.json cannot be written: {error.strerror}", file=sys.stderr)
 
     def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a line; `step` is the number of completed steps. What is not finite is written as null."""
-        line = {"step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        """Add a line; `step` is the number of completed steps. What is not finite is written as null.
+
+        Raises:
+            OSError: it cannot be written; it will be, together with the next.
+        """
+        row = {"step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
+        self._unwritten += json.dumps(row, allow_nan=False).encode() + b"\n"
+        self._metrics_lines += 1
+        self.write_metrics()
+
+    def write_metrics(self, *, sync: bool = False) -> int:
+        """Write the lines that are still to be written, to the disk itself with `sync`.
+
+        Returns:
+            How many lines there are.
+
+        Raises:
+            OSError: it cannot be done; no part of a line is left behind.
+        """
+        self.check_owned()
+        if self._metrics is None:
+            self._metrics = FileIO(self.path / "metrics.jsonl", "a")
+        size = os.fstat(self._metrics.fileno()).st_size
+        try:
+            if self._metrics.write(self._unwritten) < len(self._unwritten):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path / "metrics.jsonl"))
+        except OSError:
+            self._metrics.truncate(size)
+            raise
+        self._unwritten = b""
+        if sync:
+            os.fsync(self._metrics.fileno())
+        return self._metrics_lines
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines so far; one that a killed writer left unfinished is passed over."""
-        path = self.path / "metrics.jsonl"
-        rows = []
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
-        return rows
+        """The rows so far; lines that are none, such as one that is just being written, are passed over."""
+        return [row for line in self._lines_of_metrics() if (row := _row(line)) is not None]
 
-    def go_back_to(self, step: int) -> None:
-        """Drop the metrics past a checkpoint, whose steps are about to be taken again; the run is running."""
+    def check_metrics(self, lines: int) -> None:
+        """Find that the first lines are whole, as far as they are there.
+
+        Raises:
+            Refused: one is damaged.
+        """
+        for number, line in enumerate(itertools.islice(self._lines_of_metrics(), lines), 1):
+            if _row(line) is None:
+                raise Refused(
+                    f"{self.path / 'metrics.jsonl'}: line {number} is damaged: "
+                    f"mend or delete it, then run the same command again"
+                )
+
+    def _lines_of_metrics(self) -> Iterator[bytes]:
         path = self.path / "metrics.jsonl"
-        kept = [json.dumps(row) + "\n" for row in self.read_metrics() if row["step"] <= step]
-        with replaced(path) as temporary:
-            temporary.write_text("".join(kept))
+        if path.is_file():
+            with path.open("rb") as file:
+                while (line := file.readline(LARGEST_LINE)).endswith(b"\n") or len(line) == LARGEST_LINE:
+                    yield line
+
+    def go_back_to(self, step: int, metrics_lines: int) -> None:
+        """Drop the metrics past the checkpoint of `step`, after which steps are about to be taken again."""
+        self.check_owned()
+        first = itertools.islice(self._lines_of_metrics(), metrics_lines)
+        kept = [line for line in first if (row := _row(line)) and row["step"] <= step]
+        if (lost := metrics_lines - len(kept)) > 0:
+            print(f"warning: {self}/metrics.jsonl lacks {lost} lines up to step {step}", file=sys.stderr)
+        # A new file: an earlier owner that still runs has the old one open, and writes there.
+        with replaced(self.path / "metrics.jsonl") as temporary:
+            temporary.write_bytes(b"".join(kept))
+        if self._metrics is not None:
+            self._metrics.close()
+        self._metrics_lines, self._unwritten, self._metrics = len(kept), b"", None
         self.write_status("running", step)
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint, valid or not."""
+        return next(iter(checkpoints_in(self.checkpoints)), None)
 
     def newest_step(self) -> int:
         """The step of the newest checkpoint; 0 without one."""
-        return max((int(path.name) for path in checkpoints_in(self.checkpoints)), default=0)
+        newest = self.newest()
+        return int(newest.name) if newest else 0
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest valid checkpoint; damaged ones that are newer are named and moved aside."""
+        """The newest valid checkpoint; damaged ones that are newer are named and moved aside.
+
+        Raises:
+            Refused: there are checkpoints, and all of them are damaged.
+        """
+        damaged: dict[Path, Refused] = {}
         for folder in checkpoints_in(self.checkpoints):
             try:
                 verify_checkpoint(folder)
-            except Refused as refusal:
-                aside = folder.with_name(f"damaged-{folder.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.replace(aside)
-                print(f"warning: {refusal}; moved to {aside}, going back to the one before", file=sys.stderr)
+            except Refused as error:
+                damaged[folder] = error
             else:
-                return folder
+                break
+        else:
+            if damaged:
+                raise Refused(
+                    *(str(refusal) for refusal in damaged.values()),
+                    f"no checkpoint of {self} can be used: bring one back, or give another --run-dir",
+                )
+            return None
+        for path, refusal in damaged.items():
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.replace(aside)
+            print(f"warning: {refusal}; moved to {aside}, going back to the one before", file=sys.stderr)
+        return folder
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = parse_json(line)
+    except (ValueError, RecursionError):
         return None
+    well_formed = (
+        isinstance(row, dict)
+        and type(row.get("step")) is int
+        and all(value is None or is_number(value) for value in row.values())
+    )
+    return row if well_formed else None
 
 
 def environment() -> dict[str, Any]:

@@ -1,54 +1,100 @@
 """One model in a folder: `config.json` (class and arguments) and `model.safetensors`, the Hub's file names.
 
-Read strictly: every tensor must be there, no other, each of the right shape and dtype.
+Read strictly: every tensor must be there, no other, each of the right shape and dtype, all of it finite. What
+a file claims to hold is compared with what is expected before any of it is read.
 """
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cs324dist.errors import Refused
 from cs324dist.runs.files import read_json, write_json
 
 LARGEST_SIZE = 65_536  # of any argument of a model
+LARGEST_HEADER = 1 << 20  # bytes of a safetensors file's list of tensors; ours are a few thousand
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, from whatever device, as safetensors."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    """Write tensors, from whatever device, as safetensors.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # which says "… (os error 28)" for a full disk
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else 0
+        raise OSError(code, os.strerror(code) if number else str(error), str(path)) from None
+
+
+def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file that holds exactly the names, shapes and dtypes of `expected`, all finite.
+
+    Raises:
+        Refused: it does not, or is missing or damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            if int.from_bytes(file.read(8), "little") > LARGEST_HEADER:
+                raise Refused(f"{path} cannot be read as safetensors: its header is too large, or damaged")
+        with safe_open(path, framework="pt") as stored:
+            _compare(path, stored, expected)
+            tensors = {name: stored.get_tensor(name) for name in expected}
+    except (OSError, SafetensorError) as error:
+        raise Refused(f"{path} cannot be read as safetensors: {error}") from None
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise Refused(f"{path}: {name!r} holds values that are not finite: it is damaged")
+    return tensors
+
+
+def _compare(path: Path, stored: safe_open, expected: Mapping[str, Tensor]) -> None:
+    names = set(stored.keys())
+    if absent := sorted(expected.keys() - names):
+        raise Refused(f"{path} lacks {len(absent)} tensors, the first of them {absent[0]!r}")
+    if foreign := sorted(names - expected.keys()):
+        raise Refused(f"{path} holds {len(foreign)} tensors too many, the first of them {foreign[0]!r}")
+    for name, tensor in expected.items():
+        header = stored.get_slice(name)
+        found = (header.get_dtype(), tuple(header.get_shape()))
+        if found != (wanted := (DTYPES[tensor.dtype], tuple(tensor.shape))):
+            raise Refused(f"{path}: {name!r} is {found[0]} {found[1]}, expected {wanted[0]} {wanted[1]}")
 
 
 def load_tensors_into(path: Path, targets: Mapping[str, Tensor]) -> None:
     """Copy a safetensors file into `targets`, in place.
 
     Raises:
-        Refused: the file is missing, damaged, or does not hold exactly the targets' names, shapes and dtypes;
-            the targets are then as they were.
+        Refused: see `read_tensors`; the targets are then as they were.
     """
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise Refused(f"{path} cannot be read as safetensors: {error}") from None
-    if absent := sorted(targets.keys() - tensors.keys()):
-        raise Refused(f"{path} lacks {len(absent)} tensors, the first of them {absent[0]!r}")
-    if foreign := sorted(tensors.keys() - targets.keys()):
-        raise Refused(f"{path} holds {len(foreign)} tensors too many, the first of them {foreign[0]!r}")
+    copy_into(targets, read_tensors(path, targets))
+
+
+@torch.no_grad()
+def copy_into(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy each tensor to its target, in place."""
     for name, target in targets.items():
-        found = tensors[name]
-        if found.shape != target.shape or found.dtype != target.dtype:
-            raise Refused(
-                f"{path}: {name!r} is {found.dtype} {tuple(found.shape)}, "
-                f"expected {target.dtype} {tuple(target.shape)}"
-            )
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(tensors[name])
+        target.copy_(tensors[name])
 
 
 def save_model(folder: Path, model: nn.Module) -> None:
@@ -72,10 +118,13 @@ def load_model(folder: Path, expected: type[Model]) -> Model:
     if any(type(value) is not int or not 1 <= value <= LARGEST_SIZE for value in arguments.values()):
         raise Refused(f"{folder / 'config.json'} has values that are no sizes: {arguments}")
     try:
-        model = expected(**arguments)
+        with torch.device("meta"):  # shapes without memory, whatever sizes the file claims
+            model = expected(**arguments)
     except TypeError:
         raise Refused(
             f"{folder / 'config.json'} has arguments that {name} does not take: {sorted(arguments)}"
         ) from None
-    load_tensors_into(folder / "model.safetensors", model.state_dict())
+    tensors = read_tensors(folder / "model.safetensors", model.state_dict())
+    # clones, as what safetensors gives is the file itself, mapped into memory
+    model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
     return model.eval()

@@ -11,7 +11,7 @@ from cs324dist.data.streams import Stream
 from cs324dist.errors import Refused
 from cs324dist.evaluation.digits import SURE, read_digits
 from cs324dist.models.gan import Generator
-from cs324dist.runs.checkpoints import TRAINER, checkpoints_in, verify_checkpoint
+from cs324dist.runs.checkpoints import TRAINER, WEIGHTS, checkpoints_in, verify_checkpoint
 from cs324dist.runs.folder import RunFolder
 from cs324dist.runs.models import load_model
 
@@ -32,11 +32,11 @@ def load_generator(
         Refused: there is no such checkpoint, it is damaged, or it is not a GAN's.
     """
     checkpoint = _checkpoint(Path(run_or_checkpoint))
-    verify_checkpoint(checkpoint)
     averaged = checkpoint / "generator_ema"
     folder = averaged if weights == "averaged" and averaged.is_dir() else checkpoint / "generator"
     if not folder.is_dir():
         raise Refused(f"{checkpoint} holds no generator: give a run of launch/gan.py")
+    verify_checkpoint(checkpoint, [f"{folder.name}/config.json", f"{folder.name}/{WEIGHTS}"])
     return load_model(folder, Generator)
 
 

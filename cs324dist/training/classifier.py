@@ -19,7 +19,7 @@ from cs324dist.models.digit_classifier import DigitClassifier
 from cs324dist.training.batch_norm import freeze_cancelled_biases, synchronise
 from cs324dist.training.process import in_full_precision, seeded, shard
 from cs324dist.training.settings import FREE, RunSettings
-from cs324dist.training.task import Evaluation, create_state
+from cs324dist.training.task import Evaluation, Watching, create_state
 
 LARGEST_SHIFT = 2  # pixels
 
@@ -99,11 +99,11 @@ class ClassifierTask:
         self.optimizer.zero_grad()
         return {"train/loss": loss, "train/accuracy": share_right(logits, labels)}
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self, watching: Watching = iter) -> Evaluation:
         """Accuracy on the test set."""
         classifier = self.models["classifier"].eval()
         right = count_right_images(
-            partial(in_full_precision, classifier), self.test_set, self.shard, self.dtype
+            partial(in_full_precision, classifier), self.test_set, self.shard, self.dtype, watching=watching
         )
         classifier.train()
         accuracy = self.accelerator.reduce(right, "sum").item() / len(self.test_set.labels)

@@ -22,7 +22,7 @@ from cs324dist.sampling.grids import grid
 from cs324dist.training.batch_norm import freeze_cancelled_biases, synchronise
 from cs324dist.training.process import in_full_precision, seeded, shard
 from cs324dist.training.settings import FREE, RunSettings
-from cs324dist.training.task import Evaluation, create_state
+from cs324dist.training.task import Evaluation, Watching, create_state
 
 AT_ONCE = 500  # images of one forward pass in an evaluation
 GRID = 5  # rows and columns of the picture, as in the report
@@ -219,7 +219,7 @@ class GANTask:
         self.d_optimizer.param_groups[0]["lr"] = self.settings.discriminator_lr * left
 
     @torch.no_grad()
-    def evaluate(self) -> Evaluation:
+    def evaluate(self, watching: Watching = iter) -> Evaluation:
         """A grid of samples; for digits also their Fréchet distance to the test set, and what can be read."""
         generator = self.models["generator_ema" if self.settings.averaging else "generator"].eval()
         seed, latent_dim, count = self.settings.seed, self.settings.latent_dim, len(self.test_images)
@@ -233,7 +233,7 @@ class GANTask:
         if self.settings.dataset != "fashion-mnist":  # whose images are no digits
             shares = self.shard.samples(0, count).split(AT_ONCE)
             samples = DigitStatistics.of(
-                (draw("latents/evaluation", share) for share in shares), self._sum_over_ranks
+                (draw("latents/evaluation", share) for share in watching(shares)), self._sum_over_ranks
             )
             metrics = {
                 "eval/frechet_distance": frechet_distance(samples.moments, self.test_digits.moments).item(),

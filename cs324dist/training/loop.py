@@ -1,7 +1,12 @@
 """The one loop: step, log, evaluate, checkpoint, stop."""
 
+import math
+import sys
+from pathlib import Path
+
 from accelerate import Accelerator
 
+from cs324dist.errors import Failed
 from cs324dist.runs.checkpoints import TrainerState, keep_newest, read_checkpoint, write_checkpoint
 from cs324dist.runs.folder import RunFolder
 from cs324dist.training.loss_scale import SkippedSteps
@@ -12,53 +17,115 @@ from cs324dist.training.task import Task, optimizer_tensors
 from cs324dist.training.tracking import Logbook
 
 
-def train(task: Task, run: RunFolder, accelerator: Accelerator, logbook: Logbook, start: int) -> int:
-    """Take the steps after the first `start`; returns how many are completed: not all, after a signal."""
-    settings = task.settings
+def train(
+    task: Task, run: RunFolder, accelerator: Accelerator, stop: StopRequest, start: TrainerState
+) -> int | None:
+    """Take the steps after `start`; returns the step that a signal stopped it after, None if none did.
+
+    Raises:
+        Failed: a metric or a weight is not finite, or the last checkpoint could not be written.
+    """
+    settings, logbook = task.settings, Logbook(run, accelerator)
     skipped = SkippedSteps(accelerator.scaler, accelerator.device)
 
-    with Progress(start, settings, accelerator) as progress, StopRequest(accelerator.num_processes) as stop:
-        for completed in range(start + 1, settings.steps + 1):
+    with Progress(start.step, settings, accelerator) as progress:
+
+        def evaluated(completed: int) -> bool:
+            with progress.paused():
+                evaluation = task.evaluate(stop.watching)
+                if whole := not stop.cut_short():
+                    logbook.log_evaluation(completed, evaluation)
+            return whole
+
+        if start.evaluation_owed and not evaluated(start.step):
+            return start.step
+        for completed in range(start.step + 1, settings.steps + 1):
             metrics = {**task.step(completed - 1), **skipped.observe()}
             if settings.is_due(completed, settings.log_every):
-                logbook.log(completed, progress.read(completed, metrics))
-            if settings.is_due(completed, settings.evaluate_every):
-                with progress.paused():
-                    logbook.log_evaluation(completed, task.evaluate())
-            stopping = stop.agreed()
+                values = progress.read(completed, metrics)
+                logbook.log(completed, values)
+                for name, value in values.items():
+                    if not math.isfinite(value):
+                        raise _diverged(run, f"{name} is {value} after step {completed}")
+            owed = settings.is_due(completed, settings.evaluate_every) and not evaluated(completed)
+            stopping = stop.agreed() or owed
             if stopping or settings.is_due(completed, settings.checkpoint_every):
                 with progress.paused():
-                    save(task, run, accelerator, completed)
-            if stopping:
+                    save(task, run, accelerator, completed, evaluation_owed=owed)
+            if stopping and (owed or completed < settings.steps):
                 return completed
-    return settings.steps
+    return None
 
 
-def save(task: Task, run: RunFolder, accelerator: Accelerator, completed: int) -> None:
-    """Write a checkpoint: every rank enters, the main process writes, all wait."""
+def save(
+    task: Task, run: RunFolder, accelerator: Accelerator, completed: int, *, evaluation_owed: bool = False
+) -> None:
+    """Write a checkpoint: every rank enters, the main process writes, all wait.
+
+    Raises:
+        Failed: something is not finite, or it is the last checkpoint and cannot be written.
+    """
     scaler = accelerator.scaler
-    state = TrainerState(
-        step=completed,
-        world_size=accelerator.num_processes,
-        counters=task.counters,
-        loss_scale=scaler.state_dict() if scaler is not None and scaler.is_enabled() else {},
-    )
 
     def write() -> None:
-        write_checkpoint(run.checkpoint(completed), task.models, optimizer_tensors(task), state)
-        keep_newest(run.checkpoints, task.settings.keep_last)
-        run.write_status("running", completed)
+        try:
+            state = TrainerState(
+                step=completed,
+                world_size=accelerator.num_processes,
+                generation=run.generation,
+                counters=task.counters,
+                loss_scale=scaler.state_dict() if scaler is not None and scaler.is_enabled() else {},
+                metrics_lines=run.write_metrics(sync=True),
+                evaluation_owed=evaluation_owed,
+            )
+            write_checkpoint(run.checkpoint(completed), task.models, optimizer_tensors(task), state)
+        except OSError as error:
+            text = f"no checkpoint of step {completed}: {error.strerror}; {_last_good(run)}"
+            if completed == task.settings.steps:
+                raise Failed(f"{text}; make room, then run the same command again") from None
+            print(f"warning: {text}", file=sys.stderr)
+        except Failed as failure:
+            raise _diverged(run, str(failure)) from None
+        else:
+            keep_newest(run.checkpoints, task.settings.keep_last, run.generation)
+            run.write_status("running", completed)
 
     on_main_process(accelerator, write)
 
 
-def resume(task: Task, run: RunFolder, accelerator: Accelerator) -> int:
-    """Read the newest valid checkpoint, if there is one, into `task`; returns the completed steps."""
+def resume(task: Task, run: RunFolder, accelerator: Accelerator) -> TrainerState:
+    """Read the newest valid checkpoint, if there is one, into `task`; returns where it stands.
+
+    Raises:
+        Refused: no checkpoint is valid, or the newest is another model's, or metrics before it are damaged.
+    """
     newest = on_main_process(accelerator, run.newest_checkpoint)
     if newest is None:
-        return 0
-    state = read_checkpoint(newest, task.models, optimizer_tensors(task))
+        return TrainerState(0, accelerator.num_processes)
+    state = restore(task, newest, accelerator)
+    on_main_process(accelerator, lambda: run.check_metrics(state.metrics_lines))
+    return state
+
+
+def restore(task: Task, checkpoint: Path, accelerator: Accelerator) -> TrainerState:
+    """Read a checkpoint into `task`.
+
+    Raises:
+        Refused: it is damaged, or another model's.
+    """
+    state = read_checkpoint(checkpoint, task.models, optimizer_tensors(task))
     task.counters.update(state.counters)
     if state.loss_scale and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(dict(state.loss_scale))
-    return state.step
+    return state
+
+
+def _diverged(run: RunFolder, what: str) -> Failed:
+    return Failed(
+        f"{what}; {_last_good(run)}", "for another outcome, lower the learning rate in a new --run-dir"
+    )
+
+
+def _last_good(run: RunFolder) -> str:
+    newest = run.newest()
+    return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"

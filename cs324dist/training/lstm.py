@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,7 @@ from cs324dist.models.rnn import RNN
 from cs324dist.runs.models import LARGEST_SIZE
 from cs324dist.training.process import in_full_precision, seeded, shard
 from cs324dist.training.settings import FREE, RunSettings
-from cs324dist.training.task import Evaluation, create_state
+from cs324dist.training.task import Evaluation, Watching, create_state
 
 SHORTEST = 8  # digits; where a curriculum starts
 
@@ -66,6 +66,8 @@ class LSTMSettings(RunSettings):
 
     curriculum: Annotated[float, Within(1.0, 1e9)] = 2.0
     """Factor by which a short start length grows, whenever a batch is 97 % right, to --length; 1: none."""
+
+    memory_options: ClassVar[tuple[str, ...]] = ("batch_size", "length", "hidden_size")
 
     def run_name(self) -> str:
         """The default run folder's name."""
@@ -129,13 +131,13 @@ class LSTMTask:
             self.counters["length"] = min(settings.length, int(length * settings.curriculum) + 1)
         return {"train/loss": loss, "train/accuracy": accuracy}
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self, watching: Watching = iter) -> Evaluation:
         """Accuracy at the full length; see `count_right_palindromes`."""
         settings = self.settings
         predict = partial(in_full_precision, self.models[settings.model])
         stream = Stream(settings.seed, "palindromes/evaluation")
         right, trials = count_right_palindromes(
-            predict, settings.coding, settings.length, stream, self.shard, self.dtype
+            predict, settings.coding, settings.length, stream, self.shard, self.dtype, watching
         )
         return Evaluation({"eval/accuracy": self.accelerator.reduce(right, "sum").item() / trials})
 

@@ -22,11 +22,10 @@ from cs324dist.data.streams import Shard
 from cs324dist.errors import Refused
 from cs324dist.training.launcher import check_launcher
 
-HUNG_AFTER = timedelta(minutes=10)
 Answer = TypeVar("Answer")
 
 
-def start_accelerator(batch_size: int) -> Accelerator:
+def start_accelerator(batch_size: int, hung_after: int = 600) -> Accelerator:
     """Join the process group that the launcher described, or stand alone.
 
     Raises:
@@ -36,7 +35,8 @@ def start_accelerator(batch_size: int) -> Accelerator:
     prepare_process(on_cpu=not has_gpu)
     if not has_gpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         raise Refused("--mixed_precision fp16 would silently run as float32 on a CPU: give bf16, or no")
-    rejoin_after_restart("nccl" if has_gpu else "gloo")
+    timeout = timedelta(seconds=hung_after)
+    rejoin_after_restart("nccl" if has_gpu else "gloo", timeout)
     # torch 2.13 has another name for the argument, which Accelerate does not know yet.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     accelerator = Accelerator(
@@ -44,7 +44,7 @@ def start_accelerator(batch_size: int) -> Accelerator:
         kwargs_handlers=[
             # Synchronised BatchNorm keeps the buffers equal on all ranks: nothing to broadcast.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=HUNG_AFTER),
+            InitProcessGroupKwargs(timeout=timeout),
         ],
     )
     world_size = accelerator.num_processes
@@ -57,22 +57,7 @@ def start_accelerator(batch_size: int) -> Accelerator:
     return accelerator
 
 
-def leave(accelerator: Accelerator, exit_code: int = 0) -> None:
-    """Close trackers and process group, and end the process; one process alone goes on if the code is 0.
-
-    Gloo's threads live on while anything refers to the group, and one that lets go of a tensor while the
-    interpreter shuts down aborts the process (pytorch #179291): several processes leave without a shutdown.
-    """
-    accelerator.end_training()
-    if accelerator.num_processes > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
-    if exit_code:
-        sys.exit(exit_code)
-
-
-def rejoin_after_restart(backend: str) -> None:
+def rejoin_after_restart(backend: str, timeout: timedelta) -> None:
     """Form the process group under a name of its own, if `--max_restarts` has restarted the workers.
 
     The store still has the addresses of the dead processes: half of the restarts fail (pytorch #135712).
@@ -81,7 +66,7 @@ def rejoin_after_restart(backend: str) -> None:
     if restarts:
         store, rank, world_size = next(rendezvous("env://"))
         store = dist.PrefixStore(f"restart {restarts}", store)
-        dist.init_process_group(backend, timeout=HUNG_AFTER, world_size=world_size, rank=rank, store=store)
+        dist.init_process_group(backend, timeout=timeout, world_size=world_size, rank=rank, store=store)
 
 
 def prepare_process(on_cpu: bool) -> None:
@@ -128,16 +113,16 @@ def shard(accelerator: Accelerator) -> Shard:
 def on_main_process(accelerator: Accelerator, work: Callable[[], Answer]) -> Answer:
     """Have the main process do `work`; every process gets its answer, or the `Refused` that it raised."""
     answer: Answer | None = None
-    lines: tuple[str, ...] = ()
+    refusal: Refused | None = None
     if accelerator.is_main_process:
         try:
             answer = work()
-        except Refused as refusal:
-            lines = refusal.lines
+        except Refused as raised:
+            refusal = raised
     if accelerator.num_processes > 1:
-        answer, lines = broadcast_object_list([answer, lines])
-    if lines:
-        raise Refused(*lines)
+        answer, refusal = broadcast_object_list([answer, refusal])
+    if refusal is not None:
+        raise refusal
     return answer  # type: ignore[return-value]
 
 

@@ -38,10 +38,7 @@ class Progress:
 
     def read(self, completed: int, metrics: Mapping[str, Tensor]) -> dict[str, float]:
         """The metrics of this step averaged over ranks, as numbers: here the device is waited for."""
-        reduced = self._accelerator.reduce(
-            torch.stack([m.detach().double() for m in metrics.values()]), "mean"
-        )
-        values = dict(zip(metrics, reduced.tolist(), strict=True))
+        values = averaged_over_ranks(metrics, self._accelerator)
         now = time.perf_counter()
         rate = (completed - self._last_step) / max(now - self._last_time, 1e-9)
         self._last_time = now
@@ -72,3 +69,9 @@ class Progress:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def averaged_over_ranks(metrics: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
+    """Each rank's metrics to the numbers that are logged."""
+    stacked = torch.stack([metric.detach().double() for metric in metrics.values()])
+    return dict(zip(metrics, accelerator.reduce(stacked, "mean").tolist(), strict=True))

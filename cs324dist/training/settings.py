@@ -8,9 +8,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from cs324dist.command_line import Count, OneOf, Within, markers, option, parse
+from cs324dist.command_line import Count, OneOf, Within, markers, option, parse, problems
+from cs324dist.errors import Refused
 
 
 class Free:
@@ -52,12 +53,16 @@ class RunSettings:
     keep_last: Annotated[Count, FREE] = 3
     """Checkpoints kept, newest first."""
 
+    hung_after: Annotated[Count, FREE] = 600
+    """Seconds without an answer from another process after which the run ends."""
+
     wandb: Annotated[str, OneOf("online", "offline", "disabled"), FREE] = "online"
     """Weights & Biases: online (offline where there is no login or network), offline or disabled."""
 
     dry_run: Annotated[bool, FREE] = False
     """Print the settings that would be used, and stop."""
 
+    memory_options: ClassVar[tuple[str, ...]] = ("batch_size",)  # to lower where memory does not suffice
     schedule_depends_on_steps = False  # whether another `steps` would change the steps already taken
 
     def run_name(self) -> str:
@@ -105,6 +110,31 @@ def conflicts(settings: RunSettings, stored: Mapping[str, Any]) -> list[str]:
             f"or another --run-dir"
         )
     return lines
+
+
+def from_json(settings_type: type[Settings], stored: Any) -> Settings:
+    """The settings that `RunSettings.as_json` wrote.
+
+    Raises:
+        Refused: they are none of this type.
+    """
+    defaults = settings_type()
+    try:
+        types = {name: type(getattr(defaults, name)) for name in stored}
+        given: dict[str, Any] = {
+            name: Path(v) if types[name] is type(Path()) else v for name, v in stored.items()
+        }
+        settings = dataclasses.replace(defaults, **given)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise Refused(f"config.json is damaged, or of another version: {error}") from None
+    mistyped = [
+        f"config.json: {name} is {value!r}"[:200]
+        for name, value in given.items()
+        if name != "run_dir" and type(value) is not types[name]
+    ]
+    if lines := mistyped or problems(settings):
+        raise Refused(*lines)
+    return settings
 
 
 def from_command_line(

@@ -1,6 +1,6 @@
 """What a task offers to the loop, and the optimizer state as named tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -9,6 +9,8 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from cs324dist.training.settings import RunSettings
+
+Watching = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,11 @@ class Task(Protocol):
             This rank's metrics as scalars on the device; the loop averages them over ranks when it logs.
         """
 
-    def evaluate(self) -> Evaluation:
-        """Measure the models as they are, from streams of evaluation's own; every rank takes part."""
+    def evaluate(self, watching: Watching = iter) -> Evaluation:
+        """Measure the models as they are, from streams of evaluation's own; every rank takes part.
+
+        A loop over `watching(parts)` ends early when the run is asked to stop; what it found is thrown away.
+        """
 
 
 def optimizer_tensors(task: Task) -> dict[str, Tensor]:

@@ -29,7 +29,13 @@ class Logbook:
     def log(self, completed: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics after `completed` steps."""
         if self._accelerator.is_main_process:
-            self._run.append_metrics(completed, metrics)
+            try:
+                self._run.append_metrics(completed, metrics)
+            except OSError as error:
+                print(
+                    f"warning: {self._run}/metrics.jsonl: {error.strerror}; trying again later",
+                    file=sys.stderr,
+                )
             self._accelerator.log(dict(metrics), step=completed)
 
     def log_evaluation(self, completed: int, evaluation: Evaluation) -> None:
@@ -40,7 +46,10 @@ class Logbook:
         brief = [f"{name} {value:.4f}" for name, value in evaluation.metrics.items() if "share" not in name]
         tqdm.write("  ".join([f"evaluation after {completed} steps", *brief]), file=sys.stderr)
         if evaluation.picture is not None:
-            save_png(evaluation.picture, self._run.sample(completed))
+            try:
+                save_png(evaluation.picture, self._run.sample(completed))
+            except OSError as error:
+                print(f"warning: no picture of step {completed}: {error.strerror}", file=sys.stderr)
             for tracker in self._accelerator.trackers:
                 tracker.log_images({"samples": [evaluation.picture.permute(1, 2, 0).numpy()]}, step=completed)
 

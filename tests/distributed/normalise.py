@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cs324dist.data.streams import Shard, Stream
+from cs324dist.errors import leave
 from cs324dist.training.batch_norm import synchronise
-from cs324dist.training.process import leave
 
 SHAPES = {"vectors": (12, 5), "images": (12, 3, 4, 4)}
 
@@ -51,4 +51,5 @@ if __name__ == "__main__":
         tensors |= dict(layers[0].named_buffers())
         found |= {f"{name}/{key}": tensor.contiguous() for key, tensor in tensors.items()}
     save_file(found, Path(sys.argv[1]) / f"rank{rank}.safetensors")
-    leave(accelerator)
+    accelerator.end_training()
+    leave(0)

@@ -91,8 +91,8 @@ def absent(path: Path) -> None:
     [
         (lacking, "lacks 1 tensors, the first of them 'W_h'"),
         (with_one_more, "holds 1 tensors too many, the first of them 'W_c'"),
-        (of_a_shape_that_broadcasts, "'b' is torch.float32 (1,), expected torch.float32 (16,)"),
-        (of_another_dtype, "'output.bias' is torch.float64 (5,), expected torch.float32 (5,)"),
+        (of_a_shape_that_broadcasts, "'b' is F32 (1,), expected F32 (16,)"),
+        (of_another_dtype, "'output.bias' is F64 (5,), expected F32 (5,)"),
         (cut_short, "cannot be read as safetensors"),
         (of_length_zero, "cannot be read as safetensors"),
         (a_renamed_pickle, "cannot be read as safetensors"),

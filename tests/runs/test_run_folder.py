@@ -1,6 +1,7 @@
 """The run folder: whose it is, where it stands, and what is left of it after a crash."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,11 @@ def machine(monkeypatch) -> dict[str, object]:
 
 
 @pytest.fixture
-def run(tmp_path) -> RunFolder:
+def run(tmp_path) -> Iterator[RunFolder]:
     run = RunFolder(tmp_path / "run")
     run.open("gan", SETTINGS)
-    return run
+    yield run
+    run.release()
 
 
 def save(run: RunFolder, step: int) -> Path:
@@ -69,12 +71,14 @@ class TestCheckpoints:
         assert (aside / damaged.name).read_bytes() == content
         assert run.newest_step() == 10
 
-    def test_where_all_are_damaged_each_is_moved_aside(self, run, capsys):
-        for step in (10, 20):
-            damage(save(run, step))
-        assert run.newest_checkpoint() is None
-        assert len(capsys.readouterr().err.splitlines()) == 2
-        assert {p.name for p in run.checkpoints.iterdir()} == {"damaged-000000010", "damaged-000000020"}
+    def test_where_all_are_damaged_the_run_is_refused_and_nothing_is_touched(self, run):
+        damaged = [damage(save(run, step)) for step in (20, 10)]
+        with pytest.raises(Refused) as caught:
+            run.newest_checkpoint()
+        *each, last = caught.value.lines
+        assert [line.partition(" is damaged")[0] for line in each] == list(map(str, damaged))
+        assert f"no checkpoint of {run} can be used" in last
+        assert {p.name for p in run.checkpoints.iterdir()} == {"000000010", "000000020"}
 
     def test_a_step_may_be_damaged_again_after_it_was_taken_again(self, run):
         before = save(run, 10)
@@ -112,7 +116,7 @@ class TestMetrics:
         for missing in range(2, last + 1):  # 1: only the end of the line is missing, all of it can be read
             path.write_bytes(whole[:-missing])
             assert [row["step"] for row in run.read_metrics()] == [1, 2]
-            run.go_back_to(2)
+            run.go_back_to(2, 2)
             run.append_metrics(3, {"train/loss": 3 / 8})
             assert path.read_bytes() == whole
 
@@ -125,12 +129,12 @@ class TestMetrics:
         for step in (5, 10, 15, 20):
             run.append_metrics(step, {"loss": 1.0})
         run.write_status("failed", 10, "no power")
-        run.go_back_to(10)
+        run.go_back_to(10, 2)
         assert [row["step"] for row in run.read_metrics()] == [5, 10]
         assert read_json(run.path / "status.json") == {"state": "running", "step": 10, "why": ""}
 
     def test_going_back_works_before_the_first_line(self, run):
-        run.go_back_to(0)
+        run.go_back_to(0, 0)
         assert run.read_metrics() == []
 
 
@@ -182,7 +186,7 @@ class TestOpening:
         config = run.read_config()
         assert config["task"] == "gan"
         assert config["settings"] == SETTINGS
-        assert config["made_by"] == machine
+        assert config["made_by"] == {**machine, "precision": "no"}
 
     def test_the_same_machine_and_versions_go_on_without_a_warning(self, run, capsys):
         tracker = run.read_config()["tracker_run_id"]

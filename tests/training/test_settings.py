@@ -13,6 +13,7 @@ from cs324dist.training import classifier, gan, lstm
 from cs324dist.training.settings import RunSettings, conflicts, from_command_line
 
 FREE = {
+    "hung_after",
     "preset",
     "run_dir",
     "steps",

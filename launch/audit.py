@@ -1,0 +1,41 @@
+"""Take stretches of a run again and compare what they end in, bit for bit.
+
+python launch/audit.py runs/gan-fast-0
+
+python launch/audit.py runs/lstm-length50-fast-0 --from-start
+
+accelerate launch --config_file accelerate_configs/cpu_ddp.yaml launch/audit.py RUN_OF_TWO_PROCESSES
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from cs324dist.command_line import Count, parse
+from cs324dist.errors import errors_as_exit_codes, leave
+from cs324dist.training.audit import audit
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What to replay."""
+
+    run: Positional[Path]
+    """A run folder; nothing in it is changed."""
+
+    stretches: Count | None = None
+    """How many stretches between kept checkpoints, drawn at random. Default: all."""
+
+    from_start: bool = False
+    """Also replay from the first step to the oldest kept checkpoint."""
+
+    data_root: Path | None = None
+    """Folder of the data sets. Default: the run's."""
+
+
+if __name__ == "__main__":
+    with errors_as_exit_codes():
+        options = parse(Audit, __doc__)
+        audit(options.run, options.stretches, options.from_start, options.data_root)
+        leave(0)
