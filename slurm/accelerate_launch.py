@@ -1,8 +1,8 @@
 """`accelerate launch` as a Slurm task: what `train.sh` starts once on each node.
 
 Slurm signals every process of a job, launchers too. This one leaves SIGTERM to the workers and waits for
-them, where torch's would kill a worker that takes more than 30 seconds to save. It ends with an exit code that
-tells how the workers ended, where torch's is always 1, and without torch's 30 lines of traceback.
+them, where torch's would kill a worker that takes more than 30 seconds to save. It ends with an exit code
+that tells how the workers ended, where torch's is always 1, and without torch's 30 lines of traceback.
 """
 
 import logging

@@ -47,6 +47,6 @@ def _check_slurm(world_size: int) -> None:
     nodes_used = world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if world_size < tasks or nodes_used < nodes:
         raise Refused(
-            f"Slurm started {tasks} tasks on {nodes} nodes, and {world_size} of the processes would train alone: "
+            f"Slurm started {tasks} tasks on {nodes} nodes, and here {world_size} would train alone: "
             f"submit slurm/gan.sbatch or slurm/lstm.sbatch, or start one with srun --nodes 1 --ntasks 1"
         )
