@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all lint clean
+.PHONY: help install train test test-all slurm-test lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -39,6 +39,9 @@ test: .venv/installed  ## what a change is checked with (under 6 minutes on 2 co
 
 test-all: .venv/installed  ## everything (under 25 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
+
+slurm-test: .venv/installed  ## jobs, faults and requeues on a real Slurm on this machine (root; under 20 minutes)
+	$(BIN)/python -m pytest -v tests/slurm
 
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check .
