@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from cs324dist.evaluation.frechet import Moments
+from cs324dist.evaluation.frechet import Moments, frechet_distance
 from cs324dist.models.digit_classifier import DigitClassifier
 from cs324dist.runs.models import load_tensors_into
 
@@ -58,3 +58,12 @@ class DigitStatistics:
             reduce(digits.bincount(minlength=10).double()),
             Moments(reduce(moments.count), reduce(moments.total), reduce(moments.outer)),
         )
+
+    def compared_with(self, reference: "DigitStatistics") -> dict[str, float]:
+        """The Fréchet distance to `reference`, the share that can be read, and the share of each digit."""
+        count = self.moments.count.item()
+        return {
+            "frechet_distance": frechet_distance(self.moments, reference.moments).item(),
+            "sure": self.sure.item() / count,
+            **{f"share_of_{digit}": n / count for digit, n in enumerate(self.counts.tolist())},
+        }

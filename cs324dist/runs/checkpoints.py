@@ -91,9 +91,7 @@ def _write_files(
         sync(path)
     for name in models:
         sync(folder / name)
-    content = {**asdict(state), "sha256": {str(path.relative_to(folder)): sha256(path) for path in files}}
-    write_json(folder / TRAINER, {**content, "own_sha256": _digest(content)})
-    sync(folder)
+    _write_trainer(folder, state, {str(path.relative_to(folder)): sha256(path) for path in files})
 
 
 @torch.no_grad()
@@ -101,6 +99,17 @@ def _all_finite(tensors: Iterable[Tensor]) -> bool:
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
     largest = torch._foreach_norm(floats, math.inf) if floats else ()  # NaN, if there is one
     return all(math.isfinite(x) for x in largest)
+
+
+def rewrite_state(folder: Path, state: TrainerState) -> None:
+    """Replace what a checkpoint knows beside tensors."""
+    _write_trainer(folder, state, read_json(folder / TRAINER)["sha256"])
+
+
+def _write_trainer(folder: Path, state: TrainerState, digests: Mapping[str, str]) -> None:
+    content = {**asdict(state), "sha256": digests}
+    write_json(folder / TRAINER, {**content, "own_sha256": _digest(content)})
+    sync(folder)
 
 
 def verify_checkpoint(folder: Path, needed: Iterable[str] = ()) -> TrainerState:

@@ -15,7 +15,6 @@ from cs324dist.command_line import FRACTION, POSITIVE, Count, OneOf, Within
 from cs324dist.data.images import DATASETS, load_images, to_unit_range
 from cs324dist.data.streams import ShuffledEpochs, Stream
 from cs324dist.evaluation.digits import DigitStatistics
-from cs324dist.evaluation.frechet import frechet_distance
 from cs324dist.models.gan import Discriminator, Generator
 from cs324dist.runs.models import LARGEST_SIZE
 from cs324dist.sampling.grids import grid
@@ -235,11 +234,8 @@ class GANTask:
             samples = DigitStatistics.of(
                 (draw("latents/evaluation", share) for share in watching(shares)), self._sum_over_ranks
             )
-            metrics = {
-                "eval/frechet_distance": frechet_distance(samples.moments, self.test_digits.moments).item(),
-                "eval/sure": samples.sure.item() / count,
-                **{f"eval/share_of_{digit}": n / count for digit, n in enumerate(samples.counts.tolist())},
-            }
+            found = samples.compared_with(self.test_digits)
+            metrics = {f"eval/{name}": value for name, value in found.items()}
         self.models["generator"].train()
         return Evaluation(metrics, picture)
 

@@ -2,12 +2,19 @@
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from cs324dist.errors import Failed
-from cs324dist.runs.checkpoints import TrainerState, keep_newest, read_checkpoint, write_checkpoint
+from cs324dist.runs.checkpoints import (
+    TrainerState,
+    keep_newest,
+    read_checkpoint,
+    rewrite_state,
+    write_checkpoint,
+)
 from cs324dist.runs.folder import RunFolder
 from cs324dist.training.loss_scale import SkippedSteps
 from cs324dist.training.preemption import StopRequest
@@ -37,8 +44,10 @@ def train(
                     logbook.log_evaluation(completed, evaluation)
             return whole
 
-        if start.evaluation_owed and not evaluated(start.step):
-            return start.step
+        if start.evaluation_owed:
+            if not evaluated(start.step):
+                return start.step
+            on_main_process(accelerator, lambda: _settle(run, start))
         for completed in range(start.step + 1, settings.steps + 1):
             metrics = {**task.step(completed - 1), **skipped.observe()}
             if settings.is_due(completed, settings.log_every):
@@ -91,6 +100,13 @@ def save(
             run.write_status("running", completed)
 
     on_main_process(accelerator, write)
+
+
+def _settle(run: RunFolder, start: TrainerState) -> None:
+    """Write down that the evaluation is no longer owed."""
+    lines, generation = run.write_metrics(sync=True), run.generation
+    state = replace(start, evaluation_owed=False, metrics_lines=lines, generation=generation)
+    rewrite_state(run.checkpoint(start.step), state)
 
 
 def resume(task: Task, run: RunFolder, accelerator: Accelerator) -> TrainerState:

@@ -25,7 +25,7 @@ from cs324dist.training.launcher import check_launcher
 Answer = TypeVar("Answer")
 
 
-def start_accelerator(batch_size: int, hung_after: int = 600) -> Accelerator:
+def start_accelerator(batch_size: int | None = None, hung_after: int = 600) -> Accelerator:
     """Join the process group that the launcher described, or stand alone.
 
     Raises:
@@ -49,7 +49,7 @@ def start_accelerator(batch_size: int, hung_after: int = 600) -> Accelerator:
     )
     world_size = accelerator.num_processes
     check_launcher(world_size, accelerator.is_main_process)
-    if batch_size % world_size:
+    if batch_size is not None and batch_size % world_size:
         raise Refused(
             f"--batch-size {batch_size} cannot be shared out evenly over {world_size} processes: "
             f"give a multiple of {world_size}, such as {-(-batch_size // world_size) * world_size}"

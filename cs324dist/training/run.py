@@ -31,7 +31,8 @@ def main(task: str, build: Build[Settings], presets: Mapping[str, Settings], des
         accelerator = start_accelerator(settings.batch_size, settings.hung_after)
         with StopRequest(accelerator.num_processes) as stop:
             try:
-                done = run_to_the_end(task, build, settings, accelerator, stop)
+                with explained(settings):
+                    done = run_to_the_end(task, build, settings, accelerator, stop)
             finally:
                 accelerator.end_training()
         leave(0 if done else EXIT_STOPPED)
@@ -49,8 +50,7 @@ def run_to_the_end(
     """
     run, started = RunFolder(settings.folder), False
     on_main_process(accelerator, lambda: run.check_fits(name, lambda stored: conflicts(settings, stored)))
-    with explained(settings):
-        task = build(settings, accelerator)
+    task = build(settings, accelerator)
     on_main_process(accelerator, run.claim)
     try:
         start = resume(task, run, accelerator)

@@ -1,0 +1,52 @@
+"""launch/evaluate.py: figures that repeat, beside what they are to be held against."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from cs324dist.evaluation.digits import WEIGHTS
+
+TWO = ("--config_file", "accelerate_configs/cpu_ddp.yaml")
+
+
+@pytest.fixture(scope="module")
+def run(launch, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("evaluate") / "run"
+    launch("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--wandb", "disabled", "--run-dir", run)
+    return run
+
+
+def test_figures_are_printed_and_stored_and_repeat_to_the_last_digit(launch, run, mnist_root, tmp_path):
+    command = ("launch/evaluate.py", run, "--count", "1000", "--data-root", mnist_root)
+    done = launch(*command)
+    stored = (run / "evaluation.json").read_text()
+    figures = json.loads(stored)
+    assert f"Fréchet distance  {figures['frechet_distance']:.3f}" in done.stdout
+    assert figures["classifier_sha256"] == hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    assert 0 < figures["floor"] < 1 < figures["frechet_distance"]  # noise is far from digits, digits are not
+    assert 0.97 < figures["sure_of_test_images"] < 0.98
+    assert sum(figures[f"share_of_{digit}"] for digit in range(10)) == pytest.approx(1)
+    launch(*command, "--out", tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == stored
+    launch(*command, "--seed", "1", "--out", tmp_path / "other.json")
+    assert (
+        json.loads((tmp_path / "other.json").read_text())["frechet_distance"] != figures["frechet_distance"]
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(launch, run, mnist_root, tmp_path):
+    command = ("launch/evaluate.py", run, "--count", "1001", "--data-root", mnist_root, "--out")
+    launch(*command, tmp_path / "one.json")
+    launch(*command, tmp_path / "two.json", launcher="accelerate", options=TWO)
+    words = ("weights", "classifier_sha256")
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert [two.pop(name) for name in words] == [one.pop(name) for name in words]
+    assert two == pytest.approx(one, rel=1e-9)
+
+
+def test_a_run_without_a_generator_is_refused(launch, tmp_path):
+    done = launch("launch/evaluate.py", tmp_path, check=False)
+    assert (done.returncode, done.stderr.count("error: ")) == (2, 1)

@@ -1,0 +1,296 @@
+"""One owner a run: a live one is waited for and named, a dead one is known at once, the later one wins."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cs324dist.errors import Refused
+from cs324dist.runs import ownership
+from cs324dist.runs.folder import RunFolder
+from cs324dist.runs.ownership import Ownership, Superseded, newest_generation
+
+FOREVER = 3600  # seconds: whoever waits for it, waits longer than a test may take
+OWNER = """
+import sys
+from pathlib import Path
+from cs324dist.errors import Refused
+from cs324dist.runs import ownership
+ownership.PATIENCE = float(sys.argv[2])
+try:
+    mine = ownership.Ownership(Path(sys.argv[1]))
+except Refused as refusal:
+    print("refused:", refusal, flush=True)
+    sys.exit(2)
+print("owns", mine.generation, flush=True)
+sys.stdin.readline()
+mine.release()
+"""
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return tmp_path
+
+
+@pytest.fixture
+def start(run) -> Iterator[Start]:
+    """Start a real process that claims the run, and ends when it is told to."""
+    started = []
+
+    def owner(patience: float = 0, **environment: str) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            [sys.executable, "-c", OWNER, str(run), str(patience)],
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield owner
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def other(start) -> "subprocess.Popen[str]":
+    """A live process that owns the run."""
+    process = start()
+    assert process.stdout.readline() == "owns 1\n"
+    return process
+
+
+def waits(monkeypatch, **seconds: float) -> None:
+    """How long a new owner waits; for what is not named, longer than a test may take."""
+    for name in ("PATIENCE", "SILENCE"):
+        monkeypatch.setattr(ownership, name, seconds.get(name, FOREVER))
+    monkeypatch.setattr(ownership, "HEARTBEAT", 0.05)
+
+
+def left_by(run: Path, **about: object) -> Path:
+    """What the first owner has left, changed."""
+    Ownership(run).release()
+    path = run / "owners" / "1.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **about}))
+    return path
+
+
+def on_another_machine(run: Path, state: str) -> Path:
+    RunFolder(run).write_status(state, 7)
+    return left_by(run, machine="another", host="node17", pid=4711)
+
+
+def test_a_live_process_is_waited_for_and_then_named(run, other, monkeypatch, capsys):
+    waits(monkeypatch, PATIENCE=0.3)
+    with pytest.raises(Refused) as caught:
+        Ownership(run)
+    (line,) = caught.value.lines
+    assert line.startswith(f"{run} is in use by process {other.pid} on ")
+    assert "give another --run-dir" in line
+    assert f"in use by process {other.pid}" in capsys.readouterr().err
+    assert newest_generation(run / "owners") == 1
+
+
+def test_a_process_on_its_way_out_is_waited_for(start, other):
+    second = start(patience=FOREVER)
+    assert f"in use by process {other.pid}" in second.stderr.readline()
+    other.communicate("end\n")
+    assert second.stdout.readline() == "owns 2\n"
+
+
+def test_a_killed_owner_is_recognised_at_once(run, other, monkeypatch, capsys):
+    waits(monkeypatch)
+    other.kill()
+    other.wait()
+    assert Ownership(run).generation == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_stopped_owner_is_alive(run, other, monkeypatch):
+    waits(monkeypatch, PATIENCE=0.3)
+    other.send_signal(signal.SIGSTOP)
+    with pytest.raises(Refused, match="in use"):
+        Ownership(run)
+
+
+def test_a_silent_owner_on_another_machine_is_watched_and_then_taken_over(run, monkeypatch, capsys):
+    waits(monkeypatch, SILENCE=0.3)
+    on_another_machine(run, "running")
+    assert Ownership(run).generation == 2
+    assert f"{run} was left by process 4711 on node17" in capsys.readouterr().err
+
+
+def test_an_owner_on_another_machine_that_gives_signs_of_life_is_refused(run, monkeypatch):
+    waits(monkeypatch)
+    path = on_another_machine(run, "running")
+    done = threading.Event()
+
+    def live() -> None:
+        while not done.wait(0.02):
+            os.utime(path)
+
+    with ThreadPoolExecutor() as pool:
+        pool.submit(live)
+        try:
+            with pytest.raises(Refused, match="in use by process 4711 on node17"):
+                Ownership(run)
+        finally:
+            done.set()
+    assert newest_generation(run / "owners") == 1
+
+
+@pytest.mark.parametrize("state", ["stopped", "finished", "failed"])
+def test_an_owner_on_another_machine_that_has_ended_is_not_watched(run, monkeypatch, state):
+    waits(monkeypatch)
+    on_another_machine(run, state)
+    assert Ownership(run).generation == 2
+
+
+def test_an_owner_gives_signs_of_life_until_it_releases(run, monkeypatch):
+    waits(monkeypatch)
+    others = set(threading.enumerate())
+    mine = Ownership(run)
+    path = run / "owners" / "1.json"
+    seen = path.stat().st_mtime_ns
+    while path.stat().st_mtime_ns == seen:  # or the test's time limit strikes
+        pass
+    mine.release()
+    for thread in set(threading.enumerate()) - others:
+        thread.join()
+    os.utime(path, ns=(1, 1))
+    assert not threading.Event().wait(5 * ownership.HEARTBEAT)
+    assert path.stat().st_mtime_ns == 1
+
+
+class TestSlurm:
+    """A job that was put back into the queue: Slurm has ended its earlier start, or cut it off."""
+
+    def test_the_next_start_of_the_job_takes_over_though_the_old_one_lives(self, run, start, monkeypatch):
+        old = start(SLURM_JOB_ID="42", SLURM_RESTART_COUNT="1")
+        assert old.stdout.readline() == "owns 1\n"
+        waits(monkeypatch)
+        monkeypatch.setenv("SLURM_JOB_ID", "42")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+        assert Ownership(run).generation == 2
+        assert old.poll() is None
+
+    @pytest.mark.parametrize(("job", "restarts"), [("42", "1"), ("42", "0"), ("43", "2"), (None, "2")])
+    def test_any_other_start_is_refused(self, run, start, monkeypatch, job, restarts):
+        old = start(SLURM_JOB_ID="42", SLURM_RESTART_COUNT="1")
+        assert old.stdout.readline() == "owns 1\n"
+        waits(monkeypatch, PATIENCE=0.1)
+        if job:
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        with pytest.raises(Refused, match="Slurm job 42"):
+            Ownership(run)
+
+
+class TestTheSameMoment:
+    def test_of_many_threads_one_wins(self, run, monkeypatch):
+        waits(monkeypatch, PATIENCE=0)
+        claimants, rounds = 6, 25
+        barrier = threading.Barrier(claimants)
+
+        def generations(_: int) -> list[int]:
+            won = []
+            for _ in range(rounds):
+                barrier.wait()
+                try:
+                    owner = Ownership(run)
+                except Refused:
+                    owner = None
+                barrier.wait()
+                if owner is not None:
+                    won.append(owner.generation)
+                    owner.release()
+            return won
+
+        with ThreadPoolExecutor(claimants) as pool:
+            won = [generation for each in pool.map(generations, range(claimants)) for generation in each]
+        assert sorted(won) == list(range(1, rounds + 1))
+
+    def test_of_four_processes_one_wins(self, run, start):
+        processes = [start() for _ in range(4)]
+        said = sorted(process.stdout.readline() for process in processes)
+        assert [line.split()[0] for line in said] == ["owns", "refused:", "refused:", "refused:"]
+        assert newest_generation(run / "owners") == 1
+
+
+class TestTakenOver:
+    def test_the_earlier_owner_learns_who_has_the_run(self, run, monkeypatch):
+        waits(monkeypatch)
+        monkeypatch.setenv("SLURM_JOB_ID", "42")
+        mine = Ownership(run)
+        mine.check()
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        theirs = Ownership(run)
+        theirs.check()
+        with pytest.raises(Superseded) as caught:
+            mine.check()
+        (line,) = caught.value.lines
+        assert line.startswith(f"{run} was taken over by process {os.getpid()} on ")
+
+    def test_it_writes_no_status_and_no_metrics_any_more(self, run, monkeypatch):
+        waits(monkeypatch)
+        monkeypatch.setenv("SLURM_JOB_ID", "42")
+        old, new = RunFolder(run), RunFolder(run)
+        old.open("lstm", {})
+        old.go_back_to(0, 0)
+        old.append_metrics(1, {"loss": 1.0})
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        new.open("lstm", {})
+        new.go_back_to(1, 1)
+        new.append_metrics(2, {"loss": 2.0})
+        new.write_status("running", 2)
+        for write in (
+            lambda: old.append_metrics(2, {"loss": 3.0}),
+            lambda: old.write_status("failed", 1),
+            lambda: old.go_back_to(0, 0),
+        ):
+            with pytest.raises(Superseded):
+                write()
+        assert [row["loss"] for row in new.read_metrics()] == [1.0, 2.0]
+        assert json.loads((run / "status.json").read_text())["state"] == "running"
+        old.release()
+        new.release()
+
+
+class TestWithdrawal:
+    def test_the_only_owner_leaves_no_trace(self, run):
+        Ownership(run).withdraw()
+        assert list(run.iterdir()) == []
+
+    def test_a_later_one_leaves_the_earlier_ones(self, run):
+        Ownership(run).release()
+        Ownership(run).withdraw()
+        assert newest_generation(run / "owners") == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"pid": "\\u001b[31m\\n"}', '{"machine": [1], "slurm_restarts": {}}', "x" * 2**21],
+)
+def test_what_an_earlier_owner_left_may_be_damaged(run, monkeypatch, capsys, content):
+    waits(monkeypatch, SILENCE=0.1)
+    left_by(run).write_text(content)
+    assert Ownership(run).generation == 2
+    assert all(line.isprintable() for line in capsys.readouterr().err.splitlines())
