@@ -44,10 +44,10 @@ def test_time_limit(submit, uninterrupted, outcomes):
     job.assert_as_if_uninterrupted(reference, mine)
 
 
-def test_time_limit_of_a_gan(submit, uninterrupted, outcomes):
+def test_time_limit_of_a_gan(cluster, submit, uninterrupted, outcomes):
     reference, mine = uninterrupted(*GAN), []
     job = submit(*GAN)
-    job.wait_for("the start", lambda: job.facts["JobState"] == "RUNNING")
+    job.wait_for("the script", lambda: cluster.processes("n1", "launch/gan.py .*--dry-run"))
     with job.fault("time limit, before there is a worker", mine):
         job.signal_of_time_limit()
     with job.fault("time limit, during an evaluation", mine):
