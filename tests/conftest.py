@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from cs324dist.data.images import fetch
 
-settings.register_profile("no deadline", deadline=None)  # a test does not depend on the machine's speed
-settings.load_profile("no deadline")
+# A test does not depend on the machine's speed.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 REPOSITORY = Path(__file__).parents[1]
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -48,6 +48,8 @@ def read_json(path: Path) -> dict[str, Any]:
         Refused: no such file, or not a JSON object of a reasonable size.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise Refused(f"{path} is not a file")  # a pipe would never end
         if path.stat().st_size > LARGEST_JSON:
             raise Refused(f"{path} is larger than {LARGEST_JSON} bytes: it is not a file of this project")
         content = parse_json(path.read_bytes())

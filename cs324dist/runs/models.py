@@ -53,6 +53,8 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
     Raises:
         Refused: it does not, or is missing or damaged.
     """
+    if path.exists() and not path.is_file():
+        raise Refused(f"{path} is not a file")  # a pipe would never end
     try:
         with path.open("rb") as file:
             if int.from_bytes(file.read(8), "little") > LARGEST_HEADER:

@@ -1,0 +1,312 @@
+"""Faults that are no crashes: a full disk, a loss that is no number, a process that hangs, no memory."""
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from cs324dist.runs.checkpoints import verify_checkpoint
+
+REPOSITORY = Path(__file__).parents[2]
+LSTM = ("launch/lstm.py", "--length", "4", "--batch-size", "8", "--log-every", "1", "--wandb", "disabled")
+MEBIBYTE = 1 << 20
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(launch_environment) -> Iterator[Start]:
+    """Start a command; what it leaves behind is ended with the test."""
+    started = []
+
+    def process(*command: object, **options: object) -> "subprocess.Popen[str]":
+        started.append(
+            subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                cwd=REPOSITORY,
+                env=launch_environment,
+                stderr=subprocess.PIPE,
+                text=True,
+                **options,
+            )
+        )
+        return started[-1]
+
+    yield process
+    for each in started:
+        each.kill()
+        each.communicate()
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Callable[[int], Path]]:
+    """Mount an empty file system of so many bytes."""
+    folder = tmp_path / "disk"
+
+    def mount(size: int) -> Path:
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    if os.path.ismount(folder):
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def remount(folder: Path, size: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
+
+
+def fill(folder: Path, leaving: int) -> Path:
+    """Take all the room there is but `leaving` bytes."""
+    filler = folder / "filler"
+    room = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    with filler.open("wb") as file:
+        file.write(bytes(max(0, room - leaving)))
+    return filler
+
+
+def status(run: Path) -> dict:
+    return json.loads((run / "status.json").read_text())
+
+
+def metrics(run: Path) -> list[dict]:
+    """Every line, read as strictly as JSON has it."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    content = (run / "metrics.jsonl").read_text()
+    assert content.endswith("\n") or not content
+    return [json.loads(line, parse_constant=refuse) for line in content.splitlines()]
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def assert_valid_and_finite(checkpoint: Path) -> None:
+    verify_checkpoint(checkpoint)
+    for path in checkpoint.rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
+def errors(said: str) -> list[str]:
+    assert "Traceback" not in said
+    return [line for line in said.splitlines() if line.startswith("error")]
+
+
+def wait_for_line(process: "subprocess.Popen[str]", beginning: str) -> str:
+    said = ""
+    for line in process.stderr:
+        said += line
+        if line.startswith(beginning):
+            return said
+    raise AssertionError(f"it ended without the line {beginning!r}:\n{said}")
+
+
+class TestFullDisk:
+    EVERY = ("--hidden-size", "128", "--checkpoint-every", "10", "--evaluate-every", "40")
+    CHECKPOINT = MEBIBYTE  # bytes; one of this model has 0.9 million
+
+    def test_what_is_there_stays_and_it_fails_at_the_end(self, launch, small_disk):
+        run = small_disk(CHECKPOINTS_AND_A_BIT := 5 * self.CHECKPOINT // 2) / "run"
+        command = (*LSTM, *self.EVERY, "--steps", "40", "--keep-last", "9", "--run-dir", run)
+        done = launch(*command, check=False)
+        assert done.returncode == 1
+        warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: no checkpoint")]
+        assert warnings[0].startswith(
+            "warning: no checkpoint of step 30: No space left on device; the last good"
+        )
+        (line,) = errors(done.stderr)
+        last = run / "checkpoints" / "000000020"
+        assert line.startswith(
+            f"error: no checkpoint of step 40: No space left on device; the last good checkpoint is {last}"
+        )
+        assert checkpoints(run) == ["000000010", "000000020"]
+        for name in checkpoints(run):
+            assert_valid_and_finite(run / "checkpoints" / name)
+        assert status(run)["state"] == "failed"
+        assert status(run)["step"] == 20
+        metrics(run)
+
+        remount(run.parent, 2 * CHECKPOINTS_AND_A_BIT)
+        assert "continuing from step 20 of 40" in launch(*command).stderr
+        assert status(run) == {"state": "finished", "step": 40, "why": ""}
+        assert [row["step"] for row in metrics(run) if "train/loss" in row] == list(range(1, 41))
+
+    def test_room_that_is_made_in_mid_run_is_used(self, start, small_disk):
+        disk = small_disk(8 * self.CHECKPOINT)
+        run = disk / "run"
+        process = start(*LSTM, *self.EVERY, "--steps", "400", "--run-dir", run)
+        wait_for_line(process, "step 12/")
+        filler = fill(disk, leaving=0)
+        said = wait_for_line(process, "warning: no checkpoint of step")
+        filler.unlink()
+        said += process.stderr.read()
+        assert process.wait() == 0, said
+        assert status(run) == {"state": "finished", "step": 400, "why": ""}
+        assert [row["step"] for row in metrics(run) if "train/loss" in row] == list(range(1, 401))
+        assert_valid_and_finite(run / "checkpoints" / "000000400")
+
+    def test_a_picture_that_cannot_be_written_does_not_end_the_run(self, start, tmp_path):
+        run = tmp_path / "run"
+        smoke = ("launch/gan.py", "--dataset", "fake", "--batch-size", "8", "--latent-dim", "8")
+        every = ("--steps", "9", "--log-every", "1", "--evaluate-every", "3", "--checkpoint-every", "9")
+        process = start(*smoke, *every, "--wandb", "disabled", "--run-dir", run)
+        wait_for_line(process, "step 1/")
+        (run / "samples").rmdir()
+        (run / "samples").write_text("no folder")
+        said = process.stderr.read()
+        assert process.wait() == 0
+        assert said.count("warning: no picture of step") == 3
+        assert status(run)["state"] == "finished"
+
+
+class TestNotANumber:
+    @pytest.mark.parametrize("every", [("1", "1"), ("50", "3"), ("7", "50")], ids=str)
+    def test_the_run_fails_in_one_line_that_names_the_last_good_checkpoint(self, launch, tmp_path, every):
+        run, (log, save) = tmp_path / "run", every
+        script = (
+            "import sys, runpy, torch\n"
+            "from cs324dist.training import lstm\n"
+            "honest = lstm.LSTMTask.step\n"
+            "def step(task, step):\n"
+            "    metrics = honest(task, step)\n"
+            "    if step >= 9:\n"
+            "        with torch.no_grad():\n"
+            "            next(iter(task.models.values())).output.weight.mul_(float('inf'))\n"
+            "    return metrics\n"
+            "lstm.LSTMTask.step = step\n"
+            "sys.argv = sys.argv[1:]\n"
+            "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        )
+        command = (*LSTM, "--hidden-size", "8", "--steps", "50", "--evaluate-every", "50")
+        done = launch(
+            "-c",
+            script,
+            *command,
+            "--log-every",
+            log,
+            "--checkpoint-every",
+            save,
+            "--run-dir",
+            run,
+            check=False,
+        )
+        assert done.returncode == 1
+        named, advice = errors(done.stderr)
+        assert "lower the learning rate" in advice
+        saved = checkpoints(run)
+        if saved:
+            last = run / "checkpoints" / saved[-1]
+            assert named.endswith(f"the last good checkpoint is {last}")
+            assert_valid_and_finite(last)
+            assert int(saved[-1]) == 9
+        else:
+            assert named.endswith("there is no checkpoint yet")
+        assert status(run)["state"] == "failed"
+        assert status(run)["step"] == (int(saved[-1]) if saved else 0)
+        for row in metrics(run):
+            assert all(value is None or math.isfinite(value) for value in row.values())
+
+    def test_a_learning_rate_that_is_too_large_makes_a_real_one(self, launch, tmp_path):
+        run = tmp_path / "run"
+        smoke = (
+            "launch/gan.py",
+            "--dataset",
+            "fake",
+            "--batch-size",
+            "8",
+            "--latent-dim",
+            "8",
+            "--steps",
+            "9",
+        )
+        every = ("--checkpoint-every", "1", "--log-every", "1", "--wandb", "disabled")
+        done = launch(*smoke, *every, "--discriminator-lr", "1e9", "--run-dir", run, check=False)
+        assert done.returncode == 1
+        named, _ = errors(done.stderr)
+        last = run / "checkpoints" / checkpoints(run)[-1]
+        assert "_loss is " in named
+        assert named.endswith(f"the last good checkpoint is {last}")
+        assert_valid_and_finite(last)
+        assert None in metrics(run)[-1].values()
+        assert status(run)["state"] == "failed"
+
+
+class TestOneOfTwoProcesses:
+    TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    LONG = (
+        "--hidden-size",
+        "8",
+        "--steps",
+        "1000000",
+        "--checkpoint-every",
+        "10",
+        "--evaluate-every",
+        "1000000",
+    )
+
+    @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["hangs", "is killed"])
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_all_end_and_it_is_said(self, start, tmp_path, number, rank):
+        run = tmp_path / "run"
+        process = start(*self.TWO, *LSTM, *self.LONG, "--hung-after", "5", "--run-dir", run)
+        wait_for_line(process, "step 20/")
+        children = psutil.Process(process.pid).children(recursive=True)
+        workers = {child.environ()["RANK"]: child for child in children if "LOCAL_RANK" in child.environ()}
+        workers[str(rank)].send_signal(number)
+        said = process.stderr.read()
+        assert process.wait() == 1
+        _, alive = psutil.wait_procs(children, timeout=60)
+        assert not alive
+        if number == signal.SIGSTOP:
+            assert (
+                f"error on rank {1 - rank}: another process did not answer within 5 s (--hung-after)" in said
+            )
+        if rank == 1:
+            assert status(run)["state"] == "failed"
+        assert_valid_and_finite(max((run / "checkpoints").iterdir()))
+
+
+class TestMemory:
+    def test_too_little_names_the_options_to_lower_and_their_values(self, start, tmp_path):
+        run = tmp_path / "run"
+
+        def limited() -> None:
+            resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+
+        process = start(*LSTM, "--hidden-size", "65536", "--run-dir", run, preexec_fn=limited)
+        said = process.stderr.read()
+        assert process.wait() == 1
+        (line,) = errors(said)
+        assert (
+            "out of memory: lower --batch-size (now 8), --length (now 4), --hidden-size (now 65536)" in line
+        )
+        assert not (run / "status.json").exists()
+
+    def test_a_batch_too_large_in_mid_run(self, start, tmp_path):
+        run = tmp_path / "run"
+
+        def limited() -> None:
+            resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+
+        command = ("launch/lstm.py", "--length", "4", "--batch-size", "20000000", "--wandb", "disabled")
+        process = start(*command, "--run-dir", run, preexec_fn=limited)
+        said = process.stderr.read()
+        assert process.wait() == 1
+        (line,) = errors(said)
+        assert "out of memory: lower --batch-size (now 20000000), --length (now 4)" in line
+        assert status(run)["state"] == "failed"
