@@ -49,13 +49,13 @@ def launch() -> int:
             file=sys.stderr,
         )
         return REFUSED
-    sys.argv[1:1] = ["--machine_rank", os.environ["SLURM_NODEID"]]
     for part in ("multiprocessing", "agent.server"):  # what they report, the lines below tell
         logging.getLogger(f"torch.distributed.elastic.{part}.api").setLevel(logging.CRITICAL)
     try:
         with tempfile.TemporaryDirectory(prefix="torchelastic-") as folder:
-            # What Accelerate's command line does not have, torch's launcher takes from the environment.
-            os.environ |= {"PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT", "PET_LOG_DIR": folder}
+            sys.argv[1:1] = ["--machine_rank", os.environ["SLURM_NODEID"], "--log_dir", folder]
+            # Accelerate's command line does not have this; torch's launcher takes it from the environment.
+            os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
             main()
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()

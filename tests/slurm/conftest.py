@@ -44,7 +44,9 @@ def submit(cluster, launch_environment, tmp_path_factory) -> Submit:
                 if (REPOSITORY / name).exists():
                     (checkout / name).symlink_to(REPOSITORY / name)
         command = ["sbatch", "--parsable", f"--nodes={nodes}", *options, f"slurm/{script}", *arguments]
-        return Job(cluster, checkout, cluster.call(*command, cwd=checkout, env=launch_environment).strip())
+        # What launchers that are killed leave behind goes away with the checkout.
+        environment = {**launch_environment, "TMPDIR": str(checkout)}
+        return Job(cluster, checkout, cluster.call(*command, cwd=checkout, env=environment).strip())
 
     return submit
 
