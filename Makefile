@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all slurm-test lint clean
+.PHONY: help install train test test-all chaos fuzz slurm-test lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -39,6 +39,12 @@ test: .venv/installed  ## what a change is checked with (under 6 minutes on 2 co
 
 test-all: .venv/installed  ## everything (under 25 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
+
+chaos: .venv/installed  ## 200 kills at random moments, every end compared bit for bit (under 25 minutes on 2 cores)
+	$(BIN)/python tests/chaos.py
+
+fuzz: .venv/installed  ## damage run folders in 10 000 ways, and read them (under 40 minutes on 2 cores)
+	$(BIN)/python tests/fuzz.py
 
 slurm-test: .venv/installed  ## jobs, faults and requeues on a real Slurm on this machine (root; under 20 minutes)
 	$(BIN)/python -m pytest -v tests/slurm

@@ -10,8 +10,10 @@ from faults import FAULTS
 from safetensors.torch import save_file
 
 from cs324dist.errors import leave
+from cs324dist.runs.folder import RunFolder
 from cs324dist.training import classifier, gan, lstm
-from cs324dist.training.process import start_accelerator
+from cs324dist.training.loop import resume, save
+from cs324dist.training.process import on_main_process, start_accelerator
 
 TASKS = {
     "gan": (gan.GANTask, gan.PRESETS),
@@ -28,6 +30,7 @@ if __name__ == "__main__":
     parser.add_argument("--settings", type=json.loads, default={})
     parser.add_argument("--evaluate", action="store_true")
     parser.add_argument("--fault", choices=FAULTS)
+    parser.add_argument("--folder", type=Path, help="run folder to go on from, and to leave a checkpoint in")
     arguments = parser.parse_args()
 
     if arguments.fault:
@@ -36,8 +39,14 @@ if __name__ == "__main__":
     settings = dataclasses.replace(presets[arguments.preset], **arguments.settings)
     accelerator = start_accelerator(settings.batch_size)
     task = build(settings, accelerator, torch.float64)
-    for step in range(arguments.steps):
+    start, run = 0, RunFolder(arguments.folder or Path())
+    if arguments.folder:
+        on_main_process(accelerator, run.claim)
+        start = resume(task, run, accelerator).step
+    for step in range(start, arguments.steps):
         task.step(step)
+    if arguments.folder:
+        save(task, run, accelerator, arguments.steps)
     if arguments.evaluate:
         metrics = task.evaluate().metrics
         if accelerator.is_main_process:

@@ -229,6 +229,64 @@ def test_the_newest_are_kept_and_come_first(tmp_path_factory, steps, count):
     }
 
 
+GENERATIONS = st.dictionaries(
+    st.integers(1, 999_999_999), st.integers(0, 4), max_size=8
+)  # by step; 0: damaged
+
+
+def written_by(folder: Path, owners: dict[int, int]) -> None:
+    for step, generation in owners.items():
+        (folder / f"{step:09d}").mkdir()
+        content = json.dumps({"generation": generation}) if generation else "{"
+        (folder / f"{step:09d}" / "trainer.json").write_text(content)
+
+
+@settings(max_examples=60)
+@given(owners=GENERATIONS)
+def test_those_of_the_latest_owner_come_first_and_before_them_the_damaged(tmp_path_factory, owners):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    written_by(folder, owners)
+    found = [int(path.name) for path in checkpoints_in(folder)]
+    damaged = sorted((step for step, owner in owners.items() if not owner), reverse=True)
+    rest = sorted(
+        (step for step, owner in owners.items() if owner), key=lambda s: (owners[s], s), reverse=True
+    )
+    assert found == damaged + rest
+
+
+@settings(max_examples=100)
+@given(owners=GENERATIONS, count=st.integers(1, 4), generation=st.integers(1, 4))
+def test_an_owner_deletes_nothing_of_a_later_one(tmp_path_factory, owners, count, generation):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    written_by(folder, owners)
+    for writer in range(1, 5):
+        (folder / f".000000007.{writer}.tmp").mkdir()
+    keep_newest(folder, count, generation)
+    newest_first = sorted(owners, key=lambda step: (owners[step], step), reverse=True)
+    later = {step for step, owner in owners.items() if owner > generation}
+    left = {path.name for path in folder.iterdir()}
+    unfinished = {f".000000007.{writer}.tmp" for writer in range(generation + 1, 5)}
+    assert left == {f"{step:09d}" for step in {*newest_first[:count], *later}} | unfinished
+
+
+@pytest.mark.parametrize(("theirs", "stays"), [(1, False), (2, False), (3, True)])
+def test_a_checkpoint_is_replaced_by_its_own_and_by_later_owners_only(tmp_path, theirs, stays):
+    folder = write(tmp_path / "000000003", state=TrainerState(3, 1, generation=theirs))
+    before = (folder / "trainer.json").read_bytes()
+    learner = Learner()
+    learner.train(range(3))
+    try:
+        write(folder, learner, TrainerState(3, 1, {"length": 9}, generation=2))
+    except OSError:
+        assert stays
+        assert (folder / "trainer.json").read_bytes() == before
+    else:
+        assert not stays
+        assert verify_checkpoint(folder).generation == 2
+    assert verify_checkpoint(folder).step == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["000000003"]
+
+
 def flipped(content: bytes, position: int, bit: int) -> bytes:
     return content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1 :]
 

@@ -1,6 +1,7 @@
 """A file is the old one or the new one, and what is not ours is refused by name."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,11 @@ def test_what_is_no_json_object_of_ours_is_refused_by_name(tmp_path, content, sa
 
 def test_what_is_no_file_is_refused_by_name(tmp_path):
     assert_refused(tmp_path / "absent.json", "cannot be read: No such file")
-    assert_refused(tmp_path, "cannot be read: Is a directory")
+    assert_refused(tmp_path, "is not a file")
+    os.mkfifo(tmp_path / "pipe")  # whoever opens it waits for a writer
+    assert_refused(tmp_path / "pipe", "is not a file")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    assert_refused(tmp_path / "endless", "is not a file")
     (tmp_path / "file").touch()
     assert_refused(tmp_path / "file" / "below.json", "cannot be read: Not a directory")
 

@@ -1,9 +1,11 @@
 """What reaches Weights & Biases, and what happens where it cannot be reached."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
+from launched import Launched
 from wandb.proto.wandb_internal_pb2 import Record
 
 SMOKE = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--steps", "10")
@@ -26,6 +28,27 @@ def records(path: Path) -> list[Record]:
     return found
 
 
+def history(segment: Path) -> dict[int, dict]:
+    """What a `.wandb` file holds of each step."""
+    rows: dict[int, dict] = {}
+    for record in records(segment):
+        if record.WhichOneof("record_type") == "history":
+            row = {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
+            rows.setdefault(row["_step"], {}).update(row)
+    return rows
+
+
+def metrics_by_step(run: Path) -> dict[int, dict]:
+    rows: dict[int, dict] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        rows.setdefault(row.pop("step"), {}).update(row)
+    return rows
+
+
 @pytest.fixture(scope="module")
 def recorded(launch, tmp_path_factory):
     run = tmp_path_factory.mktemp("offline") / "run"
@@ -41,21 +64,9 @@ def test_without_a_login_it_records_offline_and_says_so_in_one_line(recorded):
 def test_the_same_values_and_pictures_go_there_as_to_the_metrics_file(recorded):
     run, _ = recorded
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
-    logged: dict[int, dict] = {}
-    for record in records(file):
-        if record.WhichOneof("record_type") == "history":
-            row = {
-                item.key or "/".join(item.nested_key): json.loads(item.value_json)
-                for item in record.history.item
-            }
-            logged.setdefault(row["_step"], {}).update(row)
-    expected: dict[int, dict] = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        expected.setdefault(row["step"], {}).update(row)
+    logged, expected = history(file), metrics_by_step(run)
     assert expected.keys() == {5, 10}
     for step, row in expected.items():
-        row.pop("step")
         assert {name: logged[step][name] for name in row} == row
     assert logged[10]["samples/_type"] == "images/separated"
     assert list(run.glob("wandb/offline-run-*/files/media/images/*.png"))
@@ -76,3 +87,36 @@ def test_disabled_leaves_no_trace(launch, tmp_path):
     done = launch("launch/lstm.py", "--preset", "smoke", "--wandb", "disabled", "--run-dir", run)
     assert not (run / "wandb").exists()
     assert "Weights" not in done.stderr
+
+
+KILLED_SEGMENTS = "wandb-core writes in blocks of 32 KiB, and what it holds of a killed run is lost"
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGKILL, marks=pytest.mark.xfail(strict=True, reason=KILLED_SEGMENTS)),
+    ],
+    ids=["TERM", "KILL"],
+)
+def test_the_segments_of_an_interrupted_run_make_up_its_metrics(launch, launch_environment, tmp_path, number):
+    run = tmp_path / "run"
+    command = ("launch/lstm.py", "--length", "10", "--steps", "60", "--log-every", "1", "--wandb", "offline",
+               "--evaluate-every", "10", "--checkpoint-every", "5")  # fmt: skip
+    for at_step in (17, 38):
+        with Launched(command, run, launch_environment) as started:
+            started.wait_for_line(f"step {at_step}/")
+            started.send_signal(number)
+            assert started.end() == {signal.SIGTERM: 75, signal.SIGKILL: -signal.SIGKILL}[number]
+    launch(*command, "--run-dir", run)
+    segments = sorted(run.glob("wandb/offline-run-*/*.wandb"))
+    tracker_id = json.loads((run / "config.json").read_text())["tracker_run_id"]
+    assert [segment.name for segment in segments] == [f"run-{tracker_id}.wandb"] * 3
+    logged: dict[int, dict] = {}
+    for segment in segments:
+        logged.update(history(segment))
+    expected = metrics_by_step(run)
+    assert logged.keys() == expected.keys() == set(range(1, 61))
+    for step, row in expected.items():
+        assert {name: value for name, value in logged[step].items() if "/" in name} == row

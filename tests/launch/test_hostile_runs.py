@@ -1,0 +1,257 @@
+"""Run folders from strangers, as a user meets them: a clear line, exit code 2, nothing touched, no code run.
+
+`make fuzz` tries thousands of such folders, in one process.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+LSTM = ("launch/lstm.py", "--length", "4", "--hidden-size", "8", "--batch-size", "8",
+        "--checkpoint-every", "2", "--log-every", "1", "--evaluate-every", "6",
+        "--wandb", "disabled")  # fmt: skip
+GAN = ("launch/gan.py", "--dataset", "fake", "--batch-size", "8", "--latent-dim", "8", "--steps", "1",
+       "--wandb", "disabled")  # fmt: skip
+LONGEST = 500  # characters of a line
+
+
+@pytest.fixture(scope="module")
+def runs(launch, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    launch(*LSTM, "--steps", "6", "--run-dir", folder / "lstm")
+    launch(*GAN, "--run-dir", folder / "gan")
+    return folder
+
+
+class Hostile:
+    """A copy of a run with one or more checkpoints, of which all are tampered with alike."""
+
+    def __init__(self, original: Path, place: Path) -> None:
+        self.run, self.outside = place / "run", place / "outside"
+        shutil.copytree(original, self.run)
+        self.outside.mkdir()
+        (self.outside / "victim").write_text("mine")
+        self.marker = self.outside / "code ran"
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        return sorted((self.run / "checkpoints").iterdir())
+
+    def each(self, tamper: Callable[[Path], None], name: str, *, mend: bool = True) -> None:
+        """Tamper with a file of every checkpoint, and make the digests right as a forger would."""
+        for checkpoint in self.checkpoints:
+            tamper(checkpoint / name)
+            if mend:
+                self.mend(checkpoint)
+
+    def mend(self, checkpoint: Path, **changes: object) -> None:
+        content = {**json.loads((checkpoint / "trainer.json").read_text()), **changes}
+        del content["own_sha256"]
+        for name in content["sha256"]:
+            with suppress(OSError, ValueError):
+                content["sha256"][name] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+        own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        (checkpoint / "trainer.json").write_text(json.dumps({**content, "own_sha256": own}))
+
+    def content(self) -> dict[str, object]:
+        """All there is but lock files, which hold nothing."""
+        return {
+            str(path): path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None
+            for path in sorted(self.run.parent.rglob("*"))
+            if path.suffix != ".lock"
+        }
+
+
+@pytest.fixture
+def lstm(runs, tmp_path) -> Hostile:
+    return Hostile(runs / "lstm", tmp_path)
+
+
+@pytest.fixture
+def gan(runs, tmp_path) -> Hostile:
+    return Hostile(runs / "gan", tmp_path)
+
+
+@pytest.fixture
+def refused(launch) -> Iterator[Callable[..., list[str]]]:
+    """The lines of a command that must refuse a run and leave everything as it is."""
+
+    def refused(hostile: Hostile, *command: object) -> list[str]:
+        before = hostile.content()
+        done: subprocess.CompletedProcess[str] = launch(*command, check=False)
+        assert done.returncode == 2, done.stderr
+        lines = done.stderr.splitlines()
+        for line in lines:
+            assert line.startswith("error: "), done.stderr
+            assert line.isprintable()
+            assert len(line) <= LONGEST
+        assert hostile.content() == before
+        return lines
+
+    return refused
+
+
+def resume(hostile: Hostile) -> tuple[object, ...]:
+    return (*LSTM, "--steps", "7", "--run-dir", hostile.run)
+
+
+def sample(hostile: Hostile) -> tuple[object, ...]:
+    out = hostile.run.parent / "grid.png"
+    return ("launch/sample.py", "grid", hostile.run, "--rows", "1", "--columns", "1", "--out", out)
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def claims_a_huge_header(path: Path) -> None:
+    path.write_bytes((1 << 62).to_bytes(8, "little") + path.read_bytes()[8:])
+
+
+def claims_huge_tensors(path: Path) -> None:
+    header = {"W_h": {"dtype": "F32", "shape": [1 << 31, 1 << 31], "data_offsets": [0, 1 << 64 - 1]}}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+
+
+def change(name: str, to: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
+    def tamper(path: Path) -> None:
+        tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+        changed = to(tensors.pop(name))
+        save_file({**tensors, **({} if changed is None else {name: changed})}, path)
+
+    return tamper
+
+
+def with_one_more(path: Path) -> None:
+    save_file(
+        {**{k: v.clone() for k, v in load_file(path).items()}, "\x1b[2J" + "x" * 5000: torch.ones(1)}, path
+    )
+
+
+too_long = pytest.mark.xfail(strict=True, reason="the name of a foreign tensor is said in full length")
+
+
+@pytest.mark.parametrize(
+    ("tamper", "mend", "said"),
+    [
+        (flipped, False, "is damaged: its SHA-256"),
+        (cut_short, True, "cannot be read as safetensors"),
+        (claims_a_huge_header, True, "its header is too large"),
+        (claims_huge_tensors, True, "cannot be read as safetensors"),
+        (change("W_h", lambda t: t.T.contiguous()), True, "'W_h' is F32 (8, 32), expected F32 (32, 8)"),
+        (change("W_h", lambda t: t.double()), True, "'W_h' is F64 (32, 8), expected F32 (32, 8)"),
+        (change("W_h", lambda t: None), True, "lacks 1 tensors, the first of them 'W_h'"),
+        (change("W_h", lambda t: t / 0), True, "'W_h' holds values that are not finite"),
+        pytest.param(with_one_more, True, "holds 1 tensors too many", marks=too_long),
+    ],
+    ids=["bit flipped", "cut short", "huge header", "huge tensors", "shape", "dtype", "missing",
+         "not finite", "one more"],
+)  # fmt: skip
+def test_weights_that_were_tampered_with(lstm, refused, tamper, mend, said):
+    lstm.each(tamper, "lstm/model.safetensors", mend=mend)
+    lines = refused(lstm, *resume(lstm))
+    assert said in lines[0]
+    assert str(lstm.run) in lines[0]
+
+
+class Code:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_pickle_by_another_name_is_not_run(gan, refused):
+    gan.each(lambda path: path.write_bytes(pickle.dumps(Code(gan.marker))), "generator_ema/model.safetensors")
+    (line,) = refused(gan, *sample(gan))
+    assert "cannot be read as safetensors" in line
+    assert not gan.marker.exists()
+    pickle.loads(pickle.dumps(Code(gan.marker)))
+    assert gan.marker.exists()  # it would have been
+
+
+def test_a_picture_of_another_size_is_not_made(gan, refused):
+    config = {"class": "Generator", "input_dim": 65536}
+    gan.each(lambda path: path.write_text(json.dumps(config)), "generator_ema/config.json")
+    (line,) = refused(gan, *sample(gan))
+    assert "'fc.0.weight' is F32 (1024, 8), expected F32 (1024, 65536)" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[" * 100_000, "is not valid JSON"),
+        (" " * (100 << 20), "larger than 1048576 bytes"),
+        ('{"step": NaN}', "is not valid JSON"),
+    ],
+    ids=["deep", "100 MB", "NaN"],
+)
+def test_a_list_of_files_that_is_none(lstm, refused, content, said):
+    lstm.each(lambda path: path.write_text(content), "trainer.json", mend=False)
+    assert all(said in line for line in refused(lstm, *resume(lstm))[:-1])
+
+
+@pytest.mark.parametrize("name", ["../../outside/victim", "x" * 300 + ".json"])
+def test_a_list_of_files_that_names_others(lstm, refused, name):
+    for checkpoint in lstm.checkpoints:
+        content = json.loads((checkpoint / "trainer.json").read_text())
+        lstm.mend(checkpoint, sha256={**content["sha256"], name: "0"})
+    lines = refused(lstm, *resume(lstm))
+    assert all("which is no file of a checkpoint" in line for line in lines[:-1])
+
+
+def test_a_list_of_files_of_another_type(lstm, refused):
+    for checkpoint in lstm.checkpoints:
+        lstm.mend(checkpoint, counters={"length": "4"})
+    assert "values of the wrong type" in refused(lstm, *resume(lstm))[0]
+
+
+def test_noise_in_the_metrics(lstm, refused):
+    lines = (lstm.run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (lstm.run / "metrics.jsonl").write_bytes(lines[0] + os.urandom(500) + b"\n" + b"".join(lines[1:]))
+    (line,) = refused(lstm, *resume(lstm))
+    assert f"{lstm.run}/metrics.jsonl: line 2 is damaged" in line
+
+
+def test_a_run_of_another_model(lstm, refused):
+    config = json.loads((lstm.run / "config.json").read_text())
+    config["settings"] |= {"hidden_size": 65536, "length": 7}
+    (lstm.run / "config.json").write_text(json.dumps(config))
+    lines = refused(lstm, *resume(lstm))
+    assert [line.split()[1] for line in lines] == ["--length", "--hidden-size"]
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "owners"])
+def test_a_folder_that_is_a_link_to_another_place(lstm, refused, name):
+    shutil.rmtree(lstm.run / name, ignore_errors=True)
+    (lstm.run / name).symlink_to(lstm.outside)
+    (line,) = refused(lstm, *resume(lstm))
+    assert f"{lstm.run / name} is a link" in line
+
+
+@pytest.mark.xfail(strict=True, reason="links at temporary names are followed")
+@pytest.mark.parametrize(
+    "name", [".config.json.tmp", ".status.json.tmp", ".metrics.jsonl.tmp", "owners/.2.json.tmp"]
+)
+def test_a_planted_link_is_not_written_through(lstm, launch, name):
+    (lstm.run / name).symlink_to(lstm.outside / "victim")
+    launch(*resume(lstm), check=False)
+    assert (lstm.outside / "victim").read_text() == "mine"

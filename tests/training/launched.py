@@ -1,0 +1,128 @@
+"""A run that a test has started, reads line by line, and sends signals to."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import Queue
+from threading import Thread
+
+import psutil
+from chaos import processes_of
+
+REPOSITORY = Path(__file__).parents[2]
+LIMIT = 120  # seconds that anything may take; on a quiet machine it is one or two
+LAUNCHERS = {
+    "python": (),
+    "torchrun with two": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+    "accelerate with one": (
+        *("-m", "accelerate.commands.launch"),
+        *("--config_file", "accelerate_configs/cpu.yaml"),
+    ),
+    "accelerate with two": (
+        *("-m", "accelerate.commands.launch"),
+        *("--config_file", "accelerate_configs/cpu_ddp.yaml"),
+    ),
+}
+
+
+class Launched:
+    """A started command with `--run-dir`; leaving the context ends what is left of it."""
+
+    def __init__(self, command, run: Path, environment: dict[str, str], launcher: str = "python") -> None:
+        self.run, self.said = run, ""
+        self._lines: Queue[str | None] = Queue()
+        self.process = subprocess.Popen(
+            [sys.executable, *LAUNCHERS[launcher], *command, "--run-dir", str(run)],
+            cwd=REPOSITORY,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.send_signal = self.process.send_signal
+        self._reader = Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stderr:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def __enter__(self) -> "Launched":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in processes_of(self.run):
+            process.kill()
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        self.process.stderr.close()
+
+    def lines(self) -> Iterator[str]:
+        """What it says on stderr, as it says it."""
+        while (line := self._lines.get(timeout=LIMIT)) is not None:
+            self.said += line
+            yield line
+
+    def wait_for_line(self, beginning: str) -> None:
+        for line in self.lines():
+            if line.startswith(beginning):
+                return
+        raise AssertionError(f"it ended without the line {beginning!r}:\n{self.said}")
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that train, rank 0 first."""
+        found = [process for process in processes_of(self.run) if "RANK" in process.environ()]
+        return sorted(found, key=lambda process: int(process.environ()["RANK"]))
+
+    def wait_until_importing(self, workers: int = 1) -> None:
+        """Wait until the processes that will train load torch, seconds before they are ready."""
+        wait_until(lambda: len(self._importing()) >= workers)
+
+    def _importing(self) -> list[int]:
+        launched = self.process.args[1:2] == ["-m"]
+        found = [p.pid for p in processes_of(self.run) if not launched or p.pid != self.process.pid]
+        return [pid for pid in found if "libtorch" in Path(f"/proc/{pid}/maps").read_text()]
+
+    def end(self) -> int:
+        """Wait for the end of the command and of all its processes; returns the command's exit code."""
+        code = self.process.wait(LIMIT)
+        wait_until(lambda: not processes_of(self.run))
+        for _ in self.lines():
+            pass
+        return code
+
+
+def wait_until(what: Callable[[], bool]) -> None:
+    until = time.monotonic() + LIMIT
+    while not what():
+        assert time.monotonic() < until, f"not within {LIMIT} s"
+        time.sleep(0.01)
+
+
+def newest_checkpoint(run: Path) -> Path:
+    return max(path for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
+
+
+def trainer(run: Path) -> dict:
+    return json.loads((newest_checkpoint(run) / "trainer.json").read_text())
+
+
+def status(run: Path) -> dict:
+    return json.loads((run / "status.json").read_text())
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and os.access(path, os.R_OK)
+    }

@@ -1,0 +1,260 @@
+"""Signals at every moment: what goes on is finished, thrown away or left as it was, and nothing lives on."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from chaos import content_of
+from launched import (
+    LIMIT,
+    REPOSITORY,
+    Launched,
+    files_of,
+    metrics,
+    newest_checkpoint,
+    status,
+    trainer,
+    wait_until,
+)
+
+from cs324dist.models.gan import Generator
+from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
+from cs324dist.runs.folder import RunFolder
+
+TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
+LONG = ("launch/lstm.py", "--length", "10", "--steps", "5000", "--log-every", "1", "--evaluate-every", "5000",
+        "--checkpoint-every", "5000", "--wandb", "disabled")  # fmt: skip
+SMOKE = ("launch/lstm.py", "--preset", "smoke", "--wandb", "disabled")
+GAN = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--steps", "5000", "--log-every", "1",
+       "--evaluate-every", "5000", "--checkpoint-every", "5000", "--wandb", "disabled")  # fmt: skip
+# Two evaluations of eight parts, which take seconds.
+EVALUATING = (*SMOKE, "--length", "2001", "--steps", "2", "--log-every", "1", "--evaluate-every", "1",
+              "--checkpoint-every", "2")  # fmt: skip
+HERE = Path(__file__).parent
+
+
+def not_yet(why: str) -> pytest.MarkDecorator:
+    return pytest.mark.xfail(strict=True, reason=why)
+
+
+def assert_stopped_with_a_checkpoint(run: Path, step: int) -> None:
+    assert status(run)["state"] == "stopped"
+    assert status(run)["step"] == trainer(run)["step"] == int(newest_checkpoint(run).name) >= step
+    assert not list(run.rglob(".*.tmp"))
+
+
+@pytest.fixture(scope="module")
+def whole(launch, tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole") / "run"
+    launch(*EVALUATING, "--run-dir", run)
+    assert [sorted(line)[0] for line in metrics(run)] == ["step", "eval/accuracy"] * 2
+    return content_of(run)
+
+
+@pytest.fixture(scope="module")
+def gan_run(tmp_path_factory):
+    run = RunFolder(tmp_path_factory.mktemp("gan") / "run")
+    run.open("gan", {})
+    write_checkpoint(run.checkpoint(1), {"generator": Generator(input_dim=8)}, {}, TrainerState(1, 1))
+    return run.path
+
+
+class TestTraining:
+    def test_signals_within_a_second_count_as_one(self, tmp_path, launch_environment):
+        run = tmp_path / "run"
+        with Launched(LONG, run, launch_environment) as started:
+            started.wait_for_line("step 10/")
+            for number in (TERM, TERM, INT):  # as Slurm and a launcher may send them
+                started.send_signal(number)
+            assert started.end() == 75
+        assert_stopped_with_a_checkpoint(run, 10)
+
+    @not_yet("Python runs the handlers after the step, once for all signals of a number")
+    def test_a_third_signal_ends_at_once_even_within_a_long_step(self, tmp_path, launch_environment):
+        run = tmp_path / "run"
+        command = (str(HERE / "endless_step.py"), *SMOKE[1:])
+        with Launched(command, run, launch_environment) as started:
+            started.wait_for_line("in the long step")
+            for _ in range(3):
+                started.send_signal(TERM)
+                time.sleep(2)  # or they would count as one
+            assert started.end() == 128 + TERM
+
+    def test_the_checkpoint_is_there_within_ten_seconds_of_the_steps_end(self, tmp_path, launch_environment):
+        run = tmp_path / "run"
+        with Launched(GAN, run, launch_environment) as started:
+            started.wait_for_line("step 3/")
+            started.send_signal(TERM)
+            last_step = time.time()
+            for line in started.lines():
+                if line.startswith("step "):
+                    last_step = time.time()
+            assert started.end() == 75
+        assert (newest_checkpoint(run) / "trainer.json").stat().st_mtime - last_step < 10
+        assert_stopped_with_a_checkpoint(run, 3)
+
+    def test_one_rank_alone_is_asked_and_all_stop(self, tmp_path, launch_environment):
+        run = tmp_path / "run"
+        with Launched(LONG, run, launch_environment, "torchrun with two") as started:
+            started.wait_for_line("step 10/")
+            started.workers()[1].send_signal(TERM)
+            assert started.end() != 0
+        assert_stopped_with_a_checkpoint(run, 10)
+
+
+class TestEvaluation:
+    def test_one_that_is_cut_short_twice_leaves_no_trace(self, tmp_path, launch, launch_environment, whole):
+        run = tmp_path / "run"
+        for beginning in ("step 1/2", f"{run}: continuing from step 1 of 2"):
+            with Launched(EVALUATING, run, launch_environment) as started:
+                started.wait_for_line(beginning)
+                started.send_signal(TERM)
+                assert started.end() == 75
+            assert_stopped_with_a_checkpoint(run, 1)
+            assert trainer(run)["evaluation_owed"] is True
+            assert [line["step"] for line in metrics(run)] == [1]
+            assert "eval/accuracy" not in metrics(run)[0]
+        launch(*EVALUATING, "--run-dir", run)
+        assert trainer(run)["evaluation_owed"] is False
+        assert content_of(run) == whole
+
+    @pytest.mark.slow
+    def test_the_last_steps_is_made_up_for(self, tmp_path, launch, launch_environment, whole):
+        run = tmp_path / "run"
+        with Launched(EVALUATING, run, launch_environment) as started:
+            started.wait_for_line("step 2/2")
+            started.send_signal(INT)
+            assert started.end() == 75
+        assert_stopped_with_a_checkpoint(run, 2)
+        assert trainer(run)["evaluation_owed"] is True
+        launch(*EVALUATING, "--run-dir", run)
+        assert status(run)["state"] == "finished"
+        assert content_of(run) == whole
+        assert "is finished" in launch(*EVALUATING, "--run-dir", run).stderr
+        assert content_of(run) == whole
+
+    @pytest.mark.slow
+    def test_two_processes_throw_away_what_one_of_them_cut_short(self, tmp_path, launch, launch_environment):
+        whole, run = tmp_path / "whole", tmp_path / "run"
+        two = {"launcher": "torchrun", "options": ("--nproc_per_node", "2")}
+        launch(*EVALUATING, "--run-dir", whole, **two)
+        with Launched(EVALUATING, run, launch_environment, "torchrun with two") as started:
+            started.wait_for_line("step 1/2")
+            started.workers()[1].send_signal(TERM)
+            assert started.end() != 0
+        with Launched(EVALUATING, run, launch_environment, "torchrun with two") as started:
+            started.wait_for_line(f"{run}: continuing from step 1 of 2")
+            started.send_signal(TERM)
+            assert started.end() != 0
+        assert_stopped_with_a_checkpoint(run, 1)
+        assert trainer(run)["evaluation_owed"] is True
+        assert [line["step"] for line in metrics(run)] == [1]
+        launch(*EVALUATING, "--run-dir", run, **two)
+        assert content_of(run) == content_of(whole)
+
+
+class TestStartUp:
+    @pytest.mark.parametrize(
+        "number",
+        [TERM, pytest.param(INT, marks=not_yet("a traceback while torch is imported"))],
+        ids=["TERM", "INT"],
+    )
+    def test_a_new_run_is_not_begun(self, tmp_path, launch_environment, number):
+        run = tmp_path / "run"
+        with Launched(SMOKE, run, launch_environment) as started:
+            started.wait_until_importing()
+            started.send_signal(number)
+            code = started.end()
+        expected = {TERM: (-TERM, ""), INT: (75, "stopped by a signal\n")}
+        assert (code, started.said) == expected[number]
+        assert not run.exists()
+
+    def test_an_old_run_is_left_as_it_was(self, tmp_path, launch, launch_environment):
+        run = tmp_path / "run"
+        launch(*SMOKE, "--run-dir", run)
+        before = files_of(run)
+        with Launched((*SMOKE, "--steps", "30"), run, launch_environment) as started:
+            started.wait_until_importing()
+            started.send_signal(TERM)
+            assert started.end() == -TERM
+        assert files_of(run) == before
+
+    def test_while_a_checkpoint_is_read_nothing_is_lost(self, tmp_path, launch, launch_environment):
+        run, longer = tmp_path / "run", (*SMOKE, "--steps", "30")
+        launch(*SMOKE, "--run-dir", run)
+        with Launched(longer, run, launch_environment) as started:
+            wait_until((run / "owners" / "2.json").exists)
+            started.send_signal(TERM)
+            assert started.end() in (-TERM, 75)  # as the handlers were not there yet, or were
+        assert not list(run.glob("checkpoints/.*.tmp"))
+        assert "continuing from step 2" in launch(*longer, "--run-dir", run).stderr
+        whole = tmp_path / "whole"
+        launch(*longer, "--run-dir", whole)
+        assert content_of(run) == content_of(whole)
+
+
+class TestLaunchers:
+    @pytest.mark.parametrize("launcher", ["accelerate with one", "accelerate with two"])
+    @pytest.mark.parametrize(
+        "number", [TERM, KILL, pytest.param(INT, marks=pytest.mark.slow)], ids=["TERM", "KILL", "INT"]
+    )
+    def test_whatever_ends_the_launcher_its_workers_stop_in_order(
+        self, tmp_path, launch_environment, launcher, number
+    ):
+        run = tmp_path / "run"
+        with Launched(LONG, run, launch_environment, launcher) as started:
+            started.wait_for_line("step 10/")
+            started.send_signal(number)
+            assert started.end() != 0  # and waits for the workers' end
+        assert_stopped_with_a_checkpoint(run, 10)
+
+    @not_yet("the parent's death is asked for after the imports, and may have happened by then")
+    @pytest.mark.parametrize("launcher", ["accelerate with one", "accelerate with two"])
+    def test_workers_whose_launcher_dies_in_their_start_up_end_too(
+        self, tmp_path, launch_environment, launcher
+    ):
+        run = tmp_path / "run"
+        with Launched(LONG, run, launch_environment, launcher) as started:
+            started.wait_until_importing(workers=2 if launcher.endswith("two") else 1)
+            started.send_signal(KILL)
+            assert started.end() == -KILL
+        assert not list(run.glob("checkpoints/0*"))
+
+
+class TestSampling:
+    @pytest.mark.parametrize("moment", ["drawing", "writing"])
+    @pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
+    def test_no_part_of_a_file_is_left(self, tmp_path, launch_environment, gan_run, number, moment):
+        out = tmp_path / "samples.safetensors"
+        drawn = {"drawing": "images", "writing": "nothing"}[moment]
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                HERE / "drawing.py",
+                drawn,
+                "tensor",
+                gan_run,
+                "--count",
+                "100000",
+                "--out",
+                out,
+            ],
+            cwd=REPOSITORY,
+            env=launch_environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with process:
+            assert process.stderr.readline() == "drawing\n"
+            if moment == "writing":
+                wait_until((tmp_path / ".samples.safetensors.tmp").exists)
+            process.send_signal(number)
+            said = process.stderr.read()
+            code = process.wait(LIMIT)
+        assert (code, said) == {TERM: (-TERM, ""), INT: (75, "stopped by a signal\n")}[number]
+        assert not out.exists()
+        if number == INT or moment == "drawing":
+            assert list(tmp_path.iterdir()) == []
