@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all chaos fuzz lint clean
+.PHONY: help install train test test-all chaos fuzz slurm-test lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -47,6 +47,9 @@ chaos: .venv/installed  ## 200 kills at random moments, every end compared bit f
 
 fuzz: .venv/installed  ## damage run folders in 10 000 ways, and read them (about 20 minutes on 2 cores)
 	$(BIN)/python tests/fuzz.py
+
+slurm-test: .venv/installed  ## jobs, faults and requeues on a real Slurm on this machine (root; under 20 minutes)
+	$(BIN)/python -m pytest -v tests/slurm
 
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
-"""What `accelerate launch` was asked for, read from its own command line, and what it made of it."""
+"""What the launcher or Slurm was asked for, and what came of it."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def check_launcher(world_size: int, is_main_process: bool) -> None:
 
     `accelerate launch --cpu --num_processes 2` starts one process and says nothing (accelerate #2741).
     """
+    _check_slurm(world_size)
     parent = psutil.Process().parent()
     command = parent.cmdline() if parent else []
     if not any("accelerate" in word for word in command[:3]):
@@ -35,4 +37,16 @@ def check_launcher(world_size: int, is_main_process: bool) -> None:
         raise Refused(
             f"{processes} processes were asked for, and accelerate launch started {world_size}: "
             f"give --config_file accelerate_configs/cpu_ddp.yaml, or multi_gpu.yaml"
+        )
+
+
+def _check_slurm(world_size: int) -> None:
+    """Refuse to train apart on each node of a Slurm job, or in each task of a step."""
+    nodes = int(os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_JOB_NUM_NODES") or 1)
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or nodes)
+    nodes_used = world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if world_size < tasks or nodes_used < nodes:
+        raise Refused(
+            f"Slurm started {tasks} tasks on {nodes} nodes, and here {world_size} would train alone: "
+            f"submit slurm/gan.sbatch or slurm/lstm.sbatch, or start one with srun --nodes 1 --ntasks 1"
         )
