@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytestmark = pytest.mark.slow  # real processes, signals and faults: minutes
+
 REPOSITORY = Path(__file__).parents[2]
 LSTM = ("launch/lstm.py", "--length", "4", "--hidden-size", "8", "--batch-size", "8", "--steps", "120",
         "--log-every", "1", "--evaluate-every", "60", "--checkpoint-every", "5",
@@ -19,8 +21,6 @@ STOPS_ITSELF = """
 import os, runpy, signal, sys
 from pathlib import Path
 from cs324dist.runs import checkpoints, folder
-
-pytestmark = pytest.mark.slow  # real processes, signals and faults: minutes
 
 place, count, sys.argv = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 
