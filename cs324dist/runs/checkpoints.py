@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +221,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 def _trainer_state(folder: Path, content: Mapping[str, Any]) -> TrainerState:
     try:
         state = TrainerState(**content)
-        complete = content.keys() == asdict(state).keys()
+        complete = len(content) == len(fields(state))
         counts = [state.step, state.world_size, state.generation, state.metrics_lines]
         well_formed = (
             complete

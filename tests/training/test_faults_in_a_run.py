@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -74,7 +75,8 @@ def fill(folder: Path, leaving: int) -> Path:
     """Take all the room there is but `leaving` bytes."""
     filler = folder / "filler"
     room = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-    with filler.open("wb") as file:
+    # Unbuffered, as the run may take of the room meanwhile: what is there is taken, and no more is needed.
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
         file.write(bytes(max(0, room - leaving)))
     return filler
 
