@@ -116,7 +116,7 @@ def load_model(folder: Path, expected: type[Model]) -> Model:
     arguments = read_json(folder / "config.json")
     name = arguments.pop("class", None)
     if name != expected.__name__:
-        raise Refused(f"{folder} holds a model of class {shown(name)!r}, expected {expected.__name__!r}")
+        raise Refused(f"{folder} holds a model of class {shown(repr(name))}, expected {expected.__name__!r}")
     if any(type(value) is not int or not 1 <= value <= LARGEST_SIZE for value in arguments.values()):
         raise Refused(f"{folder / 'config.json'} has values that are no sizes: {shown(arguments)}")
     try:
