@@ -46,6 +46,7 @@ class Ownership:
             OSError: the folder cannot be written to.
         """
         self._folder = run / "owners"
+        self._is_first = not self._folder.exists()
         self._folder.mkdir(exist_ok=True)
         before = newest_generation(self._folder)
         if before >= LATEST:
@@ -92,7 +93,7 @@ class Ownership:
         self.release()
         for path in (self._path, self._path.with_suffix(".lock")):
             path.unlink(missing_ok=True)
-        with suppress(OSError):  # other owners have been here
+        if self._is_first:
             self._folder.rmdir()
 
     def _give_signs_of_life(self) -> None:

@@ -76,9 +76,9 @@ class _NormaliseOverRanks(torch.autograd.Function):
         moments = torch.stack(
             torch.batch_norm_update_stats(in_full, None, None, 0.0)
         )  # mean, biased variance
-        of_all_ranks = moments.new_empty(world_size * 2, moments.shape[1])
-        dist.all_gather_into_tensor(of_all_ranks, moments)
-        means, variances = of_all_ranks.view(world_size, 2, -1).unbind(1)
+        of_all_ranks = moments.new_empty(world_size, *moments.shape)
+        dist.all_gather(list(of_all_ranks), moments)
+        means, variances = of_all_ranks.unbind(1)
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)
         ctx.save_for_backward(x, weight, mean, variance)

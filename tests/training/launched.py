@@ -29,6 +29,16 @@ LAUNCHERS = {
 }
 
 
+def wait_for_line(process: "subprocess.Popen[str]", beginning: str) -> str:
+    """Read what a process says until a line with this beginning; returns all of it."""
+    said = ""
+    for line in process.stderr:
+        said += line
+        if line.startswith(beginning):
+            return said
+    raise AssertionError(f"it ended without the line {beginning!r}:\n{said}")
+
+
 class Launched:
     """A started command with `--run-dir`; leaving the context ends what is left of it."""
 
@@ -67,6 +77,7 @@ class Launched:
         while (line := self._lines.get(timeout=LIMIT)) is not None:
             self.said += line
             yield line
+        self._lines.put(None)  # it has ended for whoever asks again, too
 
     def wait_for_line(self, beginning: str) -> None:
         for line in self.lines():

@@ -6,13 +6,13 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from launched import wait_for_line
 from safetensors.torch import load_file
 
 from cs324dist.runs.checkpoints import verify_checkpoint
@@ -23,30 +23,6 @@ REPOSITORY = Path(__file__).parents[2]
 LSTM = ("launch/lstm.py", "--length", "4", "--batch-size", "8", "--log-every", "1", "--wandb", "disabled")
 MEBIBYTE = 1 << 20
 Start = Callable[..., "subprocess.Popen[str]"]
-
-
-@pytest.fixture
-def start(launch_environment) -> Iterator[Start]:
-    """Start a command; what it leaves behind is ended with the test."""
-    started = []
-
-    def process(*command: object, **options: object) -> "subprocess.Popen[str]":
-        started.append(
-            subprocess.Popen(
-                [sys.executable, *map(str, command)],
-                cwd=REPOSITORY,
-                env=launch_environment,
-                stderr=subprocess.PIPE,
-                text=True,
-                **options,
-            )
-        )
-        return started[-1]
-
-    yield process
-    for each in started:
-        each.kill()
-        each.communicate()
 
 
 @pytest.fixture
@@ -111,15 +87,6 @@ def errors(said: str) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("error")]
 
 
-def wait_for_line(process: "subprocess.Popen[str]", beginning: str) -> str:
-    said = ""
-    for line in process.stderr:
-        said += line
-        if line.startswith(beginning):
-            return said
-    raise AssertionError(f"it ended without the line {beginning!r}:\n{said}")
-
-
 class TestFullDisk:
     EVERY = ("--hidden-size", "128", "--checkpoint-every", "10", "--evaluate-every", "40")
     CHECKPOINT = MEBIBYTE  # bytes; one of this model has 0.9 million
@@ -150,10 +117,10 @@ class TestFullDisk:
         assert status(run) == {"state": "finished", "step": 40, "why": ""}
         assert [row["step"] for row in metrics(run) if "train/loss" in row] == list(range(1, 41))
 
-    def test_room_that_is_made_in_mid_run_is_used(self, start, small_disk):
+    def test_room_that_is_made_in_mid_run_is_used(self, start_python, small_disk):
         disk = small_disk(8 * self.CHECKPOINT)
         run = disk / "run"
-        process = start(*LSTM, *self.EVERY, "--steps", "400", "--run-dir", run)
+        process = start_python(*LSTM, *self.EVERY, "--steps", "400", "--run-dir", run)
         wait_for_line(process, "step 12/")
         filler = fill(disk, leaving=0)
         said = wait_for_line(process, "warning: no checkpoint of step")
@@ -164,11 +131,11 @@ class TestFullDisk:
         assert [row["step"] for row in metrics(run) if "train/loss" in row] == list(range(1, 401))
         assert_valid_and_finite(run / "checkpoints" / "000000400")
 
-    def test_a_picture_that_cannot_be_written_does_not_end_the_run(self, start, tmp_path):
+    def test_a_picture_that_cannot_be_written_does_not_end_the_run(self, start_python, tmp_path):
         run = tmp_path / "run"
         smoke = ("launch/gan.py", "--dataset", "fake", "--batch-size", "8", "--latent-dim", "8")
         every = ("--steps", "9", "--log-every", "1", "--evaluate-every", "3", "--checkpoint-every", "9")
-        process = start(*smoke, *every, "--wandb", "disabled", "--run-dir", run)
+        process = start_python(*smoke, *every, "--wandb", "disabled", "--run-dir", run)
         wait_for_line(process, "step 1/")
         (run / "samples").rmdir()
         (run / "samples").write_text("no folder")
@@ -265,9 +232,9 @@ class TestOneOfTwoProcesses:
 
     @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["hangs", "is killed"])
     @pytest.mark.parametrize("rank", [0, 1])
-    def test_all_end_and_it_is_said(self, start, tmp_path, number, rank):
+    def test_all_end_and_it_is_said(self, start_python, tmp_path, number, rank):
         run = tmp_path / "run"
-        process = start(*self.TWO, *LSTM, *self.LONG, "--hung-after", "5", "--run-dir", run)
+        process = start_python(*self.TWO, *LSTM, *self.LONG, "--hung-after", "5", "--run-dir", run)
         wait_for_line(process, "step 20/")
         children = psutil.Process(process.pid).children(recursive=True)
         workers = {child.environ()["RANK"]: child for child in children if "LOCAL_RANK" in child.environ()}
@@ -286,13 +253,13 @@ class TestOneOfTwoProcesses:
 
 
 class TestMemory:
-    def test_too_little_names_the_options_to_lower_and_their_values(self, start, tmp_path):
+    def test_too_little_names_the_options_to_lower_and_their_values(self, start_python, tmp_path):
         run = tmp_path / "run"
 
         def limited() -> None:
             resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 
-        process = start(*LSTM, "--hidden-size", "65536", "--run-dir", run, preexec_fn=limited)
+        process = start_python(*LSTM, "--hidden-size", "65536", "--run-dir", run, preexec_fn=limited)
         said = process.stderr.read()
         assert process.wait() == 1
         (line,) = errors(said)
@@ -301,14 +268,14 @@ class TestMemory:
         )
         assert not (run / "status.json").exists()
 
-    def test_a_batch_too_large_in_mid_run(self, start, tmp_path):
+    def test_a_batch_too_large_in_mid_run(self, start_python, tmp_path):
         run = tmp_path / "run"
 
         def limited() -> None:
             resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 
         command = ("launch/lstm.py", "--length", "4", "--batch-size", "20000000", "--wandb", "disabled")
-        process = start(*command, "--run-dir", run, preexec_fn=limited)
+        process = start_python(*command, "--run-dir", run, preexec_fn=limited)
         said = process.stderr.read()
         assert process.wait() == 1
         (line,) = errors(said)

@@ -3,13 +3,13 @@
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+from launched import wait_for_line
 
 pytestmark = pytest.mark.slow  # real processes, signals and faults: minutes
 
@@ -53,38 +53,15 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def start(launch_environment, tmp_path) -> Iterator[Start]:
+def start(start_python, launch_environment, tmp_path) -> Start:
     """Start the command, as a job's start number `restart` if that is given."""
-    started = []
+    outside = {k: v for k, v in launch_environment.items() if not k.startswith("SLURM_")}
 
     def process(*before: str, restart: int | None = None) -> "subprocess.Popen[str]":
-        environment = {k: v for k, v in launch_environment.items() if not k.startswith("SLURM_")}
-        if restart is not None:
-            environment |= {"SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": str(restart)}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, *before, *LSTM, "--run-dir", str(tmp_path / "run")],
-                cwd=REPOSITORY,
-                env=environment,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-        return started[-1]
+        job = {} if restart is None else {"SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": str(restart)}
+        return start_python(*before, *LSTM, "--run-dir", tmp_path / "run", env={**outside, **job})
 
-    yield process
-    for each in started:
-        each.kill()
-        each.communicate()
-
-
-def wait_for_line(process: "subprocess.Popen[str]", beginning: str) -> str:
-    said = ""
-    for line in process.stderr:
-        said += line
-        if line.startswith(beginning):
-            return line
-    raise AssertionError(f"it ended without the line {beginning!r}:\n{said}")
+    return process
 
 
 def stopped(process: "subprocess.Popen[str]") -> None:
