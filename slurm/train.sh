@@ -57,6 +57,10 @@ train() { # SCRIPT [OPTIONS]
 
     # One task a node, with all that the job has there: the tasks and CPUs asked for are those of the processes.
     unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_DISTRIBUTION
+    # Slurm numbers the steps of each start from 0. A node that was cut off from the network and comes back has its
+    # srun cancel its step by number, and would take this start's with it: every second start begins with step 1.
+    local number=$((restart % 2))
+    [ "$number" = 0 ] || srun --nodes=1 --ntasks=1 true || { code=$? && return; }
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --export=ALL --kill-on-bad-exit=1 \
         python slurm/accelerate_launch.py --config_file accelerate_configs/multi_node.yaml \
         --num_machines "$nodes" --num_processes $((nodes * processes)) \
@@ -65,7 +69,7 @@ train() { # SCRIPT [OPTIONS]
     srun=$!
     while kill -0 "$srun" 2>/dev/null; do
         # The step may not be there yet. Once is enough: workers that are asked too often give up at once.
-        if [ "$stopping" = yes ] && scancel --signal=TERM "$job.0" 2>/dev/null; then stopping=sent; fi
+        if [ "$stopping" = yes ] && scancel --signal=TERM "$job.$number" 2>/dev/null; then stopping=sent; fi
         sleep 2 &
         wait -n "$srun" $! || true # a signal ends it at once
     done
