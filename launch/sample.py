@@ -22,7 +22,7 @@ from cs324dist.runs.files import replaced
 from cs324dist.runs.models import save_tensors
 from cs324dist.sampling.generators import generate, latents, load_generator, surest
 from cs324dist.sampling.grids import grid, save_gif, save_png
-from cs324dist.sampling.interpolation import interpolate
+from cs324dist.sampling.interpolation import interpolate, strip
 
 FRAMES = 60  # of the film from one end to the other
 Digit = Annotated[int | None, Within(0, 9)]
@@ -133,8 +133,7 @@ class Interpolation(Drawing):
 
         start = latent(self.start_digit, self.start_seed)
         end = latent(self.end_digit, self.end_seed)
-        points = self.between + 2
-        save_png(grid(generate(generator, interpolate(start, end, points, self.method)), points), self.out)
+        save_png(strip(generator, start, end, self.between + 2, self.method), self.out)
         if self.gif:
             save_gif(generate(generator, interpolate(start, end, FRAMES, self.method)), self.gif)
             print(self.gif)

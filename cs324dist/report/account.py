@@ -8,7 +8,7 @@ from typing import Any
 
 from cs324dist.command_line import option
 from cs324dist.report.charts import number
-from cs324dist.report.reading import SILENCE, Run, plain
+from cs324dist.report.reading import SILENCE, Run, Start, plain
 
 OF_NO_MATTER = {"preset", "run_dir", "dry_run", "wandb"}  # to what comes out
 TASKS = ("lstm", "gan", "classifier")
@@ -105,6 +105,18 @@ def duration(seconds: float | None) -> str:
 def progress(run: Run) -> str:
     """How far it is."""
     return f"step {number(run.reached)}" + (f" of {number(run.steps)}" if run.steps else "")
+
+
+def resumption(start: Start) -> str:
+    """What a start after the first one cost, as far as it was written down."""
+    parts = []
+    if start.from_step is not None:
+        parts.append(f"from step {number(start.from_step)}")
+    if start.lost_steps:
+        parts.append(f"took {number(start.lost_steps)} steps again")
+    if start.seconds_away is not None:
+        parts.append(f"{duration(start.seconds_away)} after the last sign of life before it")
+    return ", ".join(parts)
 
 
 def notice(run: Run) -> str | None:

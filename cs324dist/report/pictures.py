@@ -9,17 +9,14 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from cs324dist.errors import Refused
-from cs324dist.models.gan import Generator
 from cs324dist.report.charts import number
 from cs324dist.report.reading import Run
-from cs324dist.sampling.generators import generate, latents, load_generator, surest
+from cs324dist.sampling.generators import generate, load_generator
 from cs324dist.sampling.grids import grid
-from cs324dist.sampling.interpolation import Method, interpolate
+from cs324dist.sampling.interpolation import Method, interpolate, strip, walk_ends
 
 MOST_FRAMES = 160  # of all films of a page
 LARGEST_FILE, LARGEST_SIDE = 1 << 20, 1024  # bytes and pixels of a sample; ours are 17 KiB and 152
-START, END = 4, 1  # digits, as in the report
 WALK_FRAMES, STRIP_IMAGES = 48, 10
 METHODS: tuple[Method, ...] = ("linear", "spherical")
 
@@ -103,12 +100,11 @@ def walk(run: Run) -> Walk:
         Refused: there is no checkpoint that can be used.
     """
     generator = load_generator(run.path)
-    start, end, ends = _ends(generator)
+    start, end, ends = walk_ends(generator)
     strips: dict[str, str] = {}
     frames = []
     for method in METHODS:
-        ten = generate(generator, interpolate(start, end, STRIP_IMAGES, method))
-        strips[method] = encoded(_picture(grid(ten, STRIP_IMAGES)))
+        strips[method] = encoded(_picture(strip(generator, start, end, STRIP_IMAGES, method)))
         images = generate(generator, interpolate(start, end, WALK_FRAMES, method))
         frames.append([encoded(_picture(grid(image[None], 1))) for image in images])
     return Walk(
@@ -119,15 +115,6 @@ def walk(run: Run) -> Walk:
         ],
         strips,
     )
-
-
-def _ends(generator: Generator) -> tuple[Tensor, Tensor, str]:
-    try:
-        ends = [surest(generator, digit, 1, seed=0)[0] for digit in (START, END)]
-    except Refused:  # it draws no such digits, or not yet
-        start, end = latents(generator, 0, 0, 2)
-        return start, end, "from one image to another"
-    return ends[0], ends[1], f"from a {START} to a {END}"
 
 
 def _picture(tiles: UInt8[Tensor, "1 height width"]) -> Image.Image:

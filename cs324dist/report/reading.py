@@ -31,6 +31,9 @@ class Start:
 
     since: str
     where: str
+    from_step: int | None
+    lost_steps: int | None
+    seconds_away: float | None
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,13 @@ def _start(owner: Path) -> Start:
         content = {}
     job = f", Slurm job {plain(content['slurm_job'])}" if content.get("slurm_job") else ""
     since = plain(content.get("since", "?")).replace("T", " ").replace("+00:00", " UTC")
-    return Start(since, f"{plain(content.get('host', '?'))}, process {plain(content.get('pid', '?'))}{job}")
+    return Start(
+        since,
+        f"{plain(content.get('host', '?'))}, process {plain(content.get('pid', '?'))}{job}",
+        _count(content.get("from_step")),
+        _count(content.get("lost_steps")),
+        _seconds(content.get("seconds_since_previous")),
+    )
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -193,3 +202,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _count(value: Any) -> int | None:
     return value if type(value) is int and is_number(value) and value >= 0 else None
+
+
+def _seconds(value: Any) -> float | None:
+    return float(value) if is_number(value) and 0 <= value <= LARGEST else None

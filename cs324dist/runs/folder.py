@@ -248,6 +248,7 @@ class RunFolder:
         """Drop the metrics past the checkpoint of `step`, after which steps are about to be taken again."""
         self.check_owned()
         self.set_damaged_aside()
+        lost_steps = max([row["step"] - step for row in self.read_metrics()], default=0)
         first = itertools.islice(self._lines_of_metrics(), metrics_lines)
         kept = [line for line in first if (row := _row(line)) and row["step"] <= step]
         if (lost := metrics_lines - len(kept)) > 0:
@@ -258,6 +259,8 @@ class RunFolder:
         if self._metrics is not None:
             self._metrics.close()
         self._metrics_lines, self._unwritten, self._metrics = len(kept), b"", None
+        if self._owner is not None:
+            self._owner.note(step, max(lost_steps, 0))
         self.write_status("running", step)
 
     def newest(self) -> Path | None:

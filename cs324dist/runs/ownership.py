@@ -1,6 +1,6 @@
 """One owner a run: who may write into a run folder.
 
-owners/2.json    the second process that ran it: host, process id, Slurm job, since when
+owners/2.json    the second process that ran it: host, process id, Slurm job, since when, from which step
 owners/2.lock    locked while it lives
 
 Each owner has a generation and writes under it: its checkpoints carry it and replace none of a later one, and
@@ -53,6 +53,7 @@ class Ownership:
             raise Refused(f"{self._folder / f'{before}.json'} is no owner of this run: delete it")
         if before:
             _wait_for_the_end_of(self._folder, before, run)
+        last_sign = _last_sign(self._folder / f"{before}.json")
         self.generation = max(before, after) + 1
         self._path = self._folder / f"{self.generation}.json"
         self._lock = FileLock(self._path.with_suffix(".lock"))
@@ -62,7 +63,10 @@ class Ownership:
                 pass
         except (Timeout, FileExistsError):
             raise Refused(f"{run} was just taken by another process: wait for it, or stop it") from None
-        write_json(self._path, _this_process())
+        self._facts = _this_process()
+        if last_sign:
+            self._facts["seconds_since_previous"] = round(max(time.time() - last_sign, 0.0), 1)
+        write_json(self._path, self._facts)
         sync(self._folder)
         for lock in self._folder.glob("*.lock"):
             if lock.name != f"{self.generation}.lock":
@@ -83,9 +87,16 @@ class Ownership:
                 f"{self._folder.parent} was taken over by {_name(owner)}: this process writes nothing more"
             )
 
+    def note(self, from_step: int, lost_steps: int) -> None:
+        """Write down where this process begins, and how many steps it has to take again."""
+        self._facts |= {"from_step": from_step, "lost_steps": lost_steps}
+        write_json(self._path, self._facts)
+
     def release(self) -> None:
         """Let another process have it."""
         self._released.set()
+        with suppress(OSError):
+            os.utime(self._path)
         self._lock.release()
 
     def withdraw(self) -> None:
@@ -161,6 +172,13 @@ def _read(path: Path) -> dict[str, Any]:
         return read_json(path)
     except Refused:
         return {}
+
+
+def _last_sign(owner: Path) -> float | None:
+    try:
+        return owner.stat().st_mtime
+    except OSError:
+        return None
 
 
 def _touched(path: Path) -> int:

@@ -3,9 +3,15 @@
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from cs324dist.errors import Refused
+from cs324dist.models.gan import Generator
+from cs324dist.sampling.generators import generate, latents, surest
+from cs324dist.sampling.grids import grid
+
+START, END = 4, 1  # digits, as in the report
 Method = Literal["linear", "spherical"]
 
 
@@ -28,3 +34,24 @@ def interpolate(
             directions = (((1 - t) * angle).sin() * from_a + (t * angle).sin() * to_b) / angle.sin()
             return (((1 - t) * a.norm() + t * b.norm()) * directions).to(start.dtype)
     return ((1 - t) * a + t * b).to(start.dtype)
+
+
+def walk_ends(generator: Generator) -> tuple[Float[Tensor, " latent"], Float[Tensor, " latent"], str]:
+    """The report's walk: latents of a 4 and of a 1, or of any two images where there are none; and which."""
+    try:
+        start, end = (surest(generator, digit, 1, seed=0)[0] for digit in (START, END))
+    except Refused:  # it draws no such digits, or not yet
+        start, end = latents(generator, 0, 0, 2)
+        return start, end, "from one image to another"
+    return start, end, f"from a {START} to a {END}"
+
+
+def strip(
+    generator: Generator,
+    start: Float[Tensor, " latent"],
+    end: Float[Tensor, " latent"],
+    points: int,
+    method: Method,
+) -> UInt8[Tensor, "1 height width"]:
+    """The images of a walk side by side."""
+    return grid(generate(generator, interpolate(start, end, points, method)), points)

@@ -19,6 +19,8 @@ class Evaluation:
 
     metrics: Mapping[str, float]
     picture: UInt8[Tensor, "channels height width"] | None = None
+    strip: Callable[[], UInt8[Tensor, "channels height width"]] | None = None
+    """Draws a walk through the latent space; called only where somebody looks at it."""
 
 
 @runtime_checkable

@@ -50,8 +50,11 @@ class Logbook:
                 save_png(evaluation.picture, self._run.sample(completed))
             except OSError as error:
                 print(f"warning: no picture of step {completed}: {error.strerror}", file=sys.stderr)
+        if self._accelerator.trackers:
+            drawn = {"samples": evaluation.picture, "strip": evaluation.strip and evaluation.strip()}
+            images = {name: [p.permute(1, 2, 0).numpy()] for name, p in drawn.items() if p is not None}
             for tracker in self._accelerator.trackers:
-                tracker.log_images({"samples": [evaluation.picture.permute(1, 2, 0).numpy()]}, step=completed)
+                tracker.log_images(images, step=completed)
 
 
 def start_tracking(accelerator: Accelerator, settings: RunSettings, run: RunFolder) -> None:

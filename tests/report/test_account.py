@@ -1,3 +1,4 @@
+import json
 import os
 import shlex
 from dataclasses import replace
@@ -99,6 +100,24 @@ def test_a_run_that_was_killed_is_not_said_to_be_running(tmp_path: Path) -> None
     path = make_lstm(tmp_path / "run", state="running")
     os.utime(path / "owners" / "1.json", (0, 0))
     assert "it was probably killed" in (account.notice(read(path)) or "")
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (
+            {"from_step": 1200, "lost_steps": 15, "seconds_since_previous": 130.2},
+            "from step 1 200, took 15 steps again, 2 min after the last sign of life before it",
+        ),
+        ({"from_step": 0, "lost_steps": 0}, "from step 0"),
+        ({"from_step": -1, "lost_steps": "x", "seconds_since_previous": -3}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_start_says_what_it_cost(tmp_path: Path, written: dict[str, object], said: str) -> None:
+    path = make_lstm(tmp_path / "run")
+    (path / "owners" / "2.json").write_text(json.dumps(written))
+    assert account.resumption(read(path).starts[1]).replace("\N{NARROW NO-BREAK SPACE}", " ") == said
 
 
 def test_a_finished_run_says_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The run folder: whose it is, where it stands, and what is left of it after a crash."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,6 +135,22 @@ class TestMetrics:
         run.go_back_to(10, 2)
         assert [row["step"] for row in run.read_metrics()] == [5, 10]
         assert read_json(run.path / "status.json") == {"state": "running", "step": 10, "why": ""}
+
+    def test_going_back_writes_down_what_it_costs(self, run):
+        for step in (5, 10, 15, 20):
+            run.append_metrics(step, {"loss": 1.0})
+        run.release()
+        first = run.path / "owners" / "1.json"
+        last_sign = first.stat().st_mtime - 60
+        os.utime(first, (last_sign, last_sign))
+        again = RunFolder(run.path)
+        again.open("lstm", {})
+        again.go_back_to(10, 2)
+        again.release()
+        facts = read_json(run.path / "owners" / "2.json")
+        assert (facts["from_step"], facts["lost_steps"]) == (10, 10)
+        assert 60 <= facts["seconds_since_previous"] < 3600
+        assert "seconds_since_previous" not in read_json(first)
 
     def test_going_back_works_before_the_first_line(self, run):
         run.go_back_to(0, 0)

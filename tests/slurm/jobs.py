@@ -104,7 +104,7 @@ class Job:
         yield
         self.wait_for_progress(before + requeues)
         outcomes.append(Outcome(scenario, requeues, time.monotonic() - start))
-        assert self.restarts == before + requeues
+        assert self.restarts == before + requeues, self.output[-4000:]
 
     def tensors(self) -> dict[str, bytes]:
         """The files of the newest checkpoint that hold weights and optimizer state."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from launched import Launched
+from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
 SMOKE = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--steps", "10")
@@ -68,8 +69,11 @@ def test_the_same_values_and_pictures_go_there_as_to_the_metrics_file(recorded):
     assert expected.keys() == {5, 10}
     for step, row in expected.items():
         assert {name: logged[step][name] for name in row} == row
-    assert logged[10]["samples/_type"] == "images/separated"
-    assert list(run.glob("wandb/offline-run-*/files/media/images/*.png"))
+    for name in ("samples", "strip"):
+        assert logged[10][f"{name}/_type"] == "images/separated"
+        (picture,) = run.glob(f"wandb/offline-run-*/files/media/images/{name}_10_*.png")
+    with Image.open(picture) as strip:
+        assert strip.size == (302, 32)  # ten images of 28 pixels, two pixels apart
 
 
 def test_a_login_without_a_network_falls_back_to_offline(launch, tmp_path):
