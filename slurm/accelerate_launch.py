@@ -22,7 +22,7 @@ CRASHED, REFUSED = EXIT_STOPPED + 1, EXIT_STOPPED + 2
 def leave_to_workers(number: int, frame: FrameType | None) -> None:
     """The handler of SIGTERM."""
     if not psutil.Process().children():  # none is there yet, none must be started
-        sys.exit(EXIT_STOPPED)
+        os._exit(EXIT_STOPPED)  # an exception might be swallowed by the import that it comes up in
 
 
 signal.signal(signal.SIGTERM, leave_to_workers)  # before the imports that take seconds

@@ -640,7 +640,7 @@ def mutated(originals: dict[str, Original], folder: Path, seed: int, number: int
     workspace.make()
     wanted = rng.choice((1, 1, 1, 2))
     while len(workspace.done) < wanted:
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             rng.choice(MUTATORS)(workspace)  # which a mutation before may have made impossible
     return workspace
 
@@ -790,10 +790,10 @@ BAD = ("crash", "silent acceptance", "code run", "touched", "memory", "hang", "u
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
-    """What is in a folder, but for lock files, which hold nothing."""
+    """What is in a folder, but for lock files, which hold nothing, and names of files half written."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix != ".lock":
+        if path.suffix not in (".lock", ".tmp"):
             stat = path.lstat()
             about = (
                 ()

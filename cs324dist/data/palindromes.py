@@ -48,4 +48,6 @@ def encode(
     """Digits as the network's input: `scalar`, the digit itself (the report's), or `onehot`."""
     if coding == "scalar":
         return digits.T.unsqueeze(-1).to(dtype)
-    return torch.nn.functional.one_hot(digits.T, DIGITS).to(dtype)
+    # torch's one_hot makes integers, twelve bytes a feature where four do
+    coded = torch.zeros(*digits.T.shape, DIGITS, dtype=dtype, device=digits.device)
+    return coded.scatter_(-1, digits.T[..., None], 1.0)

@@ -3,8 +3,10 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 State = tuple[Float[Tensor, "batch hidden"], Float[Tensor, "batch hidden"]]
+AT_ONCE = 1 << 18  # samples × time steps whose gates a backward pass holds: about 2 GB at 128 hidden
 GATES = ("i", "f", "g", "o")  # torch's order, so that its kernel takes the weights as they are
 
 
@@ -43,9 +45,24 @@ class LSTM(nn.Module):
         self.initialise_as_linear()
 
     def forward(self, x: Float[Tensor, "time batch input"]) -> Float[Tensor, "batch classes"]:
-        """Logits after the last time step."""
-        hidden, _ = self.scan(x)
-        return self.output(hidden[-1])
+        """Logits after the last time step.
+
+        Of a long sequence only the states between its parts are kept; a backward pass takes each part
+        again, so that memory no longer grows with the length, and the gradient is still that of every step.
+        """
+        parts = x.split(max(1, AT_ONCE // x.shape[1]))
+        if len(parts) == 1:
+            hidden, _ = self.scan(x)
+            return self.output(hidden[-1])
+        h = c = x.new_zeros(x.shape[1], self.W_h.shape[1])
+        for part in parts:
+            h, c = checkpoint(
+                lambda x, h, c: self.scan(x, (h, c))[1],
+                *(part, h, c),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        return self.output(h)
 
     def scan(
         self, x: Float[Tensor, "time batch input"], state: State | None = None

@@ -80,7 +80,9 @@ def _compare(path: Path, stored: safe_open, expected: Mapping[str, Tensor]) -> N
         header = stored.get_slice(name)
         found = (header.get_dtype(), tuple(header.get_shape()))
         if found != (wanted := (DTYPES[tensor.dtype], tuple(tensor.shape))):
-            raise Refused(f"{path}: {name!r} is {found[0]} {found[1]}, expected {wanted[0]} {wanted[1]}")
+            raise Refused(
+                f"{path}: {name!r} is {found[0]} {shown(found[1])}, expected {wanted[0]} {wanted[1]}"
+            )
 
 
 def load_tensors_into(path: Path, targets: Mapping[str, Tensor]) -> None:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from cs324dist.errors import Failed, Refused
 from cs324dist.runs.checkpoints import checkpoints_in, tensors_by_file, verify_checkpoint
+from cs324dist.runs.files import read_json
 from cs324dist.runs.folder import RunFolder
 from cs324dist.runs.models import read_tensors
 from cs324dist.training.classifier import ClassifierSettings, ClassifierTask
@@ -98,6 +99,7 @@ def _audit(
         accelerator, lambda: choose(run, accelerator.num_processes, settings.steps, count, from_start)
     )
     on_main_process(accelerator, lambda: run.made_by(precision))
+    on_main_process(accelerator, lambda: check_sizes(run, settings, stretches[0].end))
     rows = {row["step"]: row for row in run.read_metrics() if any("train/" in key for key in row)}
     task = build(settings, accelerator)
     wrong = []
@@ -108,6 +110,19 @@ def _audit(
         wrong += [f"{stretch}: {difference}" for difference in differences]
     if wrong:
         raise Failed(*wrong, f"{run} does not repeat: see docs/checkpoints.md for what that can mean")
+
+
+def check_sizes(run: RunFolder, settings: RunSettings, checkpoint: Path) -> None:
+    """Find that the settings ask for models as large as those that are there: for no other amount of memory.
+
+    Raises:
+        Refused: they do not.
+    """
+    stored = [read_json(path) for path in checkpoint.glob("*/config.json")]
+    sizes = [size for arguments in stored for size in arguments.values()]
+    for name in ("hidden_size", "latent_dim"):
+        if (size := getattr(settings, name, None)) is not None and size not in sizes:
+            raise Refused(f"{run}/config.json: {name} is {size}, but not in {checkpoint}: it is damaged")
 
 
 def choose(run: RunFolder, world_size: int, steps: int, count: int | None, from_start: bool) -> list[Stretch]:

@@ -18,7 +18,7 @@ from cs324dist.evaluation.accuracy import count_right_images, share_right
 from cs324dist.models.digit_classifier import DigitClassifier
 from cs324dist.training.batch_norm import freeze_cancelled_biases, synchronise
 from cs324dist.training.process import in_full_precision, seeded, shard
-from cs324dist.training.settings import FREE, RunSettings
+from cs324dist.training.settings import FREE, BatchSize, RunSettings
 from cs324dist.training.task import Evaluation, Watching, create_state
 
 LARGEST_SHIFT = 2  # pixels
@@ -32,7 +32,7 @@ class ClassifierSettings(RunSettings):
     """Recipe that the other defaults come from: fast (the committed weights'), smoke (seconds)."""
 
     steps: Annotated[Count, FREE] = 3000
-    batch_size: Count = 128
+    batch_size: BatchSize = 128
     checkpoint_every: Annotated[Count, FREE] = 1000
 
     dataset: Annotated[str, OneOf(*DATASETS)] = "mnist"

@@ -21,6 +21,9 @@ class Free:
 FREE = Free()
 
 
+BatchSize = Annotated[int, Within(1, 1 << 20)]
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """What every task has."""
@@ -38,7 +41,7 @@ class RunSettings:
     steps: Annotated[Count, FREE] = 1000
     """Optimization steps in all."""
 
-    batch_size: Count = 64
+    batch_size: BatchSize = 64
     """Global batch in samples: each process takes an equal share."""
 
     log_every: Annotated[Count, FREE] = 50

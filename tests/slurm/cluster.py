@@ -72,7 +72,8 @@ JobRequeue=1
 MinJobAge=3600
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 KillWait=5
-SlurmdTimeout=6
+# A busy machine answers late; a node that is wrongly taken for dead costs a requeue.
+SlurmdTimeout=15
 SlurmctldTimeout=10
 TCPTimeout=2
 # Not shorter: an RPC that fails is tried again after 60 s.
@@ -148,10 +149,7 @@ class Cluster:
         self._boot("head", HEAD)
         for node in self.nodes:
             self.power_on(node)
-        wait_until(
-            "all nodes are idle",
-            lambda: self.call("sinfo", "-hN", "-p", "main", "-o", "%T").split() == ["idle"] * len(self.nodes),
-        )
+        self.wait_for_nodes()
 
     def stop(self) -> None:
         """End everything."""
@@ -191,6 +189,20 @@ class Cluster:
     def heal(self, node: str) -> None:
         """Put it back."""
         self._in(node, "ip", "link", "set", "eth0", "up")
+
+    def restore(self) -> None:
+        """Power all nodes on, and wait until Slurm would use them."""
+        for node in self.nodes:
+            if node not in self.machines:
+                self.power_on(node)
+            self.heal(node)
+        self.wait_for_nodes()
+
+    def wait_for_nodes(self) -> None:
+        """Wait until no node is down."""
+        states = ("sinfo", "-hN", "-p", "main", "-o", "%T")
+        usable = {"idle", "mixed", "allocated", "completing"}
+        wait_until("all nodes are up", lambda: set(self.call(*states).split()) <= usable, 120)
 
     def call(self, *command: str, cwd: Path = Path("/"), env: dict[str, str] | None = None) -> str:
         """Run a client of Slurm on the head; returns what it prints."""

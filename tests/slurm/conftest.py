@@ -27,6 +27,13 @@ def cluster() -> Iterator[Cluster]:
             cluster.stop()
 
 
+@pytest.fixture
+def breakable(cluster) -> Iterator[Cluster]:
+    """The cluster for a test that powers nodes off: they are back afterwards, however it ends."""
+    yield cluster
+    cluster.restore()
+
+
 @pytest.fixture(scope="session")
 def submit(cluster, launch_environment, tmp_path_factory) -> Submit:
     """Submit a script from a checkout of its own; `options` are those of sbatch."""

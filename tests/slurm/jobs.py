@@ -97,14 +97,19 @@ class Job:
         self.wait_for_step(int(match[1]) + 1)
 
     @contextmanager
-    def fault(self, scenario: str, outcomes: list[Outcome], requeues: int = 1) -> Iterator[None]:
-        """What happens inside makes Slurm start the job again, so many times, after which it goes on."""
+    def fault(self, scenario: str, outcomes: list[Outcome], *, or_once_more: bool = False) -> Iterator[None]:
+        """What happens inside makes Slurm start the job again, after which it goes on.
+
+        After a node failed, Slurm may kill the earlier start's step on another node so late that it meets the
+        new start (seen in one of ten power failures): then it takes one start more.
+        """
         before = self.restarts
         start = time.monotonic()
         yield
-        self.wait_for_progress(before + requeues)
+        self.wait_for_progress(before + 1)
+        requeues = self.restarts - before
         outcomes.append(Outcome(scenario, requeues, time.monotonic() - start))
-        assert self.restarts == before + requeues, self.output[-4000:]
+        assert requeues == 1 or (or_once_more and requeues == 2), self.output[-4000:]
 
     def tensors(self) -> dict[str, bytes]:
         """The files of the newest checkpoint that hold weights and optimizer state."""

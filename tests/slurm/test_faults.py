@@ -90,37 +90,37 @@ def test_processes_killed(cluster, submit, uninterrupted, outcomes):
     assert not list(job.checkout.glob(".*crashes*"))
 
 
-def test_nodes_powered_off(cluster, submit, uninterrupted, outcomes):
+def test_nodes_powered_off(breakable, submit, uninterrupted, outcomes):
     reference, mine = uninterrupted(*LSTM), []
     job = submit(*LSTM)
     job.wait_for_step(200)
     assert job.facts["NodeList"] == "n[1-2]"
-    with job.fault("node powered off, not the batch host", mine):
-        cluster.power_off("n2")
+    with job.fault("node powered off, not the batch host", mine, or_once_more=True):
+        breakable.power_off("n2")
     assert job.facts["NodeList"] == "n[1,3]"
-    cluster.power_on("n2")
+    breakable.power_on("n2")
     job.wait_for_step(600)
-    with job.fault("node powered off, the batch host", mine):
-        cluster.power_off("n1")
+    with job.fault("node powered off, the batch host", mine, or_once_more=True):
+        breakable.power_off("n1")
     assert job.facts["NodeList"] == "n[2-3]"
-    cluster.power_on("n1")
+    breakable.power_on("n1")
     outcomes += mine
     job.assert_as_if_uninterrupted(reference, mine)
 
 
-def test_cable_pulled_and_put_back(cluster, submit, uninterrupted, outcomes):
+def test_cable_pulled_and_put_back(breakable, submit, uninterrupted, outcomes):
     """The old process trains on, on the same disk, when the job is started again on another node."""
     job, mine = submit(*LSTM, "--steps", "1000000", nodes=1), []
     job.wait_for_step(200)
     assert job.facts["NodeList"] == "n1"
     with job.fault("cable pulled, and put back while the old rank runs", mine):
-        cluster.cut("n1")
+        breakable.cut("n1")
         job.wait_for("a start on another node", lambda: job.restarts == 1)
         job.wait_for_worker("n2")
-        assert cluster.processes("n1", WORKER)
-        cluster.heal("n1")
-    job.wait_for("the end of the old process", lambda: not cluster.processes("n1", WORKER))
-    cluster.call("scancel", job.number)
+        assert breakable.processes("n1", WORKER)
+        breakable.heal("n1")
+    job.wait_for("the end of the old process", lambda: not breakable.processes("n1", WORKER))
+    breakable.call("scancel", job.number)
     job.wait_for_end("CANCELLED")
     assert job.restarts == 1
     assert job.state == "stopped"

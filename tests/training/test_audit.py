@@ -99,6 +99,15 @@ def test_a_run_that_was_continued_with_other_code_is_found(launch, copy):
     assert launch("launch/audit.py", copy, check=False).returncode == 1
 
 
+def test_settings_do_not_ask_for_larger_models_than_the_checkpoint_holds(launch, copy):
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    config["settings"]["hidden_size"] = 65_536
+    path.write_text(json.dumps(config))
+    done = launch("launch/audit.py", copy, check=False)
+    assert (done.returncode, "config.json: hidden_size is 65536, but not in" in done.stderr) == (2, True)
+
+
 def test_nothing_in_the_run_is_changed(launch, honest):
     before = {path: path.read_bytes() for path in honest.rglob("*") if path.is_file()}
     launch("launch/audit.py", honest)
