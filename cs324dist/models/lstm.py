@@ -50,7 +50,7 @@ class LSTM(nn.Module):
         Of a long sequence only the states between its parts are kept; a backward pass takes each part
         again, so that memory no longer grows with the length, and the gradient is still that of every step.
         """
-        parts = x.split(max(1, AT_ONCE // x.shape[1]))
+        parts = x.split(max(1, AT_ONCE // max(1, x.shape[1])))
         if len(parts) == 1:
             hidden, _ = self.scan(x)
             return self.output(hidden[-1])

@@ -21,7 +21,7 @@ class Free:
 FREE = Free()
 
 
-BatchSize = Annotated[int, Within(1, 1 << 20)]
+BatchSize = Annotated[int, Within(1, 1_000_000)]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from cs324dist.models.rnn import RNN
 KERNELS = pytest.mark.parametrize("kernel", ["equations", "fused"])
 
 
-def assert_equal_to_rounding(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_equal_to_rounding(found: dict[Any, Tensor], expected: dict[Any, Tensor]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -110,6 +111,20 @@ class TestLSTM:
 
         inputs = [normals(4, 2, 2), *model.parameters()]
         assert torch.autograd.gradcheck(logits, [tensor.detach().requires_grad_() for tensor in inputs])
+
+    @KERNELS
+    @pytest.mark.parametrize("steps_at_once", [1, 3, 8])
+    def test_a_long_sequence_in_parts_has_the_logits_and_gradients_of_the_whole(
+        self, kernel: str, steps_at_once: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, x = lstm(3, 5, kernel), normals(20, 2, 3)
+        whole = model(x)
+        expected = torch.autograd.grad(whole[:, 4].sum(), model.parameters())
+        monkeypatch.setattr("cs324dist.models.lstm.AT_ONCE", 2 * steps_at_once)
+        parts = model(x)
+        found = torch.autograd.grad(parts[:, 4].sum(), model.parameters())
+        assert_equal_to_rounding({"p": parts}, {"p": whole})
+        assert_equal_to_rounding(dict(enumerate(found)), dict(enumerate(expected)))
 
     @KERNELS
     @pytest.mark.parametrize("at", [1, 4, 6])

@@ -10,7 +10,7 @@ from chaos import TASKS, content_of
 from launched import Launched, metrics, newest_checkpoint, status
 
 LSTM = ("launch/lstm.py", "--length", "10", "--steps", "60", "--log-every", "1", "--evaluate-every", "20",
-        "--checkpoint-every", "20", "--wandb", "disabled")  # fmt: skip
+        "--checkpoint-every", "20", "--learning-rate", "1e-2", "--wandb", "disabled")  # fmt: skip
 SMOKE = ("launch/lstm.py", "--preset", "smoke", "--wandb", "disabled")
 
 
