@@ -1,0 +1,236 @@
+"""The LSTM's results: train, count, and store what docs/results.md is written from.
+
+    python benchmarks/lstm_results.py                    # everything: about an hour and a half on two cores
+    python benchmarks/lstm_results.py ablation certain   # some of it
+
+Each part writes `benchmarks/results/lstm/PART.json`; `python benchmarks/results_page.py` then writes the
+page. A model counts as solved at the first step looked at after which every trial of the evaluation stream
+is right: all palindromes there are where those are at most 10 000 (up to 7 digits), 10 000 beyond, 1 000
+beyond 2 000 digits.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cs324dist.data.palindromes import DIGITS, all_palindromes, encode, free_digits, palindromes
+from cs324dist.data.streams import Stream
+from cs324dist.models.lstm import LSTM
+from cs324dist.runs.folder import RunFolder, environment
+from cs324dist.training.lstm import FAST, PRESETS, LSTMTask
+from cs324dist.training.process import start_accelerator
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results" / "lstm"
+REPORT = PRESETS["report"]
+LENGTHS = (5, 10, 15, 20, 50)  # the report's
+SEEDS = range(5)
+FIXED = 2048  # palindromes of a fixed training set
+CURVE_EVERY = 25  # steps
+
+
+class FixedSet(Stream):
+    """A training set of `FIXED` palindromes, over and over, in place of an endless stream."""
+
+    def integers(self, indices: Tensor, components: int, below: int) -> Int64[Tensor, "samples components"]:
+        return super().integers(indices % FIXED, components, below)
+
+
+def train(task: LSTMTask, most: int, look_every: int, least: int = 0) -> dict[str, Any]:
+    """Train until solved, at least `least` and at most `most` steps."""
+    settings, solved, curve = task.settings, None, []
+    for step in tqdm(range(most), f"{settings.run_name()} seed {settings.seed}", leave=False, disable=None):
+        metrics = task.step(step)
+        if (step + 1) % CURVE_EVERY == 0:
+            loss, accuracy = (round(metrics[f"train/{name}"].item(), 4) for name in ("loss", "accuracy"))
+            curve.append([step + 1, loss, accuracy])
+        hopeful = task.counters["length"] == settings.length and metrics["train/accuracy"] == 1
+        if solved is None and hopeful and (step + 1) % look_every == 0 and accuracy_of(task) == 1:
+            solved = step + 1
+        if solved and step + 1 >= least:
+            break
+    accuracy = accuracy_of(task)
+    return {"seed": settings.seed, "solved": solved, "accuracy": accuracy, "steps": step + 1, "curve": curve}
+
+
+def accuracy_of(task: LSTMTask) -> float:
+    return task.evaluate().metrics["eval/accuracy"]
+
+
+@torch.no_grad()
+def count_all(task: LSTMTask) -> tuple[int, int]:
+    """How many of all palindromes there are it gets right, and how many there are."""
+    settings = task.settings
+    model, length, trials = (
+        task.models["lstm"].eval(),
+        settings.length,
+        DIGITS ** free_digits(settings.length),
+    )
+    right = 0
+    for indices in tqdm(torch.arange(trials).split(1 << 14), f"all of length {length}", disable=None):
+        digits, last = all_palindromes(length, indices)
+        right += int((model(encode(digits, settings.coding)).argmax(dim=1) == last).sum())
+    return right, trials
+
+
+def report() -> list[dict[str, Any]]:
+    """The report's lengths, by the LSTM and the Elman network, on endless data and on a fixed set."""
+    cells = [(model, length, "endless") for model in ("lstm", "rnn") for length in LENGTHS]
+    trials = []
+    for model, length, data in [*cells, ("lstm", 50, "fixed")]:
+        for seed in SEEDS:
+            task = LSTMTask(replace(REPORT, length=length, model=model, seed=seed), accelerator)
+            if data == "fixed":
+                task.data = FixedSet(**asdict(task.data))
+            most = 2500 if (model, length) == ("lstm", 50) else REPORT.steps
+            trial = train(task, most, look_every=20, least=REPORT.steps)
+            if length == 10 and model == "lstm":  # lengths beyond 7 are only sampled otherwise
+                trial["all"] = count_all(task)
+            trials.append({"model": model, "length": length, "data": data, **trial})
+    return trials
+
+
+def initialisation() -> list[dict[str, Any]]:
+    """The report's recipe at 20 digits, with other weights to begin with."""
+
+    def like_torch(model: LSTM) -> None:
+        for weight in (model.W_x, model.W_h, model.b):
+            nn.init.uniform_(weight, -(model.W_h.shape[1] ** -0.5), model.W_h.shape[1] ** -0.5)
+
+    def xavier(model: LSTM) -> None:
+        for weight in (model.W_x, model.W_h):
+            for gate in weight.chunk(4):
+                nn.init.xavier_uniform_(gate)
+        nn.init.zeros_(model.b)
+
+    trials = []
+    for name, initialise in (
+        ("nn.Linear's (the report's)", LSTM.initialise_as_linear),
+        ("nn.LSTM's", like_torch),
+        ("Xavier", xavier),
+        ("for the length", lambda model: model.initialise_for_length(20)),
+    ):
+        for seed in SEEDS:
+            task = LSTMTask(replace(REPORT, length=20, seed=seed), accelerator)
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                initialise(task.models["lstm"])
+            trials.append({"initialisation": name, **train(task, REPORT.steps, look_every=20)})
+    return trials
+
+
+def fast() -> list[dict[str, Any]]:
+    """Preset `fast` at 50 and at 1 000 digits."""
+    trials = []
+    for length, seeds in ((50, range(10)), (1000, range(3))):
+        for seed in seeds:
+            task = LSTMTask(replace(FAST, length=length, seed=seed), accelerator)
+            trials.append({"length": length, **train(task, FAST.steps, look_every=2)})
+    return trials
+
+
+def ablation() -> list[dict[str, Any]]:
+    """Preset `fast` at 50 digits, each ingredient exchanged for the report's or left out."""
+    variants = {
+        "preset fast": {},
+        "initialisation as nn.Linear": {"initialisation": "linear"},
+        "digits as scalars": {"coding": "scalar"},
+        "RMSprop": {"optimizer": "rmsprop"},
+        "RMSprop, 1e-3": {"optimizer": "rmsprop", "learning_rate": 1e-3},
+        "Adam, 1e-2": {"learning_rate": 1e-2},
+        "no curriculum": {"curriculum": 1.0},
+        "clipped at 1": {"clip": 1.0},
+        "no clipping": {"clip": 1e6},
+    }
+    trials = []
+    for name, changes in variants.items():
+        for seed in SEEDS:
+            task = LSTMTask(replace(FAST, seed=seed, **changes), accelerator)
+            trials.append({"variant": name, **train(task, 1000, look_every=2)})
+    return trials
+
+
+@torch.no_grad()
+def generalisation() -> list[dict[str, Any]]:
+    """One model trained to 1 000 digits, on lengths it never saw."""
+    task = LSTMTask(replace(FAST, length=1000), accelerator)
+    train(task, FAST.steps, look_every=2, least=FAST.steps)
+    model, counted = task.models["lstm"].eval(), []
+    for length in (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 1500, 2000, 3000, 5000, 10_000, 20_000,
+                   50_000, 100_000):  # fmt: skip
+        right, trials = 0, DIGITS if length == 1 else 1000 if length <= 10_000 else 200
+        for indices in torch.arange(trials).split(200):
+            digits, last = palindromes(Stream(0, "palindromes/generalisation"), indices, length)
+            right += int((model(encode(digits, "onehot")).argmax(dim=1) == last).sum())
+        counted.append({"length": length, "right": right, "trials": trials})
+    return counted
+
+
+def certain() -> list[dict[str, Any]]:
+    """All palindromes there are, up to 12 digits, by models of preset `fast`."""
+    counted = []
+    for length in range(1, 13):
+        task = LSTMTask(replace(FAST, length=length), accelerator)
+        train(task, FAST.steps, look_every=2, least=FAST.steps)
+        right, trials = count_all(task)
+        counted.append({"length": length, "right": right, "trials": trials})
+    return counted
+
+
+def long() -> list[dict[str, Any]]:
+    """Time, memory and accuracy of whole runs, as a user starts them."""
+    trials = []
+    for length, steps in ((1000, 150), (10_000, 80), (100_000, 80)):
+        options = f"--length {length} --steps {steps} --evaluate-every {steps}"
+        with tempfile.TemporaryDirectory() as folder:
+            command = f"launch/lstm.py {options}"
+            quiet = ("--wandb", "disabled", "--log-every", "1", "--run-dir", f"{folder}/run")
+            began = time.monotonic()
+            process = subprocess.Popen([sys.executable, *command.split(), *quiet], cwd=REPOSITORY)
+            _, status, used = os.wait4(process.pid, 0)
+            rows = RunFolder(Path(folder) / "run").read_metrics()
+        trials.append(
+            {
+                "length": length,
+                "command": f"python {command}",
+                "exit_code": os.waitstatus_to_exitcode(status),
+                "seconds": round(time.monotonic() - began),
+                "peak_gib": round(used.ru_maxrss / 2**20, 2),
+                "accuracy": next((row["eval/accuracy"] for row in rows if "eval/accuracy" in row), None),
+                "train_accuracy": [row["train/accuracy"] for row in rows if "train/accuracy" in row],
+            }
+        )
+    return trials
+
+
+PARTS = {
+    part.__name__: part for part in (report, initialisation, fast, ablation, generalisation, certain, long)
+}
+
+if __name__ == "__main__":
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
+    chosen = parser.parse_args().parts or list(PARTS)
+    if unknown := set(chosen) - set(PARTS):
+        parser.error(f"no part is called {', '.join(sorted(unknown))}")
+    accelerator = start_accelerator(FAST.batch_size)
+    for part in chosen:
+        began = time.monotonic()
+        trials = PARTS[part]()
+        hardware = {**environment(), "cores": os.cpu_count()}
+        stored = {"made_by": hardware, "minutes": round((time.monotonic() - began) / 60, 1), "trials": trials}
+        (RESULTS / f"{part}.json").write_text(json.dumps(stored) + "\n")
+        print(f"{part}: {stored['minutes']} min")

@@ -1,0 +1,232 @@
+"""Write docs/results.md and its pictures from results.md.template and the stored results.
+
+python benchmarks/results_page.py
+"""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results" / "lstm"
+TEMPLATE = REPOSITORY / "benchmarks" / "results.md.template"
+PAGE = REPOSITORY / "docs" / "results.md"
+IMAGES = REPOSITORY / "docs" / "images"
+LENGTHS = (5, 10, 15, 20, 50)
+TRIALS = 10_000  # of the evaluation stream
+SPACE = "\N{NARROW NO-BREAK SPACE}"
+
+Trial = dict[str, Any]
+
+
+def stored(part: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{part}.json").read_text())
+
+
+def of(trials: Iterable[Trial], **wanted: object) -> list[Trial]:
+    return [trial for trial in trials if all(trial[name] == value for name, value in wanted.items())]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines)
+
+
+def number(value: int) -> str:
+    return f"{value:,}".replace(",", SPACE)
+
+
+def spread(values: Sequence[float], digits: int = 0) -> str:
+    """Mean ± standard deviation (least to most)."""
+    if not values:
+        return "\N{EN DASH}"
+    mean, deviation = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    ends = f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f} ({ends})"
+
+
+def steps(trials: Sequence[Trial]) -> str:
+    solved = [trial["solved"] for trial in trials if trial["solved"]]
+    return f"{len(solved)} of {len(trials)}", spread(solved)
+
+
+def share(value: float) -> str:
+    return "100 %" if value == 1 else f"{min(100 * value, 99.99):.2f} %"
+
+
+def excluded(right: int, trials: int) -> str:
+    """What a count says of all palindromes of a length: the rule of three, 3 / n at 95 %."""
+    return f"{3 / trials:.1g}" if right == trials else f"{(trials - right) / trials:.1g} measured"
+
+
+def made_by(*parts: str) -> str:
+    lines = set()
+    for part in parts:
+        made = stored(part)["made_by"]
+        torch, accelerate = (made["packages"][name].split("+")[0] for name in ("torch", "accelerate"))
+        lines.add(
+            f"{made['device']}, {made['cores']} cores, threads used: {made['threads']}, "
+            f"Python {made['python']}, torch {torch}, accelerate {accelerate}"
+        )
+    return "; ".join(sorted(lines))
+
+
+def reported(trials: list[Trial]) -> str:
+    rows = []
+    for length in LENGTHS:
+        lstm, rnn = (of(trials, model=model, length=length, data="endless") for model in ("lstm", "rnn"))
+        if length == 5:
+            counted = "all 1 000 there are: certain".replace(" 000", f"{SPACE}000")
+        elif length == 10:
+            right = sum(trial["all"][0] == trial["all"][1] for trial in lstm)
+            counted = f"all 1{SPACE}000{SPACE}000 there are: {right} of {len(lstm)} models have no error"
+        else:
+            counted = f"{number(TRIALS)} each, error rate below {excluded(TRIALS, TRIALS)}"
+        rows.append(
+            (
+                str(length),
+                *steps(lstm),
+                share(statistics.mean(trial["accuracy"] for trial in lstm)),
+                counted,
+                *steps(rnn),
+                share(statistics.mean(trial["accuracy"] for trial in rnn)),
+            )
+        )
+    header = ("digits", "LSTM solved", "steps to 100 %", "accuracy at the end", "counted on",
+              "RNN solved", "steps to 100 %", "accuracy at the end")  # fmt: skip
+    return table(header, rows)
+
+
+def claim(trials: list[Trial]) -> str:
+    rows = []
+    for data, name in (("endless", "endless"), ("fixed", "a fixed set of 2 048")):
+        group = of(trials, model="lstm", length=50, data=data)
+        before = [trial for trial in group if trial["solved"] and trial["solved"] <= 1500]
+        rows.append((name.replace(" 048", f"{SPACE}048"), *steps(group), f"{len(before)} of {len(group)}"))
+    return table(("training data", "solved", "steps to 100 %", f"within 1{SPACE}500 steps"), rows)
+
+
+def initialised(trials: list[Trial]) -> str:
+    names = dict.fromkeys(trial["initialisation"] for trial in trials)
+    groups = {name: of(trials, initialisation=name) for name in names}
+    return table(
+        ("initialisation", "solved", "steps to 100 %", "accuracy at the end"),
+        [(n, *steps(g), share(statistics.mean(t["accuracy"] for t in g))) for n, g in groups.items()],
+    )
+
+
+def fast(trials: list[Trial]) -> str:
+    rows = []
+    for length in dict.fromkeys(trial["length"] for trial in trials):
+        group = of(trials, length=length)
+        median = statistics.median(trial["solved"] or 10**9 for trial in group)
+        rows.append((number(length), *steps(group), f"{median:.0f}", excluded(TRIALS, TRIALS)))
+    return table(("digits", "solved", "steps to 100 %", "median", "error rate below"), rows)
+
+
+def long(trials: list[Trial]) -> str:
+    rows = []
+    for trial in trials:
+        count = TRIALS if trial["length"] <= 2000 else 1000
+        right = round(trial["accuracy"] * count)
+        rows.append(
+            (
+                f"`{trial['command']}`",
+                share(trial["accuracy"]),
+                f"{number(right)} of {number(count)}: {excluded(right, count)}",
+                f"{trial['seconds'] / 60:.1f} min",
+                f"{trial['peak_gib']:.1f} GiB",
+            )
+        )
+    return table(("command", "accuracy", "counted: error rate below", "time", "peak memory"), rows)
+
+
+def generalised(trials: list[Trial]) -> str:
+    return table(
+        ("digits", "right"),
+        [(number(t["length"]), f"{number(t['right'])} of {number(t['trials'])}") for t in trials],
+    )
+
+
+def certain(trials: list[Trial]) -> str:
+    return table(
+        ("digits", "palindromes there are", "wrong"),
+        [(str(t["length"]), number(t["trials"]), number(t["trials"] - t["right"])) for t in trials],
+    )
+
+
+def ablation(trials: list[Trial]) -> str:
+    names = dict.fromkeys(trial["variant"] for trial in trials)
+    return table(
+        ("variant", "solved within 1 000 steps".replace(" 000", f"{SPACE}000"), "steps to 100 %"),
+        [(name, *steps(of(trials, variant=name))) for name in names],
+    )
+
+
+def page() -> str:
+    """The whole page."""
+    parts = {name: stored(name)["trials"] for name in PARTS}
+    return TEMPLATE.read_text().format(
+        **{name: write(parts[part]) for name, (part, write) in TABLES.items()},
+        made_by=made_by(*PARTS),
+        long_made_by=made_by("long"),
+    )
+
+
+TABLES = {
+    "reported": ("report", reported),
+    "claim": ("report", claim),
+    "initialised": ("initialisation", initialised),
+    "fast": ("fast", fast),
+    "long": ("long", long),
+    "generalised": ("generalisation", generalised),
+    "certain": ("certain", certain),
+    "ablation": ("ablation", ablation),
+}
+PARTS = tuple(dict.fromkeys(part for part, _ in TABLES.values()))
+
+
+def draw() -> None:
+    """Write the pictures."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    trials, colours = stored("report")["trials"], plt.get_cmap("viridis")
+    for column, name in ((2, "accuracy"), (1, "loss")):
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        for place, length in enumerate(LENGTHS):
+            for model, style in (("lstm", "-"), ("rnn", ":")):
+                (trial,) = of(trials, model=model, length=length, data="endless", seed=0)
+                points = [point for point in trial["curve"] if point[0] <= 1500]
+                label = f"{'LSTM' if model == 'lstm' else 'RNN'}, {length} digits"
+                colour = colours(place / len(LENGTHS))
+                axes.plot(
+                    [p[0] for p in points], [p[column] for p in points], style, color=colour, label=label
+                )
+        axes.set(xlabel="step", ylabel=name, ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(ncols=2, fontsize="small")
+        figure.savefig(IMAGES / f"lstm-{name}.png", dpi=120)
+        plt.close(figure)
+    counted = stored("generalisation")["trials"]
+    figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
+    shares = [t["right"] / t["trials"] for t in counted]
+    axes.semilogx([t["length"] for t in counted], shares, "o-", color=colours(0.3))
+    axes.axvline(1000, color="grey", linestyle="--", linewidth=1)
+    axes.annotate("trained to", (1000, 0.03), (-4, 0), textcoords="offset points", ha="right", color="grey")
+    axes.axhline(0.1, color="grey", linestyle=":", linewidth=1)
+    axes.annotate("chance", (1, 0.1), (0, 3), textcoords="offset points", color="grey")
+    axes.set(xlabel="digits", ylabel="share of right answers", ylim=(0, 1.05))
+    axes.grid(alpha=0.3)
+    figure.savefig(IMAGES / "lstm-generalisation.png", dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    draw()
+    print(PAGE.relative_to(REPOSITORY))
