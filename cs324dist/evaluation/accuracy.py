@@ -12,11 +12,11 @@ from cs324dist.data.streams import Shard, Stream
 
 Predict = Callable[[Tensor], Tensor]  # inputs to logits
 Watching = Callable[[Iterable[Tensor]], Iterable[Tensor]]  # may end early; see `training.task`
-AT_ONCE = 1000  # palindromes of one forward pass, at most
 TRIALS = 10_000
 TRIALS_WHEN_LONG = 1_000
 LONG = 2_000  # digits; beyond, 10 000 palindromes take minutes
-DIGITS_AT_ONCE = 1 << 22  # the input of a forward pass, 40 bytes a digit
+DIGITS_AT_ONCE = 250_000  # of a forward pass, in which an RNN keeps about 1 KiB a digit
+LEAST_AT_ONCE = 50  # palindromes of a forward pass: fewer take as long, however long they are
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def count_right_palindromes(
     exhaustive = DIGITS ** free_digits(length) <= TRIALS
     trials = DIGITS ** free_digits(length) if exhaustive else TRIALS if length <= LONG else TRIALS_WHEN_LONG
     right = torch.zeros((), dtype=torch.int64, device=shard.device)
-    for indices in watching(shard.samples(0, trials).split(min(AT_ONCE, max(1, DIGITS_AT_ONCE // length)))):
+    for indices in watching(shard.samples(0, trials).split(max(LEAST_AT_ONCE, DIGITS_AT_ONCE // length))):
         digits, last = (
             all_palindromes(length, indices) if exhaustive else palindromes(stream, indices, length)
         )

@@ -48,7 +48,7 @@ class LSTM(nn.Module):
         """Logits after the last time step.
 
         Of a long sequence only the states between its parts are kept; a backward pass takes each part
-        again, so that memory no longer grows with the length, and the gradient is still that of every step.
+        again: only the input's memory grows with the length, and the gradient is still that of every step.
         """
         parts = x.split(max(1, AT_ONCE // max(1, x.shape[1])))
         if len(parts) == 1:

@@ -113,7 +113,7 @@ def resumption(start: Start) -> str:
     if start.from_step is not None:
         parts.append(f"from step {number(start.from_step)}")
     if start.lost_steps:
-        parts.append(f"took {number(start.lost_steps)} steps again")
+        parts.append(f"took at least {number(start.lost_steps)} steps again")
     if start.seconds_away is not None:
         parts.append(f"{duration(start.seconds_away)} after the last sign of life before it")
     return ", ".join(parts)

@@ -248,11 +248,11 @@ class RunFolder:
         """Drop the metrics past the checkpoint of `step`, after which steps are about to be taken again."""
         self.check_owned()
         self.set_damaged_aside()
-        lost_steps = max([row["step"] - step for row in self.read_metrics()], default=0)
+        last = max((row["step"] for line in self._lines_of_metrics() if (row := _row(line))), default=step)
         first = itertools.islice(self._lines_of_metrics(), metrics_lines)
         kept = [line for line in first if (row := _row(line)) and row["step"] <= step]
-        if (lost := metrics_lines - len(kept)) > 0:
-            print(f"warning: {self}/metrics.jsonl lacks {lost} lines up to step {step}", file=sys.stderr)
+        if (lacking := metrics_lines - len(kept)) > 0:
+            print(f"warning: {self}/metrics.jsonl lacks {lacking} lines up to step {step}", file=sys.stderr)
         # A new file: an earlier owner that still runs has the old one open, and writes there.
         with replaced(self.path / "metrics.jsonl") as temporary:
             temporary.write_bytes(b"".join(kept))
@@ -260,7 +260,7 @@ class RunFolder:
             self._metrics.close()
         self._metrics_lines, self._unwritten, self._metrics = len(kept), b"", None
         if self._owner is not None:
-            self._owner.note(step, max(lost_steps, 0))
+            self._owner.note(step, max(last - step, 0))
         self.write_status("running", step)
 
     def newest(self) -> Path | None:

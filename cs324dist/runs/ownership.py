@@ -64,8 +64,9 @@ class Ownership:
         except (Timeout, FileExistsError):
             raise Refused(f"{run} was just taken by another process: wait for it, or stop it") from None
         self._facts = _this_process()
-        if last_sign:
-            self._facts["seconds_since_previous"] = round(max(time.time() - last_sign, 0.0), 1)
+        now = _last_sign(self._path)  # by the clock of the file system, as the other one
+        if last_sign and now:
+            self._facts["seconds_since_previous"] = round(max(now - last_sign, 0.0), 1)
         write_json(self._path, self._facts)
         sync(self._folder)
         for lock in self._folder.glob("*.lock"):
@@ -88,9 +89,10 @@ class Ownership:
             )
 
     def note(self, from_step: int, lost_steps: int) -> None:
-        """Write down where this process begins, and how many steps it has to take again."""
+        """Write down where this process begins, and how many steps, of those logged, it has to take again."""
         self._facts |= {"from_step": from_step, "lost_steps": lost_steps}
-        write_json(self._path, self._facts)
+        with suppress(OSError):  # on a full disk, the run is worth more than its story
+            write_json(self._path, self._facts)
 
     def release(self) -> None:
         """Let another process have it."""

@@ -20,10 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cs324dist.errors import Failed, Refused
+from cs324dist.models.gan import Generator
+from cs324dist.models.lstm import LSTM
+from cs324dist.models.rnn import RNN
 from cs324dist.runs.checkpoints import checkpoints_in, tensors_by_file, verify_checkpoint
-from cs324dist.runs.files import read_json
 from cs324dist.runs.folder import RunFolder
-from cs324dist.runs.models import read_tensors
+from cs324dist.runs.models import load_model, read_tensors
 from cs324dist.training.classifier import ClassifierSettings, ClassifierTask
 from cs324dist.training.failures import explained
 from cs324dist.training.gan import GANSettings, GANTask
@@ -39,6 +41,11 @@ TASKS: Mapping[str, tuple[type[RunSettings], Callable[..., Any]]] = {
     "gan": (GANSettings, GANTask),
     "classifier": (ClassifierSettings, ClassifierTask),
 }
+SIZES: tuple[tuple[str, type[Any], str, str], ...] = (
+    ("lstm", LSTM, "hidden_size", "hidden_size"),
+    ("rnn", RNN, "hidden_size", "hidden_size"),
+    ("generator", Generator, "input_dim", "latent_dim"),
+)
 
 
 class Stretch(NamedTuple):
@@ -118,11 +125,11 @@ def check_sizes(run: RunFolder, settings: RunSettings, checkpoint: Path) -> None
     Raises:
         Refused: they do not.
     """
-    stored = [read_json(path) for path in checkpoint.glob("*/config.json")]
-    sizes = [size for arguments in stored for size in arguments.values()]
-    for name in ("hidden_size", "latent_dim"):
-        if (size := getattr(settings, name, None)) is not None and size not in sizes:
-            raise Refused(f"{run}/config.json: {name} is {size}, but not in {checkpoint}: it is damaged")
+    for folder, model, size, setting in SIZES:
+        if (checkpoint / folder).is_dir():
+            there, given = load_model(checkpoint / folder, model).config[size], getattr(settings, setting)
+            if given != there:
+                raise Refused(f"{run}/config.json: {setting} is {given}, but {there} in {checkpoint}")
 
 
 def choose(run: RunFolder, world_size: int, steps: int, count: int | None, from_start: bool) -> list[Stretch]:

@@ -67,7 +67,8 @@ class LSTMSettings(RunSettings):
     """Largest norm of the whole gradient."""
 
     curriculum: Annotated[float, Within(1.0, 1e9)] = 2.0
-    """Factor by which a short start length grows, whenever a batch is 97 % right, to --length; 1: none."""
+    """Factor by which a short start length grows to --length, whenever every second batch is 97 % right; 1:
+    none."""
 
     memory_options: ClassVar[tuple[str, ...]] = ("batch_size", "length", "hidden_size")
 
@@ -131,7 +132,7 @@ class LSTMTask:
         self.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if length < settings.length and settings.is_due(step + 1, LENGTHEN_EVERY):
+        if length < settings.length and (step + 1) % LENGTHEN_EVERY == 0:
             right = self.accelerator.reduce((logits.argmax(dim=1) == last).sum(), "sum")
             if right >= ENOUGH * settings.batch_size:
                 self.counters["length"] = min(settings.length, int(length * settings.curriculum) + 1)

@@ -39,7 +39,7 @@ class Logbook:
             self._accelerator.log(dict(metrics), step=completed)
 
     def log_evaluation(self, completed: int, evaluation: Evaluation) -> None:
-        """An evaluation's metrics, and its picture."""
+        """An evaluation's metrics and pictures."""
         self.log(completed, evaluation.metrics)
         if not self._accelerator.is_main_process:
             return

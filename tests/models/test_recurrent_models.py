@@ -121,8 +121,13 @@ class TestLSTM:
         whole = model(x)
         expected = torch.autograd.grad(whole[:, 4].sum(), model.parameters())
         monkeypatch.setattr("cs324dist.models.lstm.AT_ONCE", 2 * steps_at_once)
+        taken, scan = [], model.scan
+        monkeypatch.setattr(model, "scan", lambda x, state: (taken.append(len(x)), scan(x, state))[1])
         parts = model(x)
+        assert (sum(taken), max(taken)) == (20, steps_at_once)
+        taken.clear()
         found = torch.autograd.grad(parts[:, 4].sum(), model.parameters())
+        assert (sum(taken), max(taken)) == (20, steps_at_once)  # once more: they were not kept
         assert_equal_to_rounding({"p": parts}, {"p": whole})
         assert_equal_to_rounding(dict(enumerate(found)), dict(enumerate(expected)))
 

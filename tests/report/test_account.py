@@ -107,7 +107,7 @@ def test_a_run_that_was_killed_is_not_said_to_be_running(tmp_path: Path) -> None
     [
         (
             {"from_step": 1200, "lost_steps": 15, "seconds_since_previous": 130.2},
-            "from step 1 200, took 15 steps again, 2 min after the last sign of life before it",
+            "from step 1 200, took at least 15 steps again, 2 min after the last sign of life before it",
         ),
         ({"from_step": 0, "lost_steps": 0}, "from step 0"),
         ({"from_step": -1, "lost_steps": "x", "seconds_since_previous": -3}, ""),

@@ -29,7 +29,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def breakable(cluster) -> Iterator[Cluster]:
-    """The cluster for a test that powers nodes off: they are back afterwards, however it ends."""
+    """The cluster for a test that takes nodes away: they are back afterwards, however it ends."""
     yield cluster
     cluster.restore()
 

@@ -105,7 +105,7 @@ def test_settings_do_not_ask_for_larger_models_than_the_checkpoint_holds(launch,
     config["settings"]["hidden_size"] = 65_536
     path.write_text(json.dumps(config))
     done = launch("launch/audit.py", copy, check=False)
-    assert (done.returncode, "config.json: hidden_size is 65536, but not in" in done.stderr) == (2, True)
+    assert (done.returncode, "config.json: hidden_size is 65536, but 128 in" in done.stderr) == (2, True)
 
 
 def test_nothing_in_the_run_is_changed(launch, honest):

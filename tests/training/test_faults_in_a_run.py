@@ -274,10 +274,11 @@ class TestMemory:
         def limited() -> None:
             resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 
-        command = ("launch/lstm.py", "--length", "4", "--batch-size", "20000000", "--wandb", "disabled")
+        command = ("launch/lstm.py", "--length", "300", "--batch-size", "1000000", "--curriculum", "1",
+                   "--wandb", "disabled")  # fmt: skip
         process = start_python(*command, "--run-dir", run, preexec_fn=limited)
         said = process.stderr.read()
         assert process.wait() == 1
         (line,) = errors(said)
-        assert "out of memory: lower --batch-size (now 20000000), --length (now 4)" in line
+        assert "out of memory: lower --batch-size (now 1000000), --length (now 300)" in line
         assert status(run)["state"] == "failed"
