@@ -13,7 +13,7 @@ from typing import Any
 from cs324dist.evaluation.accuracy import LONG, TRIALS, TRIALS_WHEN_LONG
 
 REPOSITORY = Path(__file__).parents[1]
-RESULTS = REPOSITORY / "benchmarks" / "results" / "lstm"
+RESULTS = REPOSITORY / "benchmarks" / "results"
 TEMPLATE = REPOSITORY / "benchmarks" / "results.md.template"
 PAGE = REPOSITORY / "docs" / "results.md"
 IMAGES = REPOSITORY / "docs" / "images"
@@ -80,10 +80,9 @@ def counted(trials: Sequence[Trial], length: int) -> str:
     return f"none, all {number(1000)} tried" if length == 5 else excluded(TRIALS, TRIALS)
 
 
-def made_by(*parts: str) -> str:
+def machines(*made_by: dict[str, Any]) -> str:
     lines = set()
-    for part in parts:
-        made = stored(part)["made_by"]
+    for made in made_by:
         torch, accelerate = (made["packages"][name].split("+")[0] for name in ("torch", "accelerate"))
         lines.add(
             f"{made['device']}, {made['cores']} cores, threads used: {made['threads']}, "
@@ -171,13 +170,40 @@ def ablation(trials: list[Trial]) -> str:
     )
 
 
+def killed(chaos: dict[str, Any]) -> str:
+    columns = ("trials", "kills", "during_write", "mismatches", "orphans", "median_restart", "worst_restart")
+    header = ("task", "runs", "kills", "of which in a checkpoint's write", "ends that differ in a bit",
+              "processes left behind", "restart to first new step: median, s", "worst, s")  # fmt: skip
+    rows = chaos["table"].items()
+    return table(header, [(name, *(str(row[column]) for column in columns)) for name, row in rows])
+
+
+def fuzzed(fuzz: dict[str, Any]) -> str:
+    fine = ("refused", "set aside", "harmless", "forged", "unsigned")
+    rows = []
+    for reader, found in fuzz["readers"].items():
+        bad = sum(count for name, count in found.items() if name not in (*fine, "grown_mib"))
+        tried = bad + sum(found[name] for name in fine)
+        rows.append((reader.replace("_", " "), number(tried), *(number(found[n]) for n in fine), number(bad)))
+    return table(("reader", "mutations", *fine, "bad"), rows)
+
+
 def page() -> str:
     """The whole page."""
-    parts = {name: stored(name)["trials"] for name in PARTS}
+    parts = {name: stored(f"lstm/{name}")["trials"] for name in PARTS}
+    chaos, fuzz, stall = (stored(name) for name in ("chaos", "fuzz", "checkpoint_stall"))
     return TEMPLATE.read_text().format(
         **{name: write(parts[part]) for name, (part, write) in TABLES.items()},
-        made_by=made_by(*PARTS),
-        long_made_by=made_by("long"),
+        made_by=machines(*(stored(f"lstm/{name}")["made_by"] for name in PARTS)),
+        long_made_by=machines(stored("lstm/long")["made_by"]),
+        killed=killed(chaos),
+        chaos_made_by=machines(chaos["hardware"]),
+        chaos_jobs=chaos["jobs"],
+        fuzzed=fuzzed(fuzz),
+        fuzz=fuzz,
+        stall=stall,
+        stall_share=f"{stall['share']:.2%}".replace("%", " %"),
+        stall_made_by=machines(stall["hardware"]),
     )
 
 
@@ -201,7 +227,7 @@ def draw() -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    trials, colours = stored("report")["trials"], plt.get_cmap("viridis")
+    trials, colours = stored("lstm/report")["trials"], plt.get_cmap("viridis")
     for column, name in ((2, "accuracy"), (1, "loss")):
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
         for place, length in enumerate(LENGTHS):
@@ -218,7 +244,7 @@ def draw() -> None:
         axes.legend(ncols=2, fontsize="small")
         figure.savefig(IMAGES / f"lstm-{name}.png", dpi=120)
         plt.close(figure)
-    counted = stored("generalisation")["trials"]
+    counted = stored("lstm/generalisation")["trials"]
     figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
     shares = [t["right"] / t["trials"] for t in counted]
     axes.semilogx([t["length"] for t in counted], shares, "o-", color=colours(0.3))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -84,12 +85,25 @@ def prepare_process(on_cpu: bool) -> None:
             m_trim_threshold, m_mmap_threshold = -1, -3
             libc.mallopt(m_mmap_threshold, 1 << 30)
             libc.mallopt(m_trim_threshold, 1 << 30)
-        if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        if "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
             # A launcher that is killed would leave its workers running.
             pr_set_pdeathsig = 1
             libc.prctl(pr_set_pdeathsig, signal.SIGTERM)
-            if os.getppid() != PARENT:  # it died before this was set
+            if _launcher_has_died():  # before this was set
                 os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _launcher_has_died() -> bool:
+    if os.getppid() != PARENT:
+        return True
+    try:
+        parent = psutil.Process(PARENT)
+        # It may have died before Python came to ask, and an init process adopted this one. In a container the
+        # launcher can be the first process itself.
+        adopted_by_first = PARENT == 1 and parent.exe() != psutil.Process().exe()
+        return adopted_by_first or parent.name() == "systemd"
+    except psutil.Error:  # of another user
+        return True
 
 
 def _threads() -> int:

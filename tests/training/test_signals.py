@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from chaos import content_of
 from launched import (
@@ -218,6 +219,43 @@ class TestLaunchers:
             started.send_signal(KILL)
             assert started.end() == -KILL
         assert not list(run.glob("checkpoints/0*"))
+
+    @pytest.mark.parametrize("launcher_is", ["dead", "alive"])
+    def test_a_worker_whose_launcher_died_before_its_first_line_ends(
+        self, tmp_path, launch_environment, launcher_is
+    ):
+        """Nobody would ever answer what it waits for: its launcher held the rendezvous."""
+        came_so_far = tmp_path / "came so far"
+        launcher = subprocess.run(
+            [sys.executable, "-c", LAUNCHER_THAT_DIES, launcher_is, WORKER, came_so_far],
+            env={**launch_environment, "TORCHELASTIC_RUN_ID": "none"},
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=LIMIT,
+            check=True,
+        )
+        worker = int(launcher.stdout)
+        wait_until(lambda: not psutil.pid_exists(worker))
+        assert came_so_far.read_text() == {"dead": "began", "alive": "began, went on"}[launcher_is]
+
+
+# It ends, or its worker does, before the other goes on.
+LAUNCHER_THAT_DIES = """
+import subprocess, sys
+worker = subprocess.Popen([sys.executable, "-c", *sys.argv[2:]], stdin=subprocess.PIPE)
+print(worker.pid, flush=True)
+if sys.argv[1] == "alive":
+    worker.communicate(b"go on")
+"""
+WORKER = """
+import pathlib, sys
+sys.stdin.read()
+came_so_far = pathlib.Path(sys.argv[1])
+came_so_far.write_text("began")
+from cs324dist.training.process import prepare_process
+prepare_process(on_cpu=True)
+came_so_far.write_text("began, went on")
+"""
 
 
 class TestSampling:
