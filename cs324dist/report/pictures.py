@@ -13,11 +13,11 @@ from cs324dist.report.charts import number
 from cs324dist.report.reading import Run
 from cs324dist.sampling.generators import generate, load_generator
 from cs324dist.sampling.grids import grid
-from cs324dist.sampling.interpolation import Method, interpolate, strip, walk_ends
+from cs324dist.sampling.interpolation import STRIP_IMAGES, Method, interpolate, strip, walk_ends
 
 MOST_FRAMES = 160  # of all films of a page
 LARGEST_FILE, LARGEST_SIDE = 1 << 20, 1024  # bytes and pixels of a sample; ours are 17 KiB and 152
-WALK_FRAMES, STRIP_IMAGES = 48, 10
+WALK_FRAMES = 48
 METHODS: tuple[Method, ...] = ("linear", "spherical")
 
 

@@ -11,7 +11,7 @@ from cs324dist.models.gan import Generator
 from cs324dist.sampling.generators import generate, latents, surest
 from cs324dist.sampling.grids import grid
 
-START, END = 4, 1  # digits, as in the report
+START, END, STRIP_IMAGES = 4, 1, 10  # two digits and the images of the walk, as in the report
 Method = Literal["linear", "spherical"]
 
 

@@ -18,7 +18,7 @@ from cs324dist.evaluation.digits import DigitStatistics
 from cs324dist.models.gan import Discriminator, Generator
 from cs324dist.runs.models import LARGEST_SIZE
 from cs324dist.sampling.grids import grid
-from cs324dist.sampling.interpolation import strip, walk_ends
+from cs324dist.sampling.interpolation import STRIP_IMAGES, strip, walk_ends
 from cs324dist.training.batch_norm import freeze_cancelled_biases, synchronise
 from cs324dist.training.process import in_full_precision, seeded, shard
 from cs324dist.training.settings import FREE, RunSettings
@@ -26,7 +26,6 @@ from cs324dist.training.task import Evaluation, Watching, create_state
 
 AT_ONCE = 500  # images of one forward pass in an evaluation
 GRID = 5  # rows and columns of the picture, as in the report
-STRIP = 10  # images from a 4 to a 1
 NUDGE = 0.05  # how far the penalty looks, in units of the images' range [-1, 1]
 
 
@@ -247,7 +246,7 @@ class GANTask:
         drawn = Generator(self.settings.latent_dim).eval()
         drawn.load_state_dict(generator.state_dict())
         start, end, _ = walk_ends(drawn)
-        return strip(drawn, start, end, STRIP, "spherical")
+        return strip(drawn, start, end, STRIP_IMAGES, "spherical")
 
     @cached_property
     def test_digits(self) -> DigitStatistics:

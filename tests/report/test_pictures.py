@@ -9,9 +9,10 @@ from made_runs import make_gan, make_lstm
 from PIL import Image
 
 from cs324dist.errors import Refused
-from cs324dist.report.pictures import STRIP_IMAGES, WALK_FRAMES, film, walk
+from cs324dist.report.pictures import WALK_FRAMES, film, walk
 from cs324dist.report.reading import read_run
 from cs324dist.sampling.generators import generate, latents, load_generator
+from cs324dist.sampling.interpolation import STRIP_IMAGES
 
 
 def decoded(source: str) -> np.ndarray:
