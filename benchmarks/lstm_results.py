@@ -162,7 +162,6 @@ def ablation() -> list[dict[str, Any]]:
     return trials
 
 
-@torch.no_grad()
 def generalisation() -> list[dict[str, Any]]:
     """One model trained to 1 000 digits, on lengths it never saw."""
     task = LSTMTask(replace(FAST, length=1000), accelerator)
@@ -178,7 +177,8 @@ def generalisation() -> list[dict[str, Any]]:
                 if there_are <= 1000
                 else palindromes(Stream(0, "palindromes/generalisation"), indices, length)
             )
-            right += int((model(encode(digits, "onehot")).argmax(dim=1) == last).sum())
+            with torch.no_grad():
+                right += int((model(encode(digits, "onehot")).argmax(dim=1) == last).sum())
         counted.append({"length": length, "right": right, "trials": trials})
     return counted
 
