@@ -72,7 +72,7 @@ def write_checkpoint(
     try:
         _write_files(temporary, models, optimizers, state)
         if _generation(folder) <= state.generation:
-            clear(folder)  # damaged, or left by an owner that was cut off
+            _delete(folder)  # damaged, or left by an owner that was cut off
         temporary.rename(folder)
     finally:
         clear(temporary)
@@ -193,11 +193,20 @@ def keep_newest(folder: Path, count: int, generation: int = 1) -> None:
     newest_first = sorted(written_by, key=lambda path: (written_by[path], int(path.name)), reverse=True)
     for path in newest_first[count:]:
         if written_by[path] <= generation:
-            clear(path)
+            _delete(path)
     for path in folder.glob(".*.tmp"):
         writer = re.fullmatch(r"\.[0-9]+\.([0-9]{1,9})\.tmp", path.name)
         if writer is None or int(writer[1]) <= generation:
             clear(path)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Under another name, or a process that is killed at it would leave a damaged checkpoint."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.deleted.tmp")
+    clear(doomed)
+    if os.path.lexists(checkpoint):
+        checkpoint.rename(doomed)
+        clear(doomed)
 
 
 def newest_generation(folder: Path) -> int:

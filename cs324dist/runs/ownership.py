@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cs324dist.errors import Refused, shown
-from cs324dist.runs.files import read_json, sync, write_json
+from cs324dist.runs.files import clear, read_json, sync, write_json
 
 PATIENCE = 10  # seconds that a new owner waits for one on its way out
 HEARTBEAT = 5  # seconds from one sign of life to the next
@@ -72,6 +72,9 @@ class Ownership:
         for lock in self._folder.glob("*.lock"):
             if lock.name != f"{self.generation}.lock":
                 lock.unlink(missing_ok=True)
+        for left_behind in self._folder.glob(".*.json.tmp"):
+            if left_behind.name != f".{self.generation}.json.tmp":
+                clear(left_behind)
         self._released = threading.Event()
         threading.Thread(target=self._give_signs_of_life, daemon=True).start()
 

@@ -269,6 +269,40 @@ def test_an_owner_deletes_nothing_of_a_later_one(tmp_path_factory, owners, count
     assert left == {f"{step:09d}" for step in {*newest_first[:count], *later}} | unfinished
 
 
+@pytest.mark.parametrize(
+    "delete",
+    [
+        lambda folder: keep_newest(folder, 1),
+        lambda folder: write(folder / "000000002", state=TrainerState(2, 1)),
+    ],
+    ids=["an old one", "one that is replaced"],
+)
+def test_a_process_killed_at_a_deletion_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch, delete):
+    for step in (1, 2, 3):
+        write(tmp_path / f"{step:09d}", state=TrainerState(step, 1))
+    clear = checkpoints.clear
+
+    class Killed(BaseException):
+        pass
+
+    def killed_half_way(path: Path) -> None:
+        if (path / "trainer.json").exists():
+            (path / "trainer.json").unlink()
+            raise Killed
+        clear(path)
+
+    monkeypatch.setattr(checkpoints, "clear", killed_half_way)
+    with pytest.raises(Killed):
+        delete(tmp_path)
+    monkeypatch.undo()
+    left = checkpoints_in(tmp_path)
+    assert len(left) == 2
+    for checkpoint in left:
+        verify_checkpoint(checkpoint)
+    keep_newest(tmp_path, 3)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in left}
+
+
 @pytest.mark.parametrize(("theirs", "stays"), [(1, False), (2, False), (3, True)])
 def test_a_checkpoint_is_replaced_by_its_own_and_by_later_owners_only(tmp_path, theirs, stays):
     folder = write(tmp_path / "000000003", state=TrainerState(3, 1, generation=theirs))
