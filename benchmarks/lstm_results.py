@@ -183,6 +183,30 @@ def generalisation() -> list[dict[str, Any]]:
     return counted
 
 
+def held() -> list[dict[str, Any]]:
+    """What the states of that model do over the length, for 100 palindromes."""
+    task = LSTMTask(replace(FAST, length=1000), accelerator)
+    train(task, FAST.steps, look_every=2, least=FAST.steps)
+    model, measured = task.models["lstm"].eval(), []
+    digits, _ = palindromes(Stream(0, "palindromes/generalisation"), torch.arange(100), 20_000)
+    x, first = encode(digits, "onehot"), digits[:, 0]
+    state, before = None, 0
+    for steps in (10, 100, 1000, 10_000, 20_000):
+        with torch.no_grad():
+            _, state = model.scan(x[before:steps], state)
+        h, c, before = *state, steps
+        centres = torch.stack([h[first == digit].mean(0) for digit in range(DIGITS)])
+        measured.append(
+            {
+                "steps": steps,
+                "within": (h - centres[first]).norm(dim=1).mean().item(),
+                "between": torch.pdist(centres).min().item(),
+                "largest_cell": c.abs().max().item(),
+            }
+        )
+    return measured
+
+
 def certain() -> list[dict[str, Any]]:
     """All palindromes there are, up to 12 digits, by models of preset `fast`."""
     counted = []
@@ -222,7 +246,8 @@ def long() -> list[dict[str, Any]]:
 
 
 PARTS = {
-    part.__name__: part for part in (report, initialisation, fast, ablation, generalisation, certain, long)
+    part.__name__: part
+    for part in (report, initialisation, fast, ablation, generalisation, held, certain, long)
 }
 
 if __name__ == "__main__":
