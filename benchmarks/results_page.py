@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cs324dist.evaluation.accuracy import LONG, TRIALS, TRIALS_WHEN_LONG
+from cs324dist.evaluation.accuracy import TRIALS
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -136,23 +136,6 @@ def fast(trials: list[Trial]) -> str:
     return table(("digits", "solved", "steps to 100 %", "median", "error rate of each model"), rows)
 
 
-def long(trials: list[Trial]) -> str:
-    rows = []
-    for trial in trials:
-        count = TRIALS if trial["length"] <= LONG else TRIALS_WHEN_LONG
-        right = round(trial["accuracy"] * count)
-        rows.append(
-            (
-                f"`{trial['command']}`",
-                share(trial["accuracy"]),
-                excluded(right, count),
-                f"{trial['seconds'] / 60:.1f} min",
-                f"{trial['peak_gib']:.1f} GiB",
-            )
-        )
-    return table(("command", "accuracy", "error rate", "time", "peak memory"), rows)
-
-
 def generalised(trials: list[Trial]) -> str:
     return table(
         ("digits", "right"),
@@ -210,7 +193,6 @@ def page() -> str:
     return TEMPLATE.read_text().format(
         **{name: write(parts[part]) for name, (part, write) in TABLES.items()},
         made_by=machines(*(stored(f"lstm/{name}")["made_by"] for name in PARTS)),
-        long_made_by=machines(stored("lstm/long")["made_by"]),
         killed=killed(chaos),
         chaos_made_by=machines(chaos["hardware"]),
         chaos_jobs=chaos["jobs"],
@@ -227,7 +209,6 @@ TABLES = {
     "claim": ("report", claim),
     "initialised": ("initialisation", initialised),
     "fast": ("fast", fast),
-    "long": ("long", long),
     "generalised": ("generalisation", generalised),
     "held": ("held", held),
     "certain": ("certain", certain),

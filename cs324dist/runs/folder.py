@@ -29,6 +29,7 @@ import torch
 from cs324dist.errors import Refused, shown
 from cs324dist.runs.checkpoints import (
     checkpoints_in,
+    keep_newest,
     newest_generation,
     verify_checkpoint,
 )
@@ -183,6 +184,12 @@ class RunFolder:
         except OSError as error:
             print(f"warning: {self}/status.json cannot be written: {error.strerror}", file=sys.stderr)
 
+    def finish(self, step: int, keep_last: int) -> None:
+        """Say of a run at its last step that it is finished, which a process killed at the end could not."""
+        if self._status().get("state") != "finished":
+            keep_newest(self.checkpoints, keep_last, self.generation)
+            self.write_status("finished", step)
+
     def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a line; `step` is the number of completed steps. What is not finite is written as null.
 
@@ -296,11 +303,14 @@ class RunFolder:
         return folder
 
     def _saved_step(self) -> int:
-        try:
-            step = read_json(self.path / "status.json").get("step")
-        except Refused:
-            return 0
+        step = self._status().get("step")
         return step if type(step) is int else 0
+
+    def _status(self) -> dict[str, Any]:
+        try:
+            return read_json(self.path / "status.json")
+        except Refused:
+            return {}
 
     def set_damaged_aside(self) -> None:
         """Name the damaged checkpoints that `newest_checkpoint` came upon, and move them out of the way."""

@@ -55,6 +55,7 @@ def run_to_the_end(
     try:
         start = resume(task, run, accelerator)
         if start.step >= settings.steps and not start.evaluation_owed:
+            on_main_process(accelerator, lambda: run.finish(start.step, settings.keep_last))
             _say(
                 accelerator,
                 f"{run} is finished, {start.step} steps: for more, give --steps or another --run-dir",

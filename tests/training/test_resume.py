@@ -1,6 +1,7 @@
 """A run that was stopped or killed, and continued by the same command, ends as one that never was."""
 
 import itertools
+import json
 import re
 import shutil
 import signal
@@ -106,6 +107,21 @@ def test_a_finished_run_says_so(tmp_path, launch):
     assert content_of(run) == before
     assert "continuing from step 20 of 25" in launch(*command, "--steps", "25").stderr
     assert [line["step"] for line in metrics(run)] == sorted(line["step"] for line in metrics(run))
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_finished_by_the_next_start(tmp_path, launch):
+    run = tmp_path / "run"
+    command = (*SMOKE, "--run-dir", run)
+    launch(*command)
+    before = content_of(run)
+    path = run / "status.json"
+    path.write_text(json.dumps({"state": "running", "step": 20, "why": ""}))
+    (run / ".status.json.tmp").write_text("{")
+    shutil.copytree(newest_checkpoint(run), run / "checkpoints" / ".000000005.deleted.tmp")
+    assert f"{run} is finished, 20 steps" in launch(*command).stderr
+    assert status(run) == {"state": "finished", "step": 20, "why": ""}
+    assert not list(run.rglob(".*.tmp"))
+    assert content_of(run) == before
 
 
 def test_another_number_of_threads_is_said(tmp_path, launch):
