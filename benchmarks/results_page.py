@@ -227,18 +227,18 @@ def draw() -> None:
     trials, colours = stored("lstm/report")["trials"], plt.get_cmap("viridis")
     for column, name in ((2, "accuracy"), (1, "loss")):
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        for place, length in enumerate(LENGTHS):
-            for model, style in (("lstm", "-"), ("rnn", ":")):
-                (trial,) = of(trials, model=model, length=length, data="endless", seed=0)
-                points = [point for point in trial["curve"] if point[0] <= 1500]
+        for model, style in (("lstm", "-"), ("rnn", ":")):
+            for place, length in enumerate(LENGTHS):
+                group = of(trials, model=model, length=length, data="endless")
+                curves = [[point for point in trial["curve"] if point[0] <= 1500] for trial in group]
+                points = list(zip(*curves, strict=True))  # one for each seed
+                means = [statistics.mean(point[column] for point in seeds) for seeds in points]
                 label = f"{'LSTM' if model == 'lstm' else 'RNN'}, {length} digits"
                 colour = colours(place / len(LENGTHS))
-                axes.plot(
-                    [p[0] for p in points], [p[column] for p in points], style, color=colour, label=label
-                )
+                axes.plot([seeds[0][0] for seeds in points], means, style, color=colour, label=label)
         axes.set(xlabel="step", ylabel=name, ylim=(0, None))
         axes.grid(alpha=0.3)
-        axes.legend(ncols=2, fontsize="small")
+        figure.legend(loc="outside lower center", ncols=len(LENGTHS), fontsize="small")
         figure.savefig(IMAGES / f"lstm-{name}.png", dpi=120)
         plt.close(figure)
     counted = stored("lstm/generalisation")["trials"]
