@@ -51,12 +51,14 @@ from torch import Tensor
 
 from cs324dist.data import images
 from cs324dist.errors import Refused
+from cs324dist.report import pictures
+from cs324dist.report.page import write_report
 from cs324dist.runs import checkpoints as checkpoints_module
 from cs324dist.runs import files, ownership
 from cs324dist.runs import folder as folder_module
 from cs324dist.runs.checkpoints import verify_checkpoint
 from cs324dist.runs.folder import RunFolder
-from cs324dist.sampling.generators import load_generator
+from cs324dist.sampling.generators import latents, load_generator
 from cs324dist.training import audit as audit_module
 from cs324dist.training import run as run_module
 from cs324dist.training.gan import GANSettings, GANTask
@@ -668,9 +670,10 @@ class Readers:
         self.sample = runpy.run_path(str(REPOSITORY / "launch" / "sample.py"), run_name="sample")
         self.evaluate = runpy.run_path(str(REPOSITORY / "launch" / "evaluate.py"), run_name="evaluate")
         self.of = {
-            "lstm": (self.status, self.sampled, self.audited, self.resumed),
+            "lstm": (self.status, self.reported, self.sampled, self.audited, self.resumed),
             "gan": (
                 self.status,
+                self.reported,
                 self.loaded,
                 self.loaded_checkpoint,
                 self.sampled,
@@ -702,6 +705,19 @@ class Readers:
         ownership._has_ended(w.run)
         run.newest_step()
         self.read = Read(rows=run.read_metrics())
+
+    def reported(self, w: Workspace) -> None:
+        """launch/report.py; the walk is between any two images, as to find digits takes a second."""
+
+        def any_two(generator: Any) -> tuple[Tensor, Tensor, str]:
+            return *latents(generator, 0, 0, 2), "from one image to another"
+
+        out = w.folder / "report.html"
+        with mock.patch.multiple(pictures, walk_ends=any_two, WALK_FRAMES=2):
+            write_report((w.run,), out)
+        scripts = re.findall(r"<script(?! type=\"application/json\")", out.read_text())
+        assert len(scripts) == 1, "the page holds a script that is not its own"
+        out.unlink()
 
     def loaded(self, w: Workspace) -> None:
         self._generator(w, load_generator, w.run, w.rng.choice(("averaged", "raw")))
