@@ -14,8 +14,7 @@ def test_every_reader_refuses_or_reads_what_was_there(tmp_path, launch_environme
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     results = json.loads((tmp_path / "fuzz.json").read_text())
     assert results["bad"] == []
-    assert all(
-        reader["refused"] and reader["harmless"]
-        for name, reader in results["readers"].items()
-        if name != "lstm sampled"
-    )
+    for name, reader in results["readers"].items():
+        # the report shows what can be read of any run; an LSTM has nothing to sample from
+        assert reader["refused"] or name.endswith(" reported"), name
+        assert reader["harmless"] or name == "lstm sampled", name
