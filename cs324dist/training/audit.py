@@ -125,11 +125,14 @@ def check_sizes(run: RunFolder, settings: RunSettings, checkpoint: Path) -> None
     Raises:
         Refused: they do not.
     """
-    for folder, model, size, setting in SIZES:
-        if (checkpoint / folder).is_dir():
-            there, given = load_model(checkpoint / folder, model).config[size], getattr(settings, setting)
-            if given != there:
-                raise Refused(f"{run}/config.json: {setting} is {given}, but {there} in {checkpoint}")
+    own = [entry for entry in SIZES if hasattr(settings, entry[3])]
+    found = [entry for entry in own if (checkpoint / entry[0]).is_dir()]
+    if own and not found:
+        raise Refused(f"{checkpoint} holds no model of this run: it is damaged")
+    for folder, model, size, setting in found:
+        there, given = load_model(checkpoint / folder, model).config[size], getattr(settings, setting)
+        if given != there:
+            raise Refused(f"{run}/config.json: {setting} is {given}, but {there} in {checkpoint}")
 
 
 def choose(run: RunFolder, world_size: int, steps: int, count: int | None, from_start: bool) -> list[Stretch]:

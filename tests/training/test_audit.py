@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from cs324dist.models.gan import Generator
+from cs324dist.runs.models import save_model
+
 SMOKE = ("--preset", "smoke", "--wandb", "disabled", "--log-every", "1", "--checkpoint-every", "5")
 LSTM = ("launch/lstm.py", *SMOKE, "--keep-last", "4")
 GAN = ("launch/gan.py", *SMOKE, "--dataset", "fake")
@@ -106,6 +109,11 @@ def test_settings_do_not_ask_for_larger_models_than_the_checkpoint_holds(launch,
     path.write_text(json.dumps(config))
     done = launch("launch/audit.py", copy, check=False)
     assert (done.returncode, "config.json: hidden_size is 65536, but 128 in" in done.stderr) == (2, True)
+
+
+def test_a_foreign_model_beside_the_runs_own_changes_nothing(launch, copy):
+    save_model(copy / "checkpoints" / "000000010" / "generator", Generator(8))
+    assert launch("launch/audit.py", copy).stdout.count("equal to the last bit") == 3
 
 
 def test_nothing_in_the_run_is_changed(launch, honest):
