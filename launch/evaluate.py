@@ -1,10 +1,13 @@
-"""Measure a trained generator: Fréchet distance to MNIST's test images, what can be read, which digits come.
+"""Measure a trained generator: Fréchet distance to the test images, what can be read, which digits come.
 
 python launch/evaluate.py runs/gan-fast-0
+
+python launch/evaluate.py runs/gan-fashion-mnist-fast-0 --classifier runs/classifier-fashion-mnist-fast-0
 
 accelerate launch --config_file accelerate_configs/cpu_ddp.yaml launch/evaluate.py runs/gan-fast-0
 """
 
+import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,17 +15,20 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import Positional
 
 from cs324dist.command_line import OneOf, Within, parse
-from cs324dist.data.images import load_images, to_unit_range
+from cs324dist.data.images import SHA256, load_images, to_unit_range
 from cs324dist.data.streams import Stream
 from cs324dist.errors import Refused, errors_as_exit_codes, leave
-from cs324dist.evaluation.digits import WEIGHTS, DigitStatistics
-from cs324dist.runs.files import sha256, write_json
-from cs324dist.sampling.generators import AT_ONCE, load_generator
+from cs324dist.evaluation.digits import DigitStatistics, digit_classifier
+from cs324dist.models.digit_classifier import DigitClassifier
+from cs324dist.runs.files import write_json
+from cs324dist.runs.folder import RunFolder
+from cs324dist.sampling.generators import AT_ONCE, load_classifier, load_generator
 from cs324dist.training.process import shard, start_accelerator
 
 FLOOR = 10_000  # training images, the first of the set, whose distance is what chance allows
@@ -44,6 +50,10 @@ class Evaluate:
     weights: Annotated[str, OneOf("averaged", "raw")] = "averaged"
     """averaged: the averaged generator where there is one; raw: the one being trained."""
 
+    classifier: Path | None = None
+    """A run of launch/classifier.py that judges in place of the digit classifier that the project ships: for
+    a run on other images than MNIST's."""
+
     data_root: Path = Path("data")
     """Folder of the data sets."""
 
@@ -51,14 +61,40 @@ class Evaluate:
     """File to write the figures to. Default: evaluation.json in RUN."""
 
 
+def data_set_of(run_or_checkpoint: Path) -> str:
+    """What it was trained on; MNIST, if that is not known, or noise."""
+    run = RunFolder(run_or_checkpoint)
+    if not run.exists:  # a checkpoint of one, perhaps
+        run = RunFolder(run_or_checkpoint.absolute().parents[1])
+    settings = run.read_config().get("settings") if run.exists else None
+    dataset = settings.get("dataset") if isinstance(settings, dict) else None
+    return dataset if dataset in SHA256 else "mnist"
+
+
+def digest(classifier: DigitClassifier) -> str:
+    """SHA-256 of its file."""
+    tensors = {name: tensor.cpu() for name, tensor in classifier.state_dict().items()}
+    return hashlib.sha256(save(tensors)).hexdigest()
+
+
 @torch.no_grad()
 def measure(options: Evaluate) -> None:
     """Print the figures, and write them."""
-    generator = load_generator(options.run, options.weights)
-    test, train = (load_images("mnist", split, options.data_root).images for split in ("test", "train"))
+    generator, dataset = load_generator(options.run, options.weights), data_set_of(options.run)
+    if options.classifier:
+        classifier, known = load_classifier(options.classifier), data_set_of(options.classifier)
+    else:
+        classifier, known = digit_classifier(torch.device("cpu")), "mnist"
+    if dataset != known:
+        raise Refused(
+            f"{options.run} draws {dataset}, the classifier knows {known}: give --classifier with a run of "
+            f"launch/classifier.py --dataset {dataset}"
+        )
+    test, train = (load_images(dataset, split, options.data_root).images for split in ("test", "train"))
     accelerator = start_accelerator()
     mine = shard(accelerator)
     generator.to(mine.device)
+    classifier.to(mine.device)
     stream = Stream(options.seed, "latents/evaluation")
 
     def draw(indices: Tensor) -> Tensor:
@@ -67,31 +103,37 @@ def measure(options: Evaluate) -> None:
     def statistics(name: str, draw: Callable[[Tensor], Tensor], count: int) -> DigitStatistics:
         parts = mine.samples(0, count).split(AT_ONCE)
         shown = tqdm(parts, name, disable=not (sys.stderr.isatty() and accelerator.is_main_process))
-        return DigitStatistics.of(map(draw, shown), lambda tensor: accelerator.reduce(tensor, "sum"))
+        return DigitStatistics.of(
+            map(draw, shown), lambda tensor: accelerator.reduce(tensor, "sum"), classifier
+        )
 
     def of_images(images: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda indices: to_unit_range(images[indices.cpu()].to(mine.device))
 
     reference = statistics("test images", of_images(test), len(test))
-    floor = statistics("training images", of_images(train), FLOOR).compared_with(reference)
-    found = statistics("samples", draw, options.count).compared_with(reference)
-    real = reference.compared_with(reference)
+    trained_on = statistics("training images", of_images(train), FLOOR)
+    floor = trained_on.compared_with(reference)["frechet_distance"]
+    samples = statistics("samples", draw, options.count)
+    found, real = (of.compared_with(reference) for of in (samples, reference))
+    to_training = samples.compared_with(trained_on)["frechet_distance"]
     if not accelerator.is_main_process:
         return
-    shares = [found[f"share_of_{digit}"] for digit in range(10)]
-    distances = (found["frechet_distance"], floor["frechet_distance"])
-    print("Fréchet distance  {:.3f}  (training images: {:.3f})".format(*distances))
-    print(f"surely a digit    {found['sure']:.2%}  (test images: {real['sure']:.2%})")
-    print("share of digits   " + "  ".join(f"{digit}: {share:.1%}" for digit, share in enumerate(shares)))
+    distance, shares = found["frechet_distance"], [found[f"share_of_{digit}"] for digit in range(10)]
+    print(f"Fréchet distance  {distance:.3f}  ({distance / floor:.2f} times the floor, {floor:.3f})")
+    print(f"  to training set {to_training:.3f}")
+    print(f"surely of a class {found['sure']:.2%}  (test images: {real['sure']:.2%})")
+    print("share of classes  " + "  ".join(f"{digit}: {share:.1%}" for digit, share in enumerate(shares)))
     out = options.out or options.run / "evaluation.json"
     figures = {
         "samples": options.count,
         "seed": options.seed,
         "weights": options.weights,
+        "dataset": dataset,
         **found,
-        "floor": floor["frechet_distance"],
+        "floor": floor,
+        "frechet_distance_to_training_images": to_training,
         "sure_of_test_images": real["sure"],
-        "classifier_sha256": sha256(WEIGHTS),
+        "classifier_sha256": digest(classifier),
     }
     try:
         write_json(out, figures)

@@ -1,4 +1,4 @@
-"""What the committed digit classifier says of images."""
+"""What a classifier says of images: of digits the one that the project ships."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -28,10 +28,13 @@ def digit_classifier(device: torch.device) -> DigitClassifier:
 
 @torch.no_grad()
 def read_digits(
-    images: Float[Tensor, "batch 1 28 28"],
+    images: Float[Tensor, "batch 1 28 28"], classifier: DigitClassifier | None = None
 ) -> tuple[Int64[Tensor, " batch"], Float[Tensor, " batch"], Float[Tensor, "batch 128"]]:
-    """The digit of each image, the classifier's confidence in [0.1, 1], and its features."""
-    classifier = digit_classifier(images.device)
+    """The digit of each image, the classifier's confidence in [0.1, 1], and its features.
+
+    `classifier`, in eval mode, stands in for the one that the project ships.
+    """
+    classifier = classifier or digit_classifier(images.device)
     features = classifier.features(images.float())
     confidence, digits = classifier.output(features).softmax(dim=1).max(dim=1)
     return digits, confidence, features
@@ -47,10 +50,13 @@ class DigitStatistics:
 
     @classmethod
     def of(
-        cls, batches: Iterable[Float[Tensor, "batch 1 28 28"]], reduce: Callable[[Tensor], Tensor]
+        cls,
+        batches: Iterable[Float[Tensor, "batch 1 28 28"]],
+        reduce: Callable[[Tensor], Tensor],
+        classifier: DigitClassifier | None = None,
     ) -> "DigitStatistics":
         """Of this rank's batches of images in [-1, 1], put together by `reduce`, a sum over ranks."""
-        read = [read_digits(images) for images in batches]
+        read = [read_digits(images, classifier) for images in batches]
         digits, confidence, features = (torch.cat(parts) for parts in zip(*read, strict=True))
         moments = Moments.of(features)
         return cls(

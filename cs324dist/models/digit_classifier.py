@@ -21,7 +21,7 @@ class DigitClassifier(nn.Module):
             nn.MaxPool2d(2),
             nn.Flatten(),
         )
-        self.hidden = nn.Sequential(nn.Linear(32 * 7 * 7, 128), nn.BatchNorm1d(128), nn.ReLU())
+        self.hidden = nn.Sequential(nn.Linear(32 * 7 * 7, 128), nn.ReLU())
         self.output = nn.Linear(128, classes)
 
     def features(self, images: Float[Tensor, "batch 1 28 28"]) -> Float[Tensor, "batch 128"]:

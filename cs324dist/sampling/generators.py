@@ -1,5 +1,6 @@
 """Finding a trained generator, and latent vectors whose images are the digits one wants."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,10 +11,11 @@ from torch import Tensor
 from cs324dist.data.streams import Stream
 from cs324dist.errors import Refused
 from cs324dist.evaluation.digits import SURE, read_digits
+from cs324dist.models.digit_classifier import DigitClassifier
 from cs324dist.models.gan import Generator
 from cs324dist.runs.checkpoints import TRAINER, WEIGHTS, checkpoints_in, verify_checkpoint
 from cs324dist.runs.folder import RunFolder
-from cs324dist.runs.models import load_model
+from cs324dist.runs.models import Model, load_model
 
 AT_ONCE = 500  # images of one forward pass
 CANDIDATES = 1000
@@ -31,13 +33,26 @@ def load_generator(
     Raises:
         Refused: there is no such checkpoint, it is damaged, or it is not a GAN's.
     """
+    names = ("generator_ema", "generator") if weights == "averaged" else ("generator",)
+    return _load(run_or_checkpoint, names, Generator, "gan")
+
+
+def load_classifier(run_or_checkpoint: str | Path) -> DigitClassifier:
+    """The classifier of a run's newest checkpoint, or of a checkpoint, in eval mode on the CPU.
+
+    Raises:
+        Refused: there is no such checkpoint, it is damaged, or it is not a classifier's.
+    """
+    return _load(run_or_checkpoint, ("classifier",), DigitClassifier, "classifier")
+
+
+def _load(run_or_checkpoint: str | Path, names: Sequence[str], expected: type[Model], script: str) -> Model:
     checkpoint = _checkpoint(Path(run_or_checkpoint))
-    averaged = checkpoint / "generator_ema"
-    folder = averaged if weights == "averaged" and averaged.is_dir() else checkpoint / "generator"
-    if not folder.is_dir():
-        raise Refused(f"{checkpoint} holds no generator: give a run of launch/gan.py")
-    verify_checkpoint(checkpoint, [f"{folder.name}/config.json", f"{folder.name}/{WEIGHTS}"])
-    return load_model(folder, Generator)
+    name = next((name for name in names if (checkpoint / name).is_dir()), None)
+    if name is None:
+        raise Refused(f"{checkpoint} holds no {names[-1]}: give a run of launch/{script}.py")
+    verify_checkpoint(checkpoint, [f"{name}/config.json", f"{name}/{WEIGHTS}"])
+    return load_model(checkpoint / name, expected)
 
 
 def _checkpoint(path: Path) -> Path:
