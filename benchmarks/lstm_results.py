@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from cs324dist.data.palindromes import DIGITS, all_palindromes, encode, free_digits, palindromes
 from cs324dist.data.streams import Stream
+from cs324dist.evaluation.accuracy import LONG, TRIALS, TRIALS_WHEN_LONG
 from cs324dist.models.lstm import LSTM
 from cs324dist.runs.folder import RunFolder, environment
 from cs324dist.training.lstm import FAST, PRESETS, LSTMTask
@@ -251,7 +252,7 @@ def certain() -> list[dict[str, Any]]:
 def long() -> list[dict[str, Any]]:
     """Time, memory and accuracy of whole runs, as a user starts them."""
     trials = []
-    for length, steps in ((1000, 150), (10_000, 80), (100_000, 80)):
+    for length, steps in ((1000, 150), (10_000, 100), (100_000, 80)):
         options = f"--length {length} --steps {steps} --evaluate-every {steps}"
         with tempfile.TemporaryDirectory() as folder:
             command = f"launch/lstm.py {options}"
@@ -268,7 +269,8 @@ def long() -> list[dict[str, Any]]:
                 "command": f"python {command}",
                 "seconds": round(time.monotonic() - began),
                 "peak_gib": round(used.ru_maxrss / 2**20, 2),
-                "accuracy": next((row["eval/accuracy"] for row in rows if "eval/accuracy" in row), None),
+                "accuracy": [row["eval/accuracy"] for row in rows if "eval/accuracy" in row][-1],
+                "trials": TRIALS if length <= LONG else TRIALS_WHEN_LONG,
                 "train_accuracy": [row["train/accuracy"] for row in rows if "train/accuracy" in row],
             }
         )

@@ -127,6 +127,31 @@ def initialised(trials: list[Trial]) -> str:
     )
 
 
+def read_otherwise(trials: list[Trial]) -> str:
+    names = dict.fromkeys(trial["reading"] for trial in trials)
+    groups = {name: of(trials, reading=name) for name in names}
+    rows = []
+    for name, group in groups.items():
+        accuracies = [trial["accuracy"] for trial in group]
+        rows.append((name, *steps(group), f"{share(min(accuracies))} to {share(max(accuracies))}"))
+    return table(("reading", "solved", "steps to 100 %", "accuracy at the end"), rows)
+
+
+def long(trials: list[Trial]) -> str:
+    rows = [
+        (
+            f"`{trial['command']}`",
+            share(trial["accuracy"]),
+            excluded(round(trial["accuracy"] * trial["trials"]), trial["trials"]),
+            f"{trial['seconds'] / 60:.1f}",
+            f"{trial['peak_gib']:.2f}",
+        )
+        for trial in trials
+    ]
+    header = ("run", "accuracy", "error rate", "minutes", "peak memory, GiB")
+    return table(header, rows)
+
+
 def fast(trials: list[Trial]) -> str:
     rows = []
     for length in dict.fromkeys(trial["length"] for trial in trials):
@@ -192,7 +217,8 @@ def page() -> str:
     chaos, fuzz, stall = (stored(name) for name in ("chaos", "fuzz", "checkpoint_stall"))
     return TEMPLATE.read_text().format(
         **{name: write(parts[part]) for name, (part, write) in TABLES.items()},
-        made_by=machines(*(stored(f"lstm/{name}")["made_by"] for name in PARTS)),
+        made_by=machines(*(stored(f"lstm/{name}")["made_by"] for name in PARTS if name != "long")),
+        long_made_by=machines(stored("lstm/long")["made_by"]),
         killed=killed(chaos),
         chaos_made_by=machines(chaos["hardware"]),
         chaos_jobs=chaos["jobs"],
@@ -207,8 +233,10 @@ def page() -> str:
 TABLES = {
     "reported": ("report", reported),
     "claim": ("report", claim),
+    "read_otherwise": ("readings", read_otherwise),
     "initialised": ("initialisation", initialised),
     "fast": ("fast", fast),
+    "long": ("long", long),
     "generalised": ("generalisation", generalised),
     "held": ("held", held),
     "certain": ("certain", certain),

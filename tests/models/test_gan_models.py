@@ -96,6 +96,21 @@ def test_the_report_s_discriminator_and_ours_read_each_other_s_weights() -> None
     torch.testing.assert_close(ours(images).sigmoid(), trained(images))
 
 
+def test_pooling_before_the_leaky_relu_changes_no_bit_of_logits_and_gradients() -> None:
+    torch.manual_seed(0)
+    ours = gan.Discriminator()
+    in_the_reports_order = Discriminator().net[:-1]
+    in_the_reports_order.load_state_dict(ours.net.state_dict(), strict=True)
+    found = []
+    for network in (ours.net, in_the_reports_order):
+        images = normals(4, 1, 28, 28).tanh().requires_grad_()
+        logits = network(images)
+        logits.square().sum().backward()
+        found.append([logits, images.grad, *(p.grad for p in network.parameters())])
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_without_arguments_the_latent_has_the_report_s_100_numbers() -> None:
     assert gan.Generator().fc[0].in_features == 100
 
