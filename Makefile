@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all chaos fuzz slurm-test lint clean
+.PHONY: help install train test test-all bench chaos fuzz slurm-test lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -41,6 +41,10 @@ test: .venv/installed  ## what a change is checked with (under 6 minutes on 2 co
 
 test-all: .venv/installed  ## everything (under 25 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
+
+bench: .venv/installed  ## every speed that is claimed, against what users would write (under 10 minutes on 2 cores)
+	$(BIN)/python launch/fetch_data.py --dataset mnist
+	$(BIN)/python benchmarks/speed.py
 
 chaos: .venv/installed  ## 200 kills at random moments, every end compared bit for bit (under 25 minutes on 2 cores)
 	$(BIN)/python tests/chaos.py

@@ -13,7 +13,7 @@ from threading import Thread
 import psutil
 from chaos import processes_of
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 LIMIT = 120  # seconds that anything may take; on a quiet machine it is one or two
 LAUNCHERS = {
     "python": (),
