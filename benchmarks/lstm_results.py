@@ -40,6 +40,7 @@ LENGTHS = (5, 10, 15, 20, 50)  # the report's
 SEEDS = range(5)
 FIXED = 2048  # palindromes of a fixed training set
 CURVE_EVERY = 25  # steps
+SETTLING = 30  # steps watched after a curriculum has reached the full length
 
 
 class FixedSet(Stream):
@@ -176,7 +177,7 @@ def ablation() -> list[dict[str, Any]]:
     """Preset `fast` at 50 digits, each ingredient exchanged for the report's or left out."""
     variants = {
         "preset fast": {},
-        "initialisation for the length": {"initialisation": "length"},
+        "initialisation as nn.Linear": {"initialisation": "linear"},
         "digits as scalars": {"coding": "scalar"},
         "RMSprop": {"optimizer": "rmsprop"},
         "RMSprop, 1e-3": {"optimizer": "rmsprop", "learning_rate": 1e-3},
@@ -190,6 +191,26 @@ def ablation() -> list[dict[str, Any]]:
         for seed in SEEDS:
             task = LSTMTask(replace(FAST, seed=seed, **changes), accelerator)
             trials.append({"variant": name, **train(task, 1000, look_every=2)})
+    return trials
+
+
+def settled() -> list[dict[str, Any]]:
+    """With either initialisation at 1 000 digits: is a batch still wrong once the full length is reached?"""
+    trials = []
+    for initialisation in ("length", "linear"):
+        for seed in range(3):
+            settings = replace(FAST, length=1000, initialisation=initialisation, seed=seed)
+            task, reached, wrong = LSTMTask(settings, accelerator), None, 0
+            for step in range(FAST.steps):
+                if reached is None and task.counters["length"] == settings.length:
+                    reached = step
+                if reached is not None and step == reached + SETTLING:
+                    break
+                metrics = task.step(step)
+                wrong += reached is not None and metrics["train/accuracy"].item() < 1
+            trials.append(
+                {"initialisation": initialisation, "seed": seed, "reached": reached, "wrong": wrong}
+            )
     return trials
 
 
@@ -252,7 +273,7 @@ def certain() -> list[dict[str, Any]]:
 def long() -> list[dict[str, Any]]:
     """Time, memory and accuracy of whole runs, as a user starts them."""
     trials = []
-    for length, steps in ((1000, 150), (10_000, 100), (100_000, 80)):
+    for length, steps in ((1000, 150), (10_000, 100), (100_000, 100)):
         options = f"--length {length} --steps {steps} --evaluate-every {steps}"
         with tempfile.TemporaryDirectory() as folder:
             command = f"launch/lstm.py {options}"
@@ -279,7 +300,18 @@ def long() -> list[dict[str, Any]]:
 
 PARTS = {
     part.__name__: part
-    for part in (report, readings, initialisation, fast, ablation, generalisation, held, certain, long)
+    for part in (
+        report,
+        readings,
+        initialisation,
+        fast,
+        ablation,
+        settled,
+        generalisation,
+        held,
+        certain,
+        long,
+    )
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write docs/results.md and its pictures from results.md.template and the stored results.
+"""Write docs/results.md, its pictures, and docs/performance.md from the templates and the stored results.
 
 python benchmarks/results_page.py
 """
@@ -15,6 +15,8 @@ from cs324dist.evaluation.accuracy import TRIALS
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 TEMPLATE = REPOSITORY / "benchmarks" / "results.md.template"
+SPEED_TEMPLATE = REPOSITORY / "benchmarks" / "performance.md.template"
+SPEED_PAGE = REPOSITORY / "docs" / "performance.md"
 PAGE = REPOSITORY / "docs" / "results.md"
 IMAGES = REPOSITORY / "docs" / "images"
 LENGTHS = (5, 10, 15, 20, 50)
@@ -211,8 +213,46 @@ def fuzzed(fuzz: dict[str, Any]) -> str:
     return table(("reader", "mutations", *fine, "bad"), rows)
 
 
+def compared(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        ratios = row["ratios"]
+        ends = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+        times = (f"{row['slower_ms']:.1f}", f"{row['faster_ms']:.1f}")
+        lines.append((row["what"], f"{statistics.median(ratios):.2f}", ends, row["goal"], *times))
+    return table(("comparison", "ratio", "least to most", "goal", "ms", "against ms"), lines)
+
+
+def ablated(rows: list[dict[str, Any]]) -> str:
+    return table(
+        ("without", "times as long", "least to most"),
+        [
+            (
+                r["what"],
+                f"{statistics.median(r['ratios']):.2f}",
+                f"{r['ratios'][0]:.2f} to {r['ratios'][-1]:.2f}",
+            )
+            for r in rows
+        ],
+    )
+
+
+def performance() -> str:
+    """The page on speed."""
+    speed = stored("speed")
+    rows = speed["comparisons"]
+    bf16 = [row for row in rows if "bf16" in row["what"]]
+    return SPEED_TEMPLATE.read_text().format(
+        rounds=speed["rounds"],
+        made_by=machines(speed["made_by"]),
+        compared=compared([row for row in rows if row["goal"]]),
+        ablated=ablated([row for row in rows if not row["goal"] and row not in bf16]),
+        bf16=compared(bf16),
+    )
+
+
 def page() -> str:
-    """The whole page."""
+    """The page of results."""
     parts = {name: stored(f"lstm/{name}")["trials"] for name in PARTS}
     chaos, fuzz, stall = (stored(name) for name in ("chaos", "fuzz", "checkpoint_stall"))
     return TEMPLATE.read_text().format(
@@ -285,5 +325,6 @@ def draw() -> None:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+    SPEED_PAGE.write_text(performance())
     draw()
-    print(PAGE.relative_to(REPOSITORY))
+    print(PAGE.relative_to(REPOSITORY), SPEED_PAGE.relative_to(REPOSITORY))

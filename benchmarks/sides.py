@@ -7,6 +7,7 @@ no allocator thresholds, no flushing of denormal numbers.
 """
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -48,36 +49,65 @@ def gan_ours() -> float:
     return milliseconds(task.step, 40)
 
 
-def gan_bare() -> float:
-    """The same mathematics on one batch that is there, without streams and Accelerate."""
+def gan_bf16() -> float:
+    """The same under autocast."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    return gan_ours()
+
+
+def gan_bare(without: str = "") -> float:
+    """The same mathematics on one batch that is there, no streams, no Accelerate; and without one measure."""
     from torch.nn import functional as F
 
     from cs324dist.models.gan import Discriminator, Generator
-    from cs324dist.training.process import prepare_process
+    from cs324dist.training import process
 
-    prepare_process(on_cpu=True)
-    generator, discriminator = (
-        network.to(memory_format=torch.channels_last) for network in (Generator(), Discriminator())
-    )
+    if without == "allocator":
+        process.ctypes.CDLL = lambda _: object()
+    process.prepare_process(on_cpu=True)
+    generator, discriminator = Generator(), Discriminator()
+    if without == "pooling_first":
+        layers = list(discriminator.net)
+        for pool in (1, 4):
+            layers[pool], layers[pool + 1] = layers[pool + 1], layers[pool]
+        discriminator.net = nn.Sequential(*layers)
+    if without != "channels_last":
+        for network in (generator, discriminator):
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     g_optimizer, d_optimizer = (
-        torch.optim.Adam(network.parameters(), 2e-4, fused=True) for network in (generator, discriminator)
+        torch.optim.Adam(network.parameters(), 2e-4, fused=without != "fused_adam")
+        for network in (generator, discriminator)
     )
     z, real = torch.randn(BATCH, LATENT), torch.rand(BATCH, 1, 28, 28) * 2 - 1
 
     def step(i: int) -> None:
         fake = generator(z)
-        discriminator.requires_grad_(False)
+        discriminator.requires_grad_(without == "frozen_discriminator")
         F.softplus(-discriminator(fake)).mean().backward()
         g_optimizer.step()
         g_optimizer.zero_grad()
+        d_optimizer.zero_grad()
         discriminator.requires_grad_(True)
         if i % 2 == 0:
-            real_logits, fake_logits = discriminator(torch.cat([real, fake.detach()])).chunk(2)
+            if without == "one_forward":
+                real_logits, fake_logits = discriminator(real), discriminator(fake.detach())
+            else:
+                real_logits, fake_logits = discriminator(torch.cat([real, fake.detach()])).chunk(2)
             ((F.softplus(-real_logits) + F.softplus(fake_logits)).mean() / 2).backward()
             d_optimizer.step()
             d_optimizer.zero_grad()
 
     return milliseconds(step, 40)
+
+
+MEASURES = (
+    "channels_last",
+    "fused_adam",
+    "frozen_discriminator",
+    "one_forward",
+    "pooling_first",
+    "allocator",
+)
 
 
 def notebook_networks() -> tuple[nn.Module, nn.Module]:
@@ -266,10 +296,12 @@ class Bare(nn.Module):
         return self.output(self.lstm(x)[0][-1])
 
 
-def lstm_ours(length: int, kernel: str) -> float:
+def lstm_ours(length: int, kernel: str, flushing: bool = True) -> float:
     from cs324dist.models.lstm import LSTM
     from cs324dist.training.process import prepare_process
 
+    if not flushing:
+        torch.set_flush_denormal = lambda _: None
     prepare_process(on_cpu=True)
     return lstm_step(LSTM(1, 128, 10, kernel=kernel), length, torch.randint(10, (128, length + 1)))
 
@@ -335,10 +367,12 @@ def samples(to_file: bool) -> float:
 
 SIDES: dict[str, Callable[[], float]] = {
     **{side.__name__: side for side in (gan_ours, gan_bare, gan_notebook, gan_notebook_in_memory)},
-    **{side.__name__: side for side in (gan_accelerate, gan_floor, gan_loop, lstm_loop)},
+    **{side.__name__: side for side in (gan_accelerate, gan_floor, gan_loop, gan_bf16, lstm_loop)},
     **{f"lstm_{kernel}_{n}": lambda n=n, kernel=kernel: lstm_ours(n, kernel)
        for kernel in ("fused", "equations") for n in (10, 50, 1000)},
     **{f"lstm_torch_{n}": lambda n=n: lstm_torch(n) for n in (50, 1000)},
+    **{f"gan_without_{measure}": lambda measure=measure: gan_bare(measure) for measure in MEASURES},
+    "lstm_without_flushing": lambda: lstm_ours(1000, "fused", flushing=False),
     "samples_file": lambda: samples(to_file=True),
     "samples_forward": lambda: samples(to_file=False),
 }  # fmt: skip

@@ -35,7 +35,7 @@ class Comparison(NamedTuple):
     what: str
     slower: str
     faster: str
-    goal: str
+    goal: str = ""
 
 
 COMPARISONS = (
@@ -57,6 +57,17 @@ COMPARISONS = (
     Comparison(
         "samples to a file against the forward pass", "samples_file", "samples_forward", "at most 1.15"
     ),
+    Comparison("GAN step in float32 against bf16", "gan_ours", "gan_bf16"),
+    # one measure left out against all of them
+    Comparison("channels_last", "gan_without_channels_last", "gan_bare"),
+    Comparison("fused Adam", "gan_without_fused_adam", "gan_bare"),
+    Comparison(
+        "discriminator frozen in the generator's step", "gan_without_frozen_discriminator", "gan_bare"
+    ),
+    Comparison("one discriminator forward", "gan_without_one_forward", "gan_bare"),
+    Comparison("pooling before the LeakyReLU", "gan_without_pooling_first", "gan_bare"),
+    Comparison("allocator thresholds", "gan_without_allocator", "gan_bare"),
+    Comparison("denormals flushed, LSTM of 1000 digits", "lstm_without_flushing", "lstm_fused_1000"),
 )
 
 

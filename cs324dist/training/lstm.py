@@ -54,8 +54,8 @@ class LSTMSettings(RunSettings):
     coding: Annotated[str, OneOf("onehot", "scalar")] = "onehot"
     """A digit as the network's input: onehot, or scalar (the digit itself)."""
 
-    initialisation: Annotated[str, OneOf("linear", "length")] = "linear"
-    """linear: as nn.Linear does; length: the gates remember for about --length steps from the start."""
+    initialisation: Annotated[str, OneOf("length", "linear")] = "length"
+    """length: the gates remember for about --length steps from the start; linear: as nn.Linear does."""
 
     optimizer: Annotated[str, OneOf("adam", "rmsprop")] = "adam"
     """Optimizer."""
@@ -87,6 +87,7 @@ PRESETS = {
         evaluate_every=100,
         checkpoint_every=100,
         coding="scalar",
+        initialisation="linear",
         optimizer="rmsprop",
         learning_rate=1e-3,
         clip=10.0,
