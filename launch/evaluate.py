@@ -68,7 +68,7 @@ def data_set_of(run_or_checkpoint: Path) -> str:
         run = RunFolder(run_or_checkpoint.absolute().parents[1])
     settings = run.read_config().get("settings") if run.exists else None
     dataset = settings.get("dataset") if isinstance(settings, dict) else None
-    return dataset if dataset in SHA256 else "mnist"
+    return dataset if isinstance(dataset, str) and dataset in SHA256 else "mnist"
 
 
 def digest(classifier: DigitClassifier) -> str:

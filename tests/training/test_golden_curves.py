@@ -1,0 +1,48 @@
+"""A change that should not alter results does not: the losses of a few steps at a fixed seed, in float64.
+
+Where it should, `python tests/training/test_golden_curves.py` writes the curves again; say so in the commit.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from cs324dist.training import classifier, gan, lstm
+
+STORED = Path(__file__).with_name("golden_curves.json")
+STEPS = 8
+RECIPES = {
+    "lstm, preset report": (lstm.LSTMTask, replace(lstm.PRESETS["report"], length=10)),
+    "lstm, preset fast": (lstm.LSTMTask, replace(lstm.PRESETS["fast"], length=10)),
+    "rnn": (lstm.LSTMTask, replace(lstm.PRESETS["report"], length=5, model="rnn")),
+    "gan, preset report": (gan.GANTask, replace(gan.PRESETS["report"], dataset="fake", batch_size=8)),
+    "gan, preset fast": (gan.GANTask, replace(gan.PRESETS["fast"], dataset="fake", batch_size=8)),
+    "classifier": (
+        classifier.ClassifierTask,
+        replace(classifier.PRESETS["fast"], dataset="fake", batch_size=8),
+    ),
+}
+
+
+def curves(recipe: str) -> dict[str, list[float]]:
+    """Every metric of the first steps."""
+    build, settings = RECIPES[recipe]
+    task = build(settings, Accelerator(cpu=True), torch.float64)
+    rows = [{name: value.item() for name, value in task.step(step).items()} for step in range(STEPS)]
+    return {name: [row[name] for row in rows if name in row] for name in rows[0]}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_losses_are_those_that_were_stored(recipe: str) -> None:
+    found, expected = curves(recipe), json.loads(STORED.read_text())[recipe]
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, rel=1e-6, abs=1e-12), name
+
+
+if __name__ == "__main__":
+    STORED.write_text(json.dumps({recipe: curves(recipe) for recipe in RECIPES}, indent=1) + "\n")
