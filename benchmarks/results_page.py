@@ -20,6 +20,7 @@ SPEED_PAGE = REPOSITORY / "docs" / "performance.md"
 PAGE = REPOSITORY / "docs" / "results.md"
 IMAGES = REPOSITORY / "docs" / "images"
 LENGTHS = (5, 10, 15, 20, 50)
+SETTLING = 30  # steps that `lstm_results.py settled` watches
 SPACE = "\N{NARROW NO-BREAK SPACE}"
 
 Trial = dict[str, Any]
@@ -195,6 +196,21 @@ def ablation(trials: list[Trial]) -> str:
     )
 
 
+def settled(trials: list[Trial]) -> str:
+    names = {"length": "for the length", "linear": "as nn.Linear"}
+    rows = [
+        (names[t["initialisation"]], str(t["seed"]), str(t["reached"]), f"{t['wrong']} of {SETTLING}")
+        for t in trials
+    ]
+    header = (
+        "initialisation",
+        "seed",
+        f"1{SPACE}000 digits reached after steps",
+        "batches not all right after it",
+    )
+    return table(header, rows)
+
+
 def killed(chaos: dict[str, Any]) -> str:
     columns = ("trials", "kills", "during_write", "mismatches", "orphans", "median_restart", "worst_restart")
     header = ("task", "runs", "kills", "of which in a checkpoint's write", "ends that differ in a bit",
@@ -281,6 +297,7 @@ TABLES = {
     "held": ("held", held),
     "certain": ("certain", certain),
     "ablation": ("ablation", ablation),
+    "settled": ("settled", settled),
 }
 PARTS = tuple(dict.fromkeys(part for part, _ in TABLES.values()))
 

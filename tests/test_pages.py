@@ -1,0 +1,63 @@
+"""Every command that a page names can be given: its script is there and takes these options."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cs324dist import command_line
+from cs324dist.training import settings
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("slurm/*.md")])
+BEGINNINGS = ("python ", "accelerate launch ", "torchrun ", "sbatch ", "make ", "CS324DIST_THREADS=1 ")
+
+
+class Parsed(BaseException):
+    """The options have been understood; what would follow is not wanted here."""
+
+
+def commands() -> list[str]:
+    """What stands in the pages as a command, in a block of its own or between backticks."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        lines = re.findall(r"^ {4,}(\S.*)$", text, re.MULTILINE) + re.findall(r"`([^`\n]+)`", text)
+        found += [part.strip() for line in lines for part in line.split("&&")]
+    return sorted({line for line in found if line.startswith(BEGINNINGS) and "OPTION" not in line})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_a_page_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):.*##", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+        assert set(words[1:]) <= set(targets)
+        return
+    if "--config_file" in words:
+        assert (REPOSITORY / words[words.index("--config_file") + 1]).is_file()
+    place = next((i for i, word in enumerate(words) if word.endswith((".py", ".sbatch"))), None)
+    if place is None:
+        assert words[0] in ("accelerate", "python")  # named in passing
+        return
+    script, arguments = REPOSITORY / words[place], words[place + 1 :]
+    assert script.is_file()
+    if script.suffix == ".sbatch":
+        name = {"gan": "gan"}.get(script.stem, "lstm")
+        script = REPOSITORY / "launch" / f"{name}.py"
+    if script.parent.name not in ("launch", "examples"):
+        return
+
+    honest = command_line.parse
+
+    def parse(*given: object, **options: object) -> None:
+        honest(*given, **options)
+        raise Parsed
+
+    monkeypatch.setattr(command_line, "parse", parse)
+    monkeypatch.setattr(settings, "parse", parse)
+    monkeypatch.setattr("sys.argv", [str(script), *arguments])
+    with pytest.raises(Parsed):
+        runpy.run_path(str(script), run_name="__main__")
