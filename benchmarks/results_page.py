@@ -255,14 +255,14 @@ def ablated(rows: list[dict[str, Any]]) -> str:
 
 def performance() -> str:
     """The page on speed."""
-    speed = stored("speed")
+    speed, ablation = stored("speed"), stored("ablation")
     rows = speed["comparisons"]
     bf16 = [row for row in rows if "bf16" in row["what"]]
     return SPEED_TEMPLATE.read_text().format(
         rounds=speed["rounds"],
-        made_by=machines(speed["made_by"]),
+        made_by=machines(speed["made_by"], ablation["made_by"]),
         compared=compared([row for row in rows if row["goal"]]),
-        ablated=ablated([row for row in rows if not row["goal"] and row not in bf16]),
+        ablated=ablated(ablation["comparisons"]),
         bf16=compared(bf16),
     )
 

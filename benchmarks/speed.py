@@ -1,11 +1,11 @@
 """Every speed that is claimed, as a ratio of two sides measured in turn on one machine.
 
     make bench
-    python benchmarks/speed.py lstm      # only comparisons whose name has this word
+    python benchmarks/speed.py ablation   # what each measure brings
 
 Each side is a process of its own, so that nothing of one reaches the other; the sides take turns, and a ratio
-is that of two measurements of one round. Written: benchmarks/results/speed.json; docs/performance.md is made
-from it by `python benchmarks/results_page.py`.
+is that of two measurements of one round. Written: benchmarks/results/speed.json and ablation.json;
+docs/performance.md is made from them by `python benchmarks/results_page.py`.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from cs324dist.runs.folder import environment
 
 REPOSITORY = Path(__file__).parents[1]
-RESULT = REPOSITORY / "benchmarks" / "results" / "speed.json"
+RESULTS = REPOSITORY / "benchmarks" / "results"
 SMOKE = "launch/gan.py --preset smoke --dataset fake --wandb disabled --log-every 1"
 IMPORTS = "import torch, accelerate"
 
@@ -58,7 +59,9 @@ COMPARISONS = (
         "samples to a file against the forward pass", "samples_file", "samples_forward", "at most 1.15"
     ),
     Comparison("GAN step in float32 against bf16", "gan_ours", "gan_bf16"),
-    # one measure left out against all of them
+)
+
+ABLATION = (  # one measure left out, against all of them
     Comparison("channels_last", "gan_without_channels_last", "gan_bare"),
     Comparison("fused Adam", "gan_without_fused_adam", "gan_bare"),
     Comparison(
@@ -69,6 +72,7 @@ COMPARISONS = (
     Comparison("allocator thresholds", "gan_without_allocator", "gan_bare"),
     Comparison("denormals flushed, LSTM of 1000 digits", "lstm_without_flushing", "lstm_fused_1000"),
 )
+GROUPS = {"speed": COMPARISONS, "ablation": ABLATION}
 
 
 def side(name: str) -> float:
@@ -103,12 +107,15 @@ def until_the_first_step() -> float:
     return 1000 * seconds
 
 
-def compare(chosen: list[Comparison], rounds: int) -> dict[str, Any]:
+def compare(chosen: Sequence[Comparison], rounds: int) -> dict[str, Any]:
     names = list(dict.fromkeys(name for c in chosen for name in (c.slower, c.faster)))
     times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in tqdm(range(rounds), "rounds", disable=None):
-        for name in names:
-            times[name].append(side(name))
+    began = time.monotonic()
+    for number, (_, name) in enumerate(tqdm([(r, n) for r in range(rounds) for n in names], disable=None)):
+        times[name].append(side(name))
+        if not sys.stderr.isatty() and (number + 1) % len(names) == 0:
+            minutes = (time.monotonic() - began) / 60
+            print(f"round {(number + 1) // len(names)} of {rounds} after {minutes:.1f} min", file=sys.stderr)
     rows = []
     for c in chosen:
         ratios = sorted(a / b for a, b in zip(times[c.slower], times[c.faster], strict=True))
@@ -135,13 +142,9 @@ def table(result: dict[str, Any]) -> str:
 if __name__ == "__main__":
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("word", nargs="?", default="", help="measure only comparisons with this word")
+    parser.add_argument("group", nargs="?", default="speed", choices=GROUPS, help="default: speed")
     parser.add_argument("--rounds", type=int, default=5, help="times each side is measured (default: 5)")
     arguments = parser.parse_args()
-    chosen = [c for c in COMPARISONS if arguments.word.lower() in c.what.lower()]
-    if not chosen:
-        parser.error(f"no comparison has the word {arguments.word!r}")
-    result = compare(chosen, arguments.rounds)
+    result = compare(GROUPS[arguments.group], arguments.rounds)
     print(table(result))
-    if len(chosen) == len(COMPARISONS):
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{arguments.group}.json").write_text(json.dumps(result, indent=1) + "\n")
