@@ -1,6 +1,7 @@
 """One side of a comparison of speed.py, in a process of its own: prints milliseconds as JSON.
 
-python benchmarks/sides.py gan_notebook
+    python benchmarks/sides.py gan_notebook
+    python benchmarks/sides.py gan_ours --profile   # where its time goes
 
 The opponents are written as their users write them, and set nothing that this project sets for its processes:
 no allocator thresholds, no flushing of denormal numbers.
@@ -382,4 +383,10 @@ SIDES: dict[str, Callable[[], float]] = {
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    print(json.dumps(SIDES[sys.argv[1]]()))
+    chosen = SIDES[sys.argv[1]]
+    if "--profile" in sys.argv:
+        with torch.profiler.profile() as profile:
+            chosen()
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
+    else:
+        print(json.dumps(chosen()))
