@@ -8,9 +8,7 @@ stopped goes on where it was. It writes `benchmarks/results/gan/PART.json`, and 
 `python benchmarks/results_page.py` then writes the page.
 """
 
-import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,12 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import parts
 import torch
-from tqdm import tqdm
 
 from cs324dist.data.images import load_images, to_unit_range
 from cs324dist.evaluation.digits import read_digits
-from cs324dist.runs.folder import RunFolder, environment
+from cs324dist.runs.folder import RunFolder
 from cs324dist.sampling.generators import generate, latents, load_generator
 from cs324dist.sampling.grids import grid, save_png
 
@@ -173,14 +171,4 @@ def fashion() -> list[dict[str, Any]]:
 PARTS = {part.__name__: part for part in (report, fast, ablation, memorised, fashion)}
 
 if __name__ == "__main__":
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
-    chosen = parser.parse_args().parts or list(PARTS)
-    if unknown := set(chosen) - set(PARTS):
-        parser.error(f"no part is called {', '.join(sorted(unknown))}")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for part in tqdm(chosen, disable=None):
-        trials = PARTS[part]()
-        stored = {"made_by": {**environment(), "cores": os.cpu_count()}, "trials": trials}
-        (RESULTS / f"{part}.json").write_text(json.dumps(stored) + "\n")
+    parts.make(__doc__, PARTS, RESULTS)

@@ -9,8 +9,6 @@ all palindromes there are where those are at most 10 000 (up to 7 digits), 10 00
 digits. Looked at is every second or twentieth step, if its batch was entirely right.
 """
 
-import argparse
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import parts
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from cs324dist.data.palindromes import DIGITS, all_palindromes, encode, free_dig
 from cs324dist.data.streams import Stream
 from cs324dist.evaluation.accuracy import LONG, TRIALS, TRIALS_WHEN_LONG
 from cs324dist.models.lstm import LSTM
-from cs324dist.runs.folder import RunFolder, environment
+from cs324dist.runs.folder import RunFolder
 from cs324dist.training.lstm import FAST, PRESETS, LSTMTask
 from cs324dist.training.process import start_accelerator
 
@@ -315,17 +314,5 @@ PARTS = {
 }
 
 if __name__ == "__main__":
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
-    chosen = parser.parse_args().parts or list(PARTS)
-    if unknown := set(chosen) - set(PARTS):
-        parser.error(f"no part is called {', '.join(sorted(unknown))}")
     accelerator = start_accelerator(FAST.batch_size)
-    for part in chosen:
-        began = time.monotonic()
-        trials = PARTS[part]()
-        hardware = {**environment(), "cores": os.cpu_count()}
-        stored = {"made_by": hardware, "minutes": round((time.monotonic() - began) / 60, 1), "trials": trials}
-        (RESULTS / f"{part}.json").write_text(json.dumps(stored) + "\n")
-        print(f"{part}: {stored['minutes']} min")
+    parts.make(__doc__, PARTS, RESULTS)
