@@ -190,5 +190,5 @@ def test_the_gan_trains_in_bf16_on_a_cpu(launch, tmp_path, mnist_root):
         options=options,
     )
     lines = metrics(run)
-    # Untrained, the distance is above 100; a run that went wrong has NaN, written as null.
-    assert lines[-1]["eval/frechet_distance"] < 60
+    # Untrained, the distance is 2 184; in float32 it ends at 315. A run that went wrong has null, for NaN.
+    assert lines[-1]["eval/frechet_distance"] < 600
