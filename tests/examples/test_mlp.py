@@ -32,6 +32,7 @@ def test_it_learns(never_stopped):
     assert metrics(never_stopped)[-1]["eval/accuracy"] >= 0.95
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same(launch, never_stopped, tmp_path):
     run = tmp_path / "run"
     options = ("--config_file", "accelerate_configs/cpu_ddp.yaml")
@@ -45,6 +46,7 @@ def test_two_processes_train_the_same(launch, never_stopped, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_never_was(launch, launch_environment, never_stopped, tmp_path):
     run = tmp_path / "run"
     with Launched(MLP, run, launch_environment) as started:
