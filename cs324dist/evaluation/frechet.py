@@ -35,10 +35,16 @@ def frechet_distance(a: Moments, b: Moments) -> Float64[Tensor, ""]:
     (mean_a, covariance_a), (mean_b, covariance_b) = a.mean_and_covariance(), b.mean_and_covariance()
     root_a = _root(covariance_a)
     # tr (AB)^½ = tr (A^½ B A^½)^½, and that matrix is symmetric
-    trace_of_root = torch.linalg.eigvalsh(root_a @ covariance_b @ root_a).clamp(min=0).sqrt().sum()
+    trace_of_root = _without_rounding(torch.linalg.eigvalsh(root_a @ covariance_b @ root_a)).sqrt().sum()
     return (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * trace_of_root
 
 
 def _root(matrix: Float64[Tensor, "features features"]) -> Float64[Tensor, "features features"]:
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return (vectors * _without_rounding(values).sqrt()) @ vectors.T
+
+
+def _without_rounding(values: Float64[Tensor, " features"]) -> Float64[Tensor, " features"]:
+    """Eigenvalues that are zero but for rounding as zero: a square root makes 1e-8 of 1e-16."""
+    smallest = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
+    return values.where(values > smallest, 0.0)
