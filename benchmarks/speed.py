@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from results_page import compared
 from tqdm import tqdm
 
 from cs324dist.runs.folder import environment
@@ -126,19 +127,6 @@ def compare(chosen: Sequence[Comparison], rounds: int) -> dict[str, Any]:
     return {"made_by": made_by, "rounds": rounds, "comparisons": rows}
 
 
-def table(result: dict[str, Any]) -> str:
-    header = ("comparison", "ratio, median", "least to most", "goal", "ms", "against ms")
-    lines = ["| " + " | ".join(header) + " |", "| --- | --- | --- | --- | --- | --- |"]
-    for row in result["comparisons"]:
-        ratios = row["ratios"]
-        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-        milliseconds = f"{row['slower_ms']:.1f} | {row['faster_ms']:.1f}"
-        lines.append(
-            f"| {row['what']} | {statistics.median(ratios):.2f} | {spread} | {row['goal']} | {milliseconds} |"
-        )
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
@@ -146,5 +134,5 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5, help="times each side is measured (default: 5)")
     arguments = parser.parse_args()
     result = compare(GROUPS[arguments.group], arguments.rounds)
-    print(table(result))
+    print(compared(result["comparisons"]))
     (RESULTS / f"{arguments.group}.json").write_text(json.dumps(result, indent=1) + "\n")
