@@ -1,7 +1,9 @@
 """How the project says no: one line for each thing the user must know, once for all ranks."""
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -9,6 +11,8 @@ from typing import NoReturn
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
 EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: run the same command again to continue
+
+SECONDS_FOR_THE_FIRST_RANK = 10
 
 
 class Refused(Exception):
@@ -45,6 +49,7 @@ def errors_as_exit_codes() -> Iterator[None]:
         rank = os.environ.get("RANK", "0")
         if refusal.alike_on_all_ranks:
             _say(*(f"error: {line}" for line in refusal.lines))
+            _let_the_first_rank_speak()
         else:
             sys.stderr.writelines(f"error on rank {rank}: {line}\n" for line in refusal.lines)
         leave(refusal.exit_code)
@@ -64,6 +69,13 @@ def leave(exit_code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(exit_code)
     sys.exit(exit_code)
+
+
+def _let_the_first_rank_speak() -> None:
+    """The launcher ends all ranks as soon as one has left: the first must not be ended in mid-word."""
+    if os.environ.get("RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(SECONDS_FOR_THE_FIRST_RANK)
 
 
 def _say(*lines: str) -> None:
