@@ -4,6 +4,7 @@ The data of step `s` are the samples [s·B, (s+1)·B) of one global stream, B be
 computes its own slice of that range, so 1, 2 or 64 processes see the same data in the same order.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -73,18 +74,28 @@ class ShuffledEpochs:
     name: str
     size: int
 
-    def items(self, indices: Int64[Tensor, " samples"]) -> Int64[Tensor, " samples"]:
-        """The items, in [0, size), that stand at these sample indices; they may span several epochs."""
-        epochs, positions = indices // self.size, indices % self.size
+    def items(
+        self, indices: Int64[Tensor, " samples"], epochs: Iterable[int] | None = None
+    ) -> Int64[Tensor, " samples"]:
+        """The items, in [0, size), that stand at these sample indices; they may span several epochs.
+
+        `epochs` are those that the indices lie in; to find them out is to wait for the device.
+        """
+        epoch_of, positions = indices // self.size, indices % self.size
         items = torch.empty_like(indices)
-        for epoch in epochs.unique().tolist():
-            inside = epochs == epoch
-            items[inside] = _permutation(self, epoch, indices.device)[positions[inside]]
+        for epoch in epoch_of.unique().tolist() if epochs is None else epochs:
+            permutation = _permutation(self, epoch, indices.device)
+            items = torch.where(epoch_of == epoch, permutation[positions], items)
         return items
+
+    def epochs(self, step: int, batch_size: int) -> range:
+        """Those that the samples of step `step` lie in; `batch_size` is the global batch."""
+        first, last = step * batch_size, (step + 1) * batch_size - 1
+        return range(first // self.size, last // self.size + 1)
 
 
 @lru_cache(maxsize=4)
 def _permutation(shuffle: ShuffledEpochs, epoch: int, device: torch.device) -> Int64[Tensor, " size"]:
     keys = stream_keys(shuffle.seed, shuffle.name)
-    bits = random_bits(keys, torch.tensor([epoch], device=device), shuffle.size)[0]
+    bits = random_bits(keys, torch.full((1,), epoch, device=device), shuffle.size)[0]
     return bits.argsort(stable=True)

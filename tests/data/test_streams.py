@@ -121,6 +121,8 @@ class TestShuffledEpochs:
         shuffle = ShuffledEpochs(0, "x", size)
         shares = [shuffle.items(Shard(rank, world).batch(step, batch)) for rank in range(world)]
         assert torch.equal(torch.cat(shares), shuffle.items(Shard().batch(step, batch)))
+        known = shuffle.items(Shard().batch(step, batch), shuffle.epochs(step, batch))
+        assert torch.equal(torch.cat(shares), known)
 
     def test_an_item_asked_for_directly_is_the_item_reached(self) -> None:
         shuffle = ShuffledEpochs(0, "x", 50)
