@@ -45,6 +45,7 @@ def errors_as_exit_codes() -> Iterator[None]:
     """Turn `Refused`, `Failed` and Ctrl-C into lines on stderr and an exit code, without a traceback."""
     try:
         yield
+        sys.stdout.flush()
     except Refused as refusal:
         rank = os.environ.get("RANK", "0")
         if refusal.alike_on_all_ranks:
@@ -56,6 +57,9 @@ def errors_as_exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         _say("stopped by a signal")
         leave(EXIT_STOPPED)
+    except BrokenPipeError:  # who read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave(EXIT_FAILED)
 
 
 def leave(exit_code: int) -> NoReturn:

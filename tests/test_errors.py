@@ -3,7 +3,9 @@
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+REPOSITORY = Path(__file__).parents[1]
 REFUSES = """
 import os, time
 from cs324dist.errors import Refused, errors_as_exit_codes
@@ -32,3 +34,12 @@ def test_the_first_rank_says_it_even_if_another_refuses_earlier(tmp_path):
     second.send_signal(signal.SIGTERM)  # as the launcher does
     assert second.communicate(timeout=60)[1] == ""
     assert second.returncode == -signal.SIGTERM
+
+
+def test_a_reader_that_has_enough_ends_it_quietly():
+    command = [sys.executable, "launch/gan.py", "--dry-run"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=REPOSITORY, text=True, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1

@@ -156,7 +156,8 @@ class GANTask:
         """See `Task.step`."""
         settings = self.settings
         indices = self.shard.batch(step, settings.batch_size)
-        real = to_unit_range(self.images[self.order.items(indices, self.order.epochs(step, settings.batch_size))], self.dtype)
+        items = self.order.items(indices, self.order.epochs(step, settings.batch_size))
+        real = to_unit_range(self.images[items], self.dtype)
         fake = self.generator(self.latents.normals(indices, settings.latent_dim, self.dtype))
 
         self._set_learning_rates(step)
