@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all bench chaos fuzz slurm-test lint clean
+.PHONY: help install train test test-all bench chaos fuzz slurm-test package lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -54,6 +54,16 @@ fuzz: .venv/installed  ## damage run folders in 10 000 ways, and read them (abou
 
 slurm-test: .venv/installed  ## jobs, faults and requeues on a real Slurm on this machine (root; under 20 minutes)
 	$(BIN)/python -m pytest -v tests/slurm
+
+package: .venv/installed  ## build the wheel, and run it in an environment of its own (PYTHON=... for another Python)
+	rm -rf build
+	$(BIN)/python -m build --outdir build/dist
+	$(BIN)/twine check --strict build/dist/*
+	$(PYTHON) -m venv build/venv
+	build/venv/bin/python -m pip install --quiet build/dist/*.whl
+	cp -r launch build/launch
+	cd build && venv/bin/python launch/gan.py --preset smoke --dataset fake --wandb disabled --run-dir run
+	cd build && venv/bin/python launch/sample.py grid run --out grid.png
 
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check .
