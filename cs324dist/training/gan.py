@@ -37,7 +37,7 @@ class GANSettings(RunSettings):
     """Recipe that the other defaults come from: fast (best digits per minute), report (the report's, 200
     epochs), smoke (seconds, to see that it runs)."""
 
-    steps: Annotated[Count, FREE] = 2000
+    steps: Annotated[Count, FREE] = 2500
 
     dataset: Annotated[str, OneOf(*DATASETS)] = "mnist"
     """Images: mnist, fashion-mnist, or fake (noise, needs no files)."""
@@ -48,7 +48,7 @@ class GANSettings(RunSettings):
     latent_dim: Annotated[int, Within(1, LARGEST_SIZE)] = 100
     """Width of the latent vector."""
 
-    generator_lr: Annotated[float, POSITIVE] = 1.6e-2
+    generator_lr: Annotated[float, POSITIVE] = 1e-2
     """Adam's step size for the generator."""
 
     discriminator_lr: Annotated[float, POSITIVE] = 1e-3

@@ -84,7 +84,7 @@ def test_the_gan_takes_the_path_of_a_plain_loop(follow, preset):
     averaged = copy.deepcopy(generator)
     for name in ("fc.0", "fc.3", "upconv.0"):  # BatchNorm cancels these biases: see freeze_cancelled_biases
         generator.get_submodule(name).bias.requires_grad_(False)
-    rates, betas = {"fast": ((1.6e-2, 1e-3), (0.0, 0.99)), "report": ((2e-4, 2e-4), (0.9, 0.999))}[preset]
+    rates, betas = {"fast": ((1e-2, 1e-3), (0.0, 0.99)), "report": ((2e-4, 2e-4), (0.9, 0.999))}[preset]
     g_adam = torch.optim.Adam(generator.parameters(), rates[0], betas, foreach=False)
     d_adam = torch.optim.Adam(discriminator.parameters(), rates[1], betas, foreach=False)
     images = load_images("fake", "train", Path()).images
@@ -95,7 +95,7 @@ def test_the_gan_takes_the_path_of_a_plain_loop(follow, preset):
         fake = generator(Stream(0, "latents/train").normals(indices, 100, torch.float64))
         if preset == "fast":
             for adam, rate in zip((g_adam, d_adam), rates, strict=True):
-                adam.param_groups[0]["lr"] = rate * (1 - step / 2000)
+                adam.param_groups[0]["lr"] = rate * (1 - step / 2500)
 
         g_adam.zero_grad()
         (-torch.log(torch.sigmoid(discriminator(fake)))).mean().backward()
