@@ -30,11 +30,14 @@ if __name__ == "__main__":
     parser.add_argument("--settings", type=json.loads, default={})
     parser.add_argument("--evaluate", action="store_true")
     parser.add_argument("--fault", choices=FAULTS)
+    parser.add_argument("--backend", help="of the process group, where it is not the device's own")
     parser.add_argument("--folder", type=Path, help="run folder to go on from, and to leave a checkpoint in")
     arguments = parser.parse_args()
 
     if arguments.fault:
         FAULTS[arguments.fault]()
+    if arguments.backend:
+        torch.distributed.init_process_group(arguments.backend)
     build, presets = TASKS[arguments.task]
     settings = dataclasses.replace(presets[arguments.preset], **arguments.settings)
     accelerator = start_accelerator(settings.batch_size)

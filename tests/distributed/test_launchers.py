@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from safetensors import safe_open
 
 CONFIGS = sorted((Path(__file__).parents[2] / "accelerate_configs").glob("*.yaml"))
 TRAIN = ("launch/lstm.py", "--length", "20", "--steps", "50", "--log-every", "1", "--wandb", "disabled")
@@ -36,10 +37,8 @@ def assert_same_curve(run: Path, expected: list[float]) -> None:
 def test_accelerate_itself_reads_the_config(config):
     parsed = load_config_from_file(str(config))
     assert parsed.use_cpu == config.stem.startswith("cpu")
-    assert (
-        parsed.num_processes
-        == {"cpu": 1, "cpu_ddp": 2, "gpu": 1, "multi_gpu": 2, "multi_node": 4}[config.stem]
-    )
+    processes = {"cpu": 1, "cpu_ddp": 2, "gpu": 1, "gpu_compiled": 1, "multi_gpu": 2, "multi_node": 4}
+    assert parsed.num_processes == processes[config.stem]
     assert parsed.mixed_precision == ("no" if parsed.use_cpu else "bf16")
 
 
@@ -192,3 +191,22 @@ def test_the_gan_trains_in_bf16_on_a_cpu(launch, tmp_path, mnist_root):
     lines = metrics(run)
     # Untrained, the distance is 2 184; in float32 it ends at 315. A run that went wrong has null, for NaN.
     assert lines[-1]["eval/frechet_distance"] < 600
+
+
+@pytest.mark.slow
+def test_compiled_models_train_alike_and_may_be_continued_uncompiled(launch, tmp_path):
+    smoke = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--lr-decay", "none")
+    smoke += ("--log-every", "1", "--wandb", "disabled")
+    compiled, plain = tmp_path / "compiled", tmp_path / "plain"
+    options = ("--config_file", "accelerate_configs/cpu.yaml", "--dynamo_backend", "inductor")
+    launch(*smoke, "--steps", "10", "--run-dir", compiled, launcher="accelerate", options=options)
+    launch(*smoke, "--steps", "10", "--run-dir", plain)
+    for name in ("train/generator_loss", "train/discriminator_loss"):
+        ours, expected = ([line[name] for line in metrics(run)[:5]] for run in (compiled, plain))
+        assert ours[0] == pytest.approx(expected[0], rel=1e-5)
+        assert ours == pytest.approx(expected, rel=1e-2)
+    for weights in sorted(plain.rglob("model.safetensors")):
+        with safe_open(weights, "pt") as a, safe_open(compiled / weights.relative_to(plain), "pt") as b:
+            assert list(a.keys()) == list(b.keys())
+    said = launch(*smoke, "--steps", "12", "--run-dir", compiled).stderr
+    assert "continuing from step 10 of 12" in said

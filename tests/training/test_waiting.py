@@ -61,7 +61,7 @@ def test_what_waits_is_seen() -> None:
     assert [name.split(".")[1] for name in waits.seen] == ["_local_scalar_dense", "index", "_unique2"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", TASKS)
 def test_a_step_on_a_gpu_waits_for_nothing(name: str) -> None:
     task = TASKS[name]()
