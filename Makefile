@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all bench chaos fuzz slurm-test package lint clean
+.PHONY: help install train test test-all coverage bench chaos fuzz slurm-test package lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -42,14 +42,19 @@ test: .venv/installed  ## what a change is checked with (under 6 minutes on 2 co
 test-all: .venv/installed  ## everything (under 25 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
-bench: .venv/installed  ## every speed that is claimed, against what users would write (under 10 minutes on 2 cores)
+coverage: .venv/installed  ## everything once more, and which lines of the package it reaches
+	$(BIN)/coverage run -m pytest -n 2 --dist worksteal -m "not gpu"
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --fail-under 92
+
+bench: .venv/installed  ## speed, against what users would write (under 10 minutes on 2 cores)
 	$(BIN)/python launch/fetch_data.py --dataset mnist
 	$(BIN)/python benchmarks/speed.py
 
 chaos: .venv/installed  ## 200 kills at random moments, every end compared bit for bit (under 25 minutes on 2 cores)
 	$(BIN)/python tests/chaos.py
 
-fuzz: .venv/installed  ## damage run folders in 10 000 ways, and read them (about 20 minutes on 2 cores)
+fuzz: .venv/installed  ## damage run folders in 10 000 ways, and read them (about 33 minutes on 2 cores)
 	$(BIN)/python tests/fuzz.py
 
 slurm-test: .venv/installed  ## jobs, faults and requeues on a real Slurm on this machine (root; under 20 minutes)
@@ -71,5 +76,5 @@ lint: .venv/installed  ## style and types
 	$(BIN)/mypy
 
 clean:  ## remove .venv and what tools leave behind; runs and data stay
-	rm -rf .venv build ./*.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv build .coverage* ./*.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -78,19 +78,15 @@ def prepare_process(on_cpu: bool) -> None:
     if on_cpu:
         torch.set_num_threads(threads := _threads())
         os.environ["OMP_NUM_THREADS"] = str(threads)  # or Accelerate sets a number of its own
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        with contextlib.suppress(AttributeError):  # musl has no mallopt
-            # Keep large tensors' memory instead of giving it back to the kernel at every step.
-            m_trim_threshold, m_mmap_threshold = -1, -3
-            libc.mallopt(m_mmap_threshold, 1 << 30)
-            libc.mallopt(m_trim_threshold, 1 << 30)
-        if "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-            # A launcher that is killed would leave its workers running.
-            pr_set_pdeathsig = 1
-            libc.prctl(pr_set_pdeathsig, signal.SIGTERM)
-            if _launcher_has_died():  # before this was set
-                os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        torch.set_float32_matmul_precision("high")  # TF32, as torch's convolutions have it anyway
+    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if sys.platform == "linux" and launched:
+        # A launcher that is killed would leave its workers running.
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        if _launcher_has_died():  # before this was set
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _launcher_has_died() -> bool:

@@ -80,8 +80,13 @@ class TestStream:
 
     def test_another_seed_or_name_is_another_stream(self) -> None:
         streams = [Stream(seed, name) for seed in (0, 1, 10) for name in ("", "0", "0/", "a", "b")]
-        first = [tuple(stream.normals(torch.tensor([0]), 2)[0].tolist()) for stream in streams]
-        assert len(set(first)) == len(streams)
+        first = torch.tensor([0])
+        for drawn in (
+            [stream.normals(first, 2) for stream in streams],
+            [stream.integers(first, 20, below=10) for stream in streams],
+            [stream.signs(first, 64) for stream in streams],
+        ):
+            assert len({tuple(numbers[0].tolist()) for numbers in drawn}) == len(streams)
 
     def test_numbers_come_in_the_precision_asked_for(self) -> None:
         stream, indices = Stream(0, "x"), torch.arange(10)
@@ -121,8 +126,9 @@ class TestShuffledEpochs:
         shuffle = ShuffledEpochs(0, "x", size)
         shares = [shuffle.items(Shard(rank, world).batch(step, batch)) for rank in range(world)]
         assert torch.equal(torch.cat(shares), shuffle.items(Shard().batch(step, batch)))
-        known = shuffle.items(Shard().batch(step, batch), shuffle.epochs(step, batch))
-        assert torch.equal(torch.cat(shares), known)
+        epochs = shuffle.epochs(step, batch)
+        assert set(epochs) == {index // size for index in range(step * batch, (step + 1) * batch)}
+        assert torch.equal(torch.cat(shares), shuffle.items(Shard().batch(step, batch), epochs))
 
     def test_an_item_asked_for_directly_is_the_item_reached(self) -> None:
         shuffle = ShuffledEpochs(0, "x", 50)
