@@ -32,7 +32,13 @@ def launch_environment() -> dict[str, str]:
     """What launched programs see: one thread a process, as several run beside each other; no login."""
     leave_out = {"WANDB_API_KEY", "ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS"}
     kept = {name: value for name, value in os.environ.items() if name not in leave_out}
-    return {**kept, "CS324DIST_THREADS": "1", "HF_HOME": os.devnull, "WANDB_SILENT": "true"}
+    return {
+        **kept,
+        "CS324DIST_THREADS": "1",
+        "HF_HOME": os.devnull,
+        "NETRC": os.devnull,
+        "WANDB_SILENT": "true",
+    }
 
 
 @pytest.fixture(scope="session")

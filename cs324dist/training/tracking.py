@@ -1,10 +1,14 @@
 """Where metrics go: the run's `metrics.jsonl`, and the same values to Weights & Biases."""
 
+import netrc
 import os
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -36,7 +40,7 @@ class Logbook:
                     f"warning: {self._run}/metrics.jsonl: {error.strerror}; trying again later",
                     file=sys.stderr,
                 )
-            self._accelerator.log(dict(metrics), step=completed)
+            self._track(partial(self._accelerator.log, dict(metrics), step=completed))
 
     def log_evaluation(self, completed: int, evaluation: Evaluation) -> None:
         """An evaluation's metrics and pictures."""
@@ -54,7 +58,14 @@ class Logbook:
             drawn = {"samples": evaluation.picture, "strip": evaluation.strip and evaluation.strip()}
             images = {name: [p.permute(1, 2, 0).numpy()] for name, p in drawn.items() if p is not None}
             for tracker in self._accelerator.trackers:
-                tracker.log_images(images, step=completed)
+                self._track(partial(tracker.log_images, images, step=completed))
+
+    def _track(self, log: Callable[[], object]) -> None:
+        try:
+            log()
+        except Exception as error:  # whatever its client raises, training goes on
+            print(f"warning: Weights & Biases: {error}; nothing more is recorded there", file=sys.stderr)
+            self._accelerator.trackers = []
 
 
 def start_tracking(accelerator: Accelerator, settings: RunSettings, run: RunFolder) -> None:
@@ -98,12 +109,22 @@ def _log_again(accelerator: Accelerator, run: RunFolder) -> None:
         accelerator.log(values, step=row["step"])
 
 
+def _has_login(host: str) -> bool:
+    """Whether `wandb login` has written down a key for this host."""
+    try:
+        logins = netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser())
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return (urllib.parse.urlsplit(host).hostname or "") in logins.hosts
+
+
 def _reachable_mode() -> tuple[str, str]:
     import wandb
 
-    if not wandb.setup().settings.api_key:
+    settings = wandb.setup().settings
+    host = settings.base_url
+    if not (settings.api_key or _has_login(host)):
         return "offline", "no login (`wandb login`)"
-    host = wandb.setup().settings.base_url
     try:
         urllib.request.urlopen(host, timeout=CONNECT_TIMEOUT).close()
     except urllib.error.HTTPError:

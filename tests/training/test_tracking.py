@@ -4,6 +4,7 @@ import json
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 from launched import Launched
 from PIL import Image
@@ -76,14 +77,30 @@ def test_the_same_values_and_pictures_go_there_as_to_the_metrics_file(recorded):
         assert strip.size == (302, 32)  # ten images of 28 pixels, two pixels apart
 
 
-def test_a_login_without_a_network_falls_back_to_offline(launch, tmp_path):
-    run = tmp_path / "run"
+@pytest.mark.parametrize("login", ["WANDB_API_KEY", "NETRC"])
+def test_a_login_without_a_network_falls_back_to_offline(launch, tmp_path, login):
+    run, key = tmp_path / "run", "0" * 40
+    written = tmp_path / "netrc"  # as `wandb login` writes it
+    written.write_text(f"machine 127.0.0.1\n  login user\n  password {key}\n")
     done = launch(
         "launch/lstm.py", "--preset", "smoke", "--run-dir", run,
-        environment={"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"},
+        environment={login: {"WANDB_API_KEY": key, "NETRC": str(written)}[login],
+                     "WANDB_BASE_URL": "http://127.0.0.1:9"},
     )  # fmt: skip
     assert "http://127.0.0.1:9 cannot be reached" in done.stderr
     assert list(run.glob("wandb/offline-run-*"))
+
+
+def test_a_client_that_dies_does_not_end_the_run(launch_environment, tmp_path):
+    run = tmp_path / "run"
+    command = ("launch/lstm.py", "--length", "10", "--steps", "60", "--log-every", "1", "--wandb", "offline")
+    with Launched(command, run, launch_environment) as started:
+        started.wait_for_line("step 10/")
+        for client in psutil.Process(started.process.pid).children():
+            client.kill()
+        assert started.end() == 0
+    assert started.said.count("warning: Weights & Biases:") == 1
+    assert list(metrics_by_step(run)) == list(range(1, 61))
 
 
 def test_disabled_leaves_no_trace(launch, tmp_path):
