@@ -12,6 +12,7 @@ EXIT_FAILED = 1
 EXIT_REFUSED = 2
 EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: run the same command again to continue
 
+RANK = os.environ.get("RANK", "0")
 SECONDS_FOR_THE_FIRST_RANK = 10
 
 
@@ -19,7 +20,7 @@ class Refused(Exception):
     """Input that cannot be used. Each line says what was given, what is allowed and what to do."""
 
     exit_code = EXIT_REFUSED
-    alike_on_all_ranks = True  # and so said by the first alone
+    alike_on_all_ranks = True  # as far as is known, and so said by the first
 
     def __init__(self, *lines: str) -> None:
         super().__init__(*lines)
@@ -47,15 +48,16 @@ def errors_as_exit_codes() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except Refused as refusal:
-        rank = os.environ.get("RANK", "0")
         if refusal.alike_on_all_ranks:
-            _say(*(f"error: {line}" for line in refusal.lines))
             _let_the_first_rank_speak()
+            place = "" if RANK == "0" else f" on rank {RANK}"
         else:
-            sys.stderr.writelines(f"error on rank {rank}: {line}\n" for line in refusal.lines)
+            place = f" on rank {RANK}"
+        sys.stderr.writelines(f"error{place}: {line}\n" for line in refusal.lines)
         leave(refusal.exit_code)
     except KeyboardInterrupt:
-        _say("stopped by a signal")
+        if RANK == "0":
+            print("stopped by a signal", file=sys.stderr)
         leave(EXIT_STOPPED)
     except BrokenPipeError:  # who read the output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,12 +78,10 @@ def leave(exit_code: int) -> NoReturn:
 
 
 def _let_the_first_rank_speak() -> None:
-    """The launcher ends all ranks as soon as one has left: the first must not be ended in mid-word."""
-    if os.environ.get("RANK", "0") != "0":
+    """The launcher ends all ranks as soon as one has left: the first must not be ended in mid-word.
+
+    Who is still there after a while met something that the first did not.
+    """
+    if RANK != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SECONDS_FOR_THE_FIRST_RANK)
-
-
-def _say(*lines: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.writelines(f"{line}\n" for line in lines)

@@ -96,8 +96,11 @@ def save(
         except Failed as failure:
             raise _diverged(run, str(failure)) from None
         else:
-            keep_newest(run.checkpoints, task.settings.keep_last, run.generation)
             run.write_status("running", completed)
+            try:
+                keep_newest(run.checkpoints, task.settings.keep_last, run.generation)
+            except OSError as error:  # somebody reads it over a network file system, perhaps
+                print(f"warning: an old checkpoint stays for now: {error}", file=sys.stderr)
 
     on_main_process(accelerator, write)
 

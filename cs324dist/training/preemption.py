@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -23,14 +24,15 @@ class StopRequest:
     the device is never waited for.
     """
 
-    def __init__(self, world_size: int) -> None:
-        self._world_size = world_size
+    def __init__(self, world_size: int, hung_after: int = 600) -> None:
+        """A vote that takes longer than `hung_after` seconds fails."""
+        self._world_size, self._hung_after = world_size, hung_after
+        self.received_before_the_last_vote = False
         self._signals, self._last_signal = 0, -TOGETHER
         self._cut_short = False
         self._previous: dict[signal.Signals, Any] = {}
         self._group: dist.ProcessGroup | None = None
-        self._vote: torch.Tensor | None = None
-        self._pending: dist.Work | None = None
+        self._ballot: tuple[torch.Tensor, dist.Work] | None = None
 
     def listen(self) -> None:
         """From now on, until the context ends, signals set the flag; every rank calls it.
@@ -45,7 +47,8 @@ class StopRequest:
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         threading.Thread(target=self._count, args=(arrivals,), daemon=True).start()
         if self._world_size > 1:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._hung_after))
+        self.received_before_the_last_vote = self.received
 
     def __enter__(self) -> "StopRequest":
         return self
@@ -57,8 +60,8 @@ class StopRequest:
             os.close(signal.set_wakeup_fd(-1))
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        if self._pending is not None and kind is None:
-            self._pending.wait()
+        if self._ballot is not None and kind is None:
+            self._ballot[1].wait()
 
     def _count(self, arrivals: int) -> None:
         """In a thread: a handler would have to wait for the end of whatever torch is doing."""
@@ -80,14 +83,16 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any rank had been asked to stop; call it once a step on every rank."""
+        self.received_before_the_last_vote = self.received
         if self._group is None:
             return self.received
         agreed = False
-        if self._pending is not None and self._vote is not None:
-            self._pending.wait()
-            agreed = bool(self._vote.item())
-        self._vote = torch.tensor([self.received], dtype=torch.int32)
-        self._pending = dist.all_reduce(self._vote, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        if self._ballot is not None:
+            vote, pending = self._ballot
+            pending.wait()
+            agreed = bool(vote.item())
+        vote = torch.tensor([self.received], dtype=torch.int32)
+        self._ballot = vote, dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return agreed
 
     def watching(self, parts: Iterable[Part]) -> Iterator[Part]:

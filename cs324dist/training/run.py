@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from accelerate import Accelerator
 
-from cs324dist.errors import EXIT_STOPPED, errors_as_exit_codes, leave
+from cs324dist.errors import EXIT_STOPPED, Refused, errors_as_exit_codes, leave
 from cs324dist.runs.checkpoints import TrainerState
 from cs324dist.runs.folder import RunFolder
 from cs324dist.runs.ownership import Superseded
@@ -29,7 +29,7 @@ def main(task: str, build: Build[Settings], presets: Mapping[str, Settings], des
             print(json.dumps({**settings.as_json(), "run_dir": str(settings.folder)}, indent=2))
             return
         accelerator = start_accelerator(settings.batch_size, settings.hung_after)
-        with StopRequest(accelerator.num_processes) as stop:
+        with StopRequest(accelerator.num_processes, settings.hung_after) as stop:
             try:
                 with explained(settings):
                     done = run_to_the_end(task, build, settings, accelerator, stop)
@@ -87,12 +87,11 @@ def _train_and_record(
     except Superseded:
         raise
     except BaseException as error:
-        # The signal that this process waits to obey may have ended the others at once.
-        stopped = stop.received and isinstance(error, ProcessLost)
+        # A signal to stop all, which others obeyed sooner; not the launcher's, that follows the end of one.
+        stopped = stop.received_before_the_last_vote and isinstance(error, ProcessLost)
         if accelerator.is_main_process:
-            run.write_status(
-                "stopped" if stopped else "failed", run.newest_step(), f"{type(error).__name__}: {error}"
-            )
+            why = str(error) if isinstance(error, Refused) else f"{type(error).__name__}: {error}"
+            run.write_status("stopped" if stopped else "failed", run.newest_step(), why)
         if stopped:
             return False
         raise
@@ -101,7 +100,9 @@ def _train_and_record(
         on_main_process(accelerator, lambda: run.write_status("finished", steps))
         _say(accelerator, f"{run}: finished after {steps} steps")
         return True
-    on_main_process(accelerator, lambda: run.write_status("stopped", stopped_at, "a signal asked for it"))
+    on_main_process(
+        accelerator, lambda: run.write_status("stopped", run.newest_step(), "a signal asked for it")
+    )
     _say(accelerator, f"{run}: stopped after {stopped_at} steps; run the same command to go on")
     return False
 

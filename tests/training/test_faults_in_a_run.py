@@ -131,6 +131,20 @@ class TestFullDisk:
         assert [row["step"] for row in metrics(run) if "train/loss" in row] == list(range(1, 401))
         assert_valid_and_finite(run / "checkpoints" / "000000400")
 
+    def test_a_run_that_is_stopped_without_room_for_a_checkpoint_begins_anew(
+        self, start_python, launch, small_disk
+    ):
+        run = small_disk(self.CHECKPOINT // 2) / "run"
+        command = (*LSTM, *self.EVERY[:2], "--steps", "400", "--checkpoint-every", "400", "--run-dir", run)
+        process = start_python(*command)
+        wait_for_line(process, "step 12/")
+        process.send_signal(signal.SIGTERM)
+        assert "warning: no checkpoint of step" in process.stderr.read()
+        assert process.wait() == 75
+        assert status(run) == {"state": "stopped", "step": 0, "why": "a signal asked for it"}
+        remount(run.parent, 4 * self.CHECKPOINT)
+        assert "starting at step 0 of 400" in launch(*command).stderr
+
     def test_a_picture_that_cannot_be_written_does_not_end_the_run(self, start_python, tmp_path):
         run = tmp_path / "run"
         smoke = ("launch/gan.py", "--dataset", "fake", "--batch-size", "8", "--latent-dim", "8")
@@ -250,6 +264,15 @@ class TestOneOfTwoProcesses:
         if rank == 1:
             assert status(run)["state"] == "failed"
         assert_valid_and_finite(max((run / "checkpoints").iterdir()))
+
+    def test_the_launchers_signal_after_a_crash_is_no_request_to_stop(self, start_python, tmp_path):
+        run = tmp_path / "run"
+        script = REPOSITORY / "tests" / "training" / "dies_beside_a_busy_one.py"
+        process = start_python(*self.TWO, script, *LSTM[1:], "--hung-after", "60", "--run-dir", run)
+        said = process.stderr.read()
+        assert process.wait() == 1
+        assert status(run)["state"] == "failed"
+        assert "error on rank 0: another process of the run has ended: see what it said" in said
 
 
 class TestMemory:

@@ -1,0 +1,50 @@
+"""A signal sets a flag, and what follows from it, in one process; test_signals.py has the real runs."""
+
+import os
+import signal
+
+import pytest
+from launched import wait_until
+
+from cs324dist.training.preemption import StopRequest
+
+
+def send(stop: StopRequest, number: int) -> None:
+    os.kill(os.getpid(), number)
+    wait_until(lambda: stop.received)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
+def test_a_signal_is_a_request_and_the_handlers_from_before_come_back(number):
+    before = signal.getsignal(number)
+    with StopRequest(1) as stop:
+        stop.listen()
+        assert not stop.agreed()
+        send(stop, number)
+        assert stop.agreed()
+    assert signal.getsignal(number) is before
+
+
+def test_only_a_signal_before_the_last_vote_can_be_why_others_have_ended():
+    with StopRequest(1) as stop:
+        stop.listen()
+        assert not stop.agreed()
+        send(stop, signal.SIGTERM)  # as the launcher does, when it has seen another process die
+        assert not stop.received_before_the_last_vote
+        assert stop.agreed()
+        assert stop.received_before_the_last_vote
+
+
+def test_long_work_ends_after_its_first_part_and_that_is_said_once():
+    with StopRequest(1) as stop:
+        stop.listen()
+        assert list(stop.watching("abc")) == ["a", "b", "c"]
+        assert not stop.cut_short()
+        parts = stop.watching("abc")
+        assert next(parts) == "a"
+        send(stop, signal.SIGTERM)
+        assert list(parts) == []
+        assert list(stop.watching("abc")) == ["a"]
+        assert list(stop.watching("a")) == ["a"]
+        assert stop.cut_short()
+        assert not stop.cut_short()
