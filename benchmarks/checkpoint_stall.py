@@ -20,8 +20,9 @@ from pathlib import Path
 
 from cs324dist.errors import leave
 from cs324dist.runs import checkpoints, models
+from cs324dist.runs.environment import environment
 from cs324dist.runs.files import sha256, sync
-from cs324dist.runs.folder import RunFolder, environment
+from cs324dist.runs.folder import RunFolder
 from cs324dist.training.gan import PRESETS, GANTask
 from cs324dist.training.loop import save
 from cs324dist.training.process import start_accelerator

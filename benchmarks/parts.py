@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cs324dist.runs.folder import environment
+from cs324dist.runs.environment import environment
 
 Part = Callable[[], list[dict[str, Any]]]
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cs324dist.runs.folder import environment
+from cs324dist.runs.environment import environment
 
 STEP = Path(__file__).parent / "gan_step.py"
 CELLS = [(1, 64), (2, 64), (2, 128), (1, 256), (2, 256), (2, 512)]  # processes, global batch

@@ -23,7 +23,7 @@ import torch
 from results_page import compared
 from tqdm import tqdm
 
-from cs324dist.runs.folder import environment
+from cs324dist.runs.environment import environment
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"

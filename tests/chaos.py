@@ -31,7 +31,7 @@ from pathlib import Path
 
 import psutil
 
-from cs324dist.runs.folder import environment
+from cs324dist.runs.environment import environment
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "chaos.json"

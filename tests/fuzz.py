@@ -54,6 +54,7 @@ from cs324dist.errors import Refused
 from cs324dist.report import pictures
 from cs324dist.report.page import write_report
 from cs324dist.runs import checkpoints as checkpoints_module
+from cs324dist.runs import environment as environment_module
 from cs324dist.runs import files, ownership
 from cs324dist.runs import folder as folder_module
 from cs324dist.runs.checkpoints import verify_checkpoint
@@ -971,7 +972,7 @@ def prepared(originals: dict[str, Original]) -> Iterator[None]:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + ADDRESS_SPACE
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    environment = functools.cache(folder_module.environment)
+    environment = functools.cache(environment_module.environment)
     with (
         mock.patch.multiple(ownership, PATIENCE=0.01, SILENCE=0.02, HEARTBEAT=0.01),
         mock.patch.object(checkpoints_module, "sha256", sha256),
@@ -1016,7 +1017,7 @@ def fuzz(mutations: range, seed: int, folder: Path) -> dict[str, Any]:
     if digests(folder / "originals") != untouched:
         bad.append({"verdict": "touched", "detail": "the originals, which the mutated folders have links to"})
     return {
-        "made_by": folder_module.environment(),
+        "made_by": environment_module.environment(),
         "seed": seed,
         "mutations": len(mutations),
         "seconds": round(time.monotonic() - began),

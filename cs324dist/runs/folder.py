@@ -9,22 +9,17 @@ owners/           see `ownership`
 """
 
 import errno
-import importlib.metadata
 import itertools
 import json
 import math
 import os
-import platform
 import re
 import secrets
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from cs324dist.errors import Refused, shown
 from cs324dist.runs.checkpoints import (
@@ -33,6 +28,7 @@ from cs324dist.runs.checkpoints import (
     newest_generation,
     verify_checkpoint,
 )
+from cs324dist.runs.environment import environment
 from cs324dist.runs.files import clear, is_number, parse_json, read_json, replaced, write_json
 from cs324dist.runs.ownership import Ownership
 
@@ -292,15 +288,13 @@ class RunFolder:
             except Refused as error:
                 damaged[folder] = error
             else:
-                break
-        else:
-            if damaged or self._saved_step():
-                raise Refused(
-                    *(str(refusal) for refusal in damaged.values()),
-                    f"no checkpoint of {self} can be used: bring one back, or give another --run-dir",
-                )
-            return None
-        return folder
+                return folder
+        if damaged or self._saved_step():
+            raise Refused(
+                *(str(refusal) for refusal in damaged.values()),
+                f"no checkpoint of {self} can be used: bring one back, or give another --run-dir",
+            )
+        return None
 
     def _saved_step(self) -> int:
         step = self._status().get("step")
@@ -333,35 +327,3 @@ def _row(line: bytes) -> dict[str, Any] | None:
         and all(value is None or is_number(value) for value in row.values())
     )
     return row if well_formed else None
-
-
-def environment() -> dict[str, Any]:
-    """What the bits of a result may depend on."""
-    packages = ("cs324dist", "torch", "accelerate", "safetensors", "numpy")
-    return {
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in packages},
-        "commit": _commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _commit() -> str | None:
-    """The checkout's commit, `-dirty` if files differ from it; None for an installed package."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        answer = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

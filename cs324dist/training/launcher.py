@@ -17,8 +17,11 @@ def check_launcher(world_size: int, is_main_process: bool) -> None:
     `accelerate launch --cpu --num_processes 2` starts one process and says nothing (accelerate #2741).
     """
     _check_slurm(world_size)
-    parent = psutil.Process().parent()
-    command = parent.cmdline() if parent else []
+    try:
+        parent = psutil.Process().parent()
+        command = parent.cmdline() if parent else []
+    except psutil.Error:  # of another user
+        return
     if not any("accelerate" in word for word in command[:3]):
         return
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

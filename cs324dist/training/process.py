@@ -22,6 +22,7 @@ from cs324dist import PARENT
 from cs324dist.data.counter_rng import stream_keys
 from cs324dist.data.streams import Shard
 from cs324dist.errors import Refused
+from cs324dist.runs.environment import has_gpu
 from cs324dist.training.launcher import check_launcher
 
 Answer = TypeVar("Answer")
@@ -31,18 +32,19 @@ def start_accelerator(batch_size: int | None = None, hung_after: int = 600) -> A
     """Join the process group that the launcher described, or stand alone.
 
     Raises:
-        Refused: a precision this device has not, or a global batch that cannot be shared out evenly.
+        Refused: fp16 on a CPU, fewer processes than the launcher or Slurm was asked for, or a global batch
+            that cannot be shared out evenly.
     """
-    has_gpu = torch.cuda.is_available()
-    prepare_process(on_cpu=not has_gpu)
-    if not has_gpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+    on_gpu = has_gpu()
+    prepare_process(on_cpu=not on_gpu)
+    if not on_gpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         raise Refused("--mixed_precision fp16 would silently run as float32 on a CPU: give bf16, or no")
     timeout = timedelta(seconds=hung_after)
-    rejoin_after_restart("nccl" if has_gpu else "gloo", timeout)
+    rejoin_after_restart("nccl" if on_gpu else "gloo", timeout)
     # torch 2.13 has another name for the argument, which Accelerate does not know yet.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     accelerator = Accelerator(
-        cpu=not has_gpu,
+        cpu=not on_gpu,
         kwargs_handlers=[
             # Synchronised BatchNorm keeps the buffers equal on all ranks: nothing to broadcast.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
