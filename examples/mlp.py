@@ -22,7 +22,7 @@ from cs324dist.evaluation.accuracy import share_right
 from cs324dist.training.process import in_full_precision, seeded, shard
 from cs324dist.training.run import main
 from cs324dist.training.settings import FREE, RunSettings
-from cs324dist.training.task import Evaluation, Watching, create_state
+from cs324dist.training.task import Evaluation, Watching
 
 HELD_OUT = 5  # every fifth row is not trained on
 
@@ -80,7 +80,6 @@ class MLPTask:
             model = MLP(self.x.shape[1], settings.hidden_size, int(self.y.max()) + 1)
         optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        create_state(optimizer)
         self.models, self.optimizers = {"mlp": model}, {"mlp": optimizer}
         self.counters: dict[str, int] = {}
         self.counter_limits: dict[str, range] = {}
@@ -88,7 +87,8 @@ class MLPTask:
     def step(self, step: int) -> dict[str, Tensor]:
         """See `Task.step`."""
         samples = self.shard.batch(step, self.settings.batch_size)
-        rows = self.train_rows[self.order.items(samples)]
+        epochs = self.order.epochs(step, self.settings.batch_size)
+        rows = self.train_rows[self.order.items(samples, epochs)]
         logits = self.model(self.x[rows])
         loss = F.cross_entropy(logits, self.y[rows])
         self.accelerator.backward(loss)

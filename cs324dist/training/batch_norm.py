@@ -36,8 +36,9 @@ def freeze_cancelled_biases(model: nn.Module) -> None:
     for chain in model.modules():
         if isinstance(chain, nn.Sequential):
             for layer, following in pairwise(chain):
-                if isinstance(following, _BatchNorm) and isinstance(layer.bias, nn.Parameter):
-                    layer.bias.requires_grad_(False)
+                bias = getattr(layer, "bias", None)
+                if isinstance(following, _BatchNorm) and isinstance(bias, nn.Parameter):
+                    bias.requires_grad_(False)
 
 
 class _SyncedOnCPU(_BatchNorm):

@@ -19,7 +19,7 @@ from cs324dist.models.digit_classifier import DigitClassifier
 from cs324dist.training.batch_norm import freeze_cancelled_biases, synchronise
 from cs324dist.training.process import in_full_precision, seeded, shard
 from cs324dist.training.settings import FREE, BatchSize, RunSettings
-from cs324dist.training.task import Evaluation, Watching, create_state
+from cs324dist.training.task import Evaluation, Watching
 
 LARGEST_SHIFT = 2  # pixels
 
@@ -77,7 +77,6 @@ class ClassifierTask:
         synchronise(classifier, accelerator)
         optimizer = torch.optim.Adam(classifier.parameters(), settings.learning_rate, fused=True)
         self.model, self.optimizer = accelerator.prepare(classifier, optimizer)
-        create_state(optimizer)
         self.models = {"classifier": classifier}
         self.optimizers = {"classifier": optimizer}
         self.counters: dict[str, int] = {}

@@ -22,7 +22,7 @@ from cs324dist.sampling.interpolation import STRIP_IMAGES, strip, walk_ends
 from cs324dist.training.batch_norm import freeze_cancelled_biases, synchronise
 from cs324dist.training.process import in_full_precision, seeded, shard
 from cs324dist.training.settings import FREE, RunSettings
-from cs324dist.training.task import Evaluation, Watching, create_state
+from cs324dist.training.task import Evaluation, Watching
 
 AT_ONCE = 500  # images of one forward pass in an evaluation
 GRID = 5  # rows and columns of the picture, as in the report
@@ -144,8 +144,6 @@ class GANTask:
             discriminator.parameters(), settings.discriminator_lr, betas, fused=True
         )
         self.optimizers = {"generator": g_optimizer, "discriminator": d_optimizer}
-        for optimizer in self.optimizers.values():
-            create_state(optimizer)
         # Each network has a reducer of its own: what one's step does not touch, it does not wait for.
         self.generator, self.g_optimizer = accelerator.prepare(generator, g_optimizer)
         self.discriminator, self.d_optimizer = accelerator.prepare(discriminator, d_optimizer)

@@ -18,7 +18,7 @@ from cs324dist.models.rnn import RNN
 from cs324dist.runs.models import LARGEST_SIZE
 from cs324dist.training.process import in_full_precision, seeded, shard
 from cs324dist.training.settings import FREE, BatchSize, RunSettings
-from cs324dist.training.task import Evaluation, Watching, create_state
+from cs324dist.training.task import Evaluation, Watching
 
 SHORTEST = 4  # digits; where a curriculum starts
 LENGTHEN_EVERY = 2  # steps from one decision of the curriculum to the next, for which a GPU is waited for
@@ -115,7 +115,6 @@ class LSTMTask:
         else:
             optimizer = torch.optim.RMSprop(model.parameters(), settings.learning_rate, foreach=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        create_state(optimizer)
         self.models: dict[str, nn.Module] = {settings.model: model}
         self.optimizers = {settings.model: optimizer}
         start = settings.length if settings.curriculum == 1 else min(SHORTEST, settings.length)

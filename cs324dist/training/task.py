@@ -57,6 +57,9 @@ class Task(Protocol):
 
 def optimizer_tensors(task: Task) -> dict[str, Tensor]:
     """Every optimizer's state by name, such as `generator/fc.0.weight/exp_avg`: the live tensors."""
+    for optimizer in task.optimizers.values():
+        if not optimizer.state:
+            create_state(optimizer)
     return {
         f"{model}/{parameter}/{key}": value
         for model, optimizer in task.optimizers.items()
@@ -69,13 +72,18 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
     """Give a new optimizer its state at once, all zero, where torch would wait for the first step.
 
     A checkpoint can then be read into it in place, and checked for exactly these names and shapes. A step
-    with zero gradients moves no weight of an optimizer without weight decay.
+    of size zero moves no weight.
     """
+    step_sizes = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
     optimizer.step()
     optimizer.zero_grad()
+    for group, step_size in zip(optimizer.param_groups, step_sizes, strict=True):
+        group["lr"] = step_size
     for parameter in parameters:
         for value in optimizer.state[parameter].values():
             value.zero_()

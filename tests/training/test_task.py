@@ -14,9 +14,11 @@ from cs324dist.training.task import Evaluation, create_state, optimizer_tensors
 
 MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "fused Adam": lambda parameters: torch.optim.Adam(parameters, 1e-2, (0.0, 0.99), fused=True),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, 1e-2, weight_decay=0.1),
     "RMSprop": lambda parameters: torch.optim.RMSprop(parameters, 1e-3, foreach=True),
 }
-KEYS = {"fused Adam": {"step", "exp_avg", "exp_avg_sq"}, "RMSprop": {"step", "square_avg"}}
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+KEYS = {"fused Adam": MOMENTS, "AdamW": MOMENTS, "RMSprop": {"step", "square_avg"}}
 
 
 @dataclass
@@ -91,7 +93,6 @@ def test_training_is_that_of_an_optimizer_that_made_its_state_itself(kind):
 def test_tensors_are_named_by_model_parameter_and_kind(kind):
     module = model()
     optimizer = MAKERS[kind](module.parameters())
-    create_state(optimizer)
     names = {f"lstm/{name}/{key}" for name, _ in module.named_parameters() for key in KEYS[kind]}
     assert optimizer_tensors(Toy({"lstm": module}, {"lstm": optimizer})).keys() == names
     assert {"lstm/W_x/step", "lstm/output.weight/step"} < names
