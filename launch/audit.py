@@ -9,10 +9,11 @@ accelerate launch --config_file accelerate_configs/cpu_ddp.yaml launch/audit.py 
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from tyro.conf import Positional
 
-from cs324dist.command_line import Count, parse
+from cs324dist.command_line import Within, parse
 from cs324dist.errors import errors_as_exit_codes, leave
 from cs324dist.training.audit import audit
 
@@ -24,7 +25,7 @@ class Audit:
     run: Positional[Path]
     """A run folder; nothing in it is changed."""
 
-    stretches: Count | None = None
+    stretches: Annotated[int | None, Within(1, 10**9)] = None
     """How many stretches between kept checkpoints, drawn at random. Default: all."""
 
     from_start: bool = False

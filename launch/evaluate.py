@@ -58,14 +58,17 @@ class Evaluate:
     """Folder of the data sets."""
 
     out: Path | None = None
-    """File to write the figures to. Default: evaluation.json in RUN."""
+    """File to write the figures to. Default: evaluation.json in the run folder."""
 
 
-def data_set_of(run_or_checkpoint: Path) -> str:
-    """What it was trained on; MNIST, if that is not known, or noise."""
-    run = RunFolder(run_or_checkpoint)
-    if not run.exists:  # a checkpoint of one, perhaps
-        run = RunFolder(run_or_checkpoint.absolute().parents[1])
+def run_of(run_or_checkpoint: Path) -> RunFolder:
+    """The run that it is, or belongs to as far as can be seen."""
+    run, around = RunFolder(run_or_checkpoint), RunFolder(run_or_checkpoint.absolute().parent.parent)
+    return around if around.exists and not run.exists else run
+
+
+def data_set_of(run: RunFolder) -> str:
+    """What it was trained on; mnist where that is unknown, or the run is on noise."""
     settings = run.read_config().get("settings") if run.exists else None
     dataset = settings.get("dataset") if isinstance(settings, dict) else None
     return dataset if isinstance(dataset, str) and dataset in SHA256 else "mnist"
@@ -80,11 +83,9 @@ def digest(classifier: DigitClassifier) -> str:
 @torch.no_grad()
 def measure(options: Evaluate) -> None:
     """Print the figures, and write them."""
-    generator, dataset = load_generator(options.run, options.weights), data_set_of(options.run)
-    if options.classifier:
-        classifier, known = load_classifier(options.classifier), data_set_of(options.classifier)
-    else:
-        classifier, known = digit_classifier(torch.device("cpu")), "mnist"
+    generator, dataset = load_generator(options.run, options.weights), data_set_of(run_of(options.run))
+    classifier = load_classifier(options.classifier) if options.classifier else None
+    known = data_set_of(run_of(options.classifier)) if options.classifier else "mnist"
     if dataset != known:
         raise Refused(
             f"{options.run} draws {dataset}, the classifier knows {known}: give --classifier with a run of "
@@ -94,7 +95,7 @@ def measure(options: Evaluate) -> None:
     accelerator = start_accelerator()
     mine = shard(accelerator)
     generator.to(mine.device)
-    classifier.to(mine.device)
+    classifier = classifier.to(mine.device) if classifier else digit_classifier(mine.device)
     stream = Stream(options.seed, "latents/evaluation")
 
     def draw(indices: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ def measure(options: Evaluate) -> None:
     print(f"  to training set {to_training:.3f}")
     print(f"surely of a class {found['sure']:.2%}  (test images: {real['sure']:.2%})")
     print("share of classes  " + "  ".join(f"{digit}: {share:.1%}" for digit, share in enumerate(shares)))
-    out = options.out or options.run / "evaluation.json"
+    out = options.out or run_of(options.run).path / "evaluation.json"
     figures = {
         "samples": options.count,
         "seed": options.seed,

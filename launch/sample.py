@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 from tyro.conf import Positional, subcommand
 
-from cs324dist.command_line import Count, OneOf, Within, parse
+from cs324dist.command_line import OneOf, Within, parse
 from cs324dist.errors import Refused, errors_as_exit_codes
 from cs324dist.runs.files import replaced
 from cs324dist.runs.models import save_tensors
@@ -47,10 +47,10 @@ class Drawing:
 class Grid(Drawing):
     """Images side by side."""
 
-    rows: Count = 8
+    rows: Annotated[int, Within(1, 1000)] = 8
     """Images from top to bottom."""
 
-    columns: Count = 8
+    columns: Annotated[int, Within(1, 1000)] = 8
     """Images from left to right."""
 
     digit: Digit = None
@@ -73,7 +73,7 @@ class Grid(Drawing):
 class TensorFile(Drawing):
     """Images as one tensor: `images`, float32 in [-1, 1], (count, 1, 28, 28)."""
 
-    count: Count = 10_000
+    count: Annotated[int, Within(1, 10**6)] = 10_000
     """Images to draw."""
 
     out: Path = Path("samples.safetensors")
@@ -149,8 +149,9 @@ Command = (
 if __name__ == "__main__":
     with errors_as_exit_codes():
         command = parse(Command, __doc__)
-        if not command.out.parent.is_dir():
-            raise Refused(f"--out {command.out}: there is no folder {command.out.parent}; make it first")
+        for path in (command.out, getattr(command, "gif", None)):
+            if path and not path.parent.is_dir():
+                raise Refused(f"{path}: there is no folder {path.parent}; make it first")
         try:
             command.draw()
         except OSError as error:

@@ -3,15 +3,20 @@
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from cs324dist.command_line import option
 from cs324dist.report.charts import number
 from cs324dist.report.reading import SILENCE, Run, Start, plain
+from cs324dist.training import classifier, gan, lstm
+from cs324dist.training.settings import RunSettings
 
 OF_NO_MATTER = {"preset", "run_dir", "dry_run", "wandb"}  # to what comes out
-TASKS = ("lstm", "gan", "classifier")
+PRESETS: Mapping[str, Mapping[str, RunSettings]] = {
+    "lstm": lstm.PRESETS,
+    "gan": gan.PRESETS,
+    "classifier": classifier.PRESETS,
+}
 MINUTE = 60
 
 
@@ -41,21 +46,20 @@ def settings(run: Run) -> list[Setting]:
 
 def command(run: Run) -> str | None:
     """What repeats the run, in a folder of its own; None where the task has no script here."""
-    if run.task not in TASKS:
+    if run.task not in PRESETS:
         return None
+    precision = run.made_by.get("precision")
+    environment = f"ACCELERATE_MIXED_PRECISION={precision} " if precision in ("bf16", "fp16") else ""
     launcher = f"torchrun --nproc_per_node {run.processes}" if (run.processes or 1) > 1 else "python"
     given = [(option("preset"), run.setting("preset"))] if "preset" in run.settings else []
     given += [(setting.name, setting.value) for setting in settings(run) if setting.usual is not None]
-    return " ".join(
+    return environment + " ".join(
         [launcher, f"launch/{run.task}.py", *(f"{name} {shlex.quote(value)}" for name, value in given)]
     )
 
 
 def _preset(run: Run) -> Mapping[str, Any]:
-    if run.task not in TASKS:
-        return {}
-    presets = import_module(f"cs324dist.training.{run.task}").PRESETS
-    preset = presets.get(run.settings.get("preset")) if isinstance(run.settings.get("preset"), str) else None
+    preset = PRESETS.get(run.task, {}).get(run.setting("preset"))
     return preset.as_json() if preset else {}
 
 
@@ -136,7 +140,7 @@ def notice(run: Run) -> str | None:
             return f"was stopped at {progress(run)}{why}. The same command continues it."
         case "failed":
             saved = f"It was last saved at {progress(run)}" if run.step else "Nothing was saved"
-            return f"failed: {run.why.removeprefix('Failed: ') or 'it does not say why'}. {saved}."
+            return f"failed: {run.why or 'it does not say why'}. {saved}."
         case "unclear":
             return f"does not say how it stands, {progress(run)}"
         case "not started":

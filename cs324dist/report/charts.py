@@ -8,7 +8,7 @@ copy of the data.
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median_low
 
 from cs324dist.report.reading import Run, Series
@@ -67,8 +67,8 @@ class Chart:
     y: Axis
     curves: list[Curve]
     described: str
-    header: list[str] = field(default_factory=list)
-    table: list[list[str]] = field(default_factory=list)
+    header: list[str]
+    table: list[list[str]]
     reference: Reference | None = None
 
     @property

@@ -151,7 +151,7 @@ def read_run(path: Path, name: str) -> Run:
         state=state,
         step=_count(status.get("step")) or 0,
         why=plain(status.get("why", "")),
-        silent_for=time.time() - owners[-1][1].stat().st_mtime if owners and state == "running" else None,
+        silent_for=_silence(owners[-1][1]) if owners and state == "running" else None,
         metrics=_metrics(rows),
         samples=dict(_numbered(path / "samples", r"([0-9]{1,18})\.png")),
         starts=[_start(owner) for _, owner in owners[-MOST_STARTS:]],
@@ -194,6 +194,13 @@ def _start(owner: Path) -> Start:
         _count(content.get("lost_steps")),
         _seconds(content.get("seconds_since_previous")),
     )
+
+
+def _silence(owner: Path) -> float | None:
+    try:
+        return time.time() - owner.stat().st_mtime
+    except OSError:  # it has just withdrawn
+        return None
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

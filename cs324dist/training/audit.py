@@ -84,39 +84,28 @@ def audit(path: Path, count: int | None, from_start: bool, data_root: Path | Non
     if made_by.get("threads") in range(1, 1025):
         os.environ.setdefault("CS324DIST_THREADS", str(made_by["threads"]))  # bits depend on it
     with explained(settings):
-        _audit(run, settings, build, made_by.get("precision"), count, from_start)
-
-
-def _audit(
-    run: RunFolder,
-    settings: RunSettings,
-    build: Callable[..., Any],
-    recorded: Any,
-    count: int | None,
-    from_start: bool,
-) -> None:
-    accelerator = start_accelerator(settings.batch_size)
-    precision = accelerator.mixed_precision
-    if precision != recorded:
-        raise Refused(
-            f"the precision is {precision!r} here, and was {recorded!r:.9} in the run: "
-            f"give that to accelerate launch as --mixed_precision"
+        accelerator = start_accelerator(settings.batch_size)
+        precision = accelerator.mixed_precision
+        if precision != (recorded := made_by.get("precision")):
+            raise Refused(
+                f"the precision is {precision!r} here, and was {recorded!r:.9} in the run: "
+                f"give that to accelerate launch as --mixed_precision"
+            )
+        stretches = on_main_process(
+            accelerator, lambda: choose(run, accelerator.num_processes, settings.steps, count, from_start)
         )
-    stretches = on_main_process(
-        accelerator, lambda: choose(run, accelerator.num_processes, settings.steps, count, from_start)
-    )
-    on_main_process(accelerator, lambda: run.made_by(precision))
-    on_main_process(accelerator, lambda: check_sizes(run, settings, stretches[0].end))
-    rows = {row["step"]: row for row in run.read_metrics() if any("train/" in key for key in row)}
-    task = build(settings, accelerator)
-    wrong = []
-    for stretch in stretches:
-        differences = replay(task, stretch, rows, accelerator)
-        if accelerator.is_main_process:
-            print(f"{stretch}: {'DIFFERENT' if differences else 'equal to the last bit'}")
-        wrong += [f"{stretch}: {difference}" for difference in differences]
-    if wrong:
-        raise Failed(*wrong, f"{run} does not repeat: see docs/checkpoints.md for what that can mean")
+        on_main_process(accelerator, lambda: run.made_by(precision))
+        on_main_process(accelerator, lambda: check_sizes(run, settings, stretches[0].end))
+        rows = {row["step"]: row for row in run.read_metrics() if any("train/" in key for key in row)}
+        task = build(settings, accelerator)
+        wrong = []
+        for stretch in stretches:
+            differences = replay(task, stretch, rows, accelerator)
+            if accelerator.is_main_process:
+                print(f"{stretch}: {'DIFFERENT' if differences else 'equal to the last bit'}")
+            wrong += [f"{stretch}: {difference}" for difference in differences]
+        if wrong:
+            raise Failed(*wrong, f"{run} does not repeat: see docs/checkpoints.md for what that can mean")
 
 
 def check_sizes(run: RunFolder, settings: RunSettings, checkpoint: Path) -> None:

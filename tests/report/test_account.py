@@ -47,6 +47,12 @@ def test_a_run_of_several_processes_is_repeated_by_as_many(tmp_path: Path) -> No
     assert command == "torchrun --nproc_per_node 2 launch/gan.py --preset fast --steps 400"
 
 
+def test_a_run_in_bf16_is_repeated_in_it(tmp_path: Path) -> None:
+    run = read(make_lstm(tmp_path / "run"))
+    run = replace(run, made_by={**run.made_by, "precision": "bf16"})
+    assert (account.command(run) or "").startswith("ACCELERATE_MIXED_PRECISION=bf16 python launch/lstm.py ")
+
+
 def test_a_task_of_ones_own_has_no_command(tmp_path: Path) -> None:
     run = replace(read(make_lstm(tmp_path / "run")), task="mine")
     assert account.command(run) is None
@@ -85,7 +91,7 @@ def test_durations(seconds: float | None, text: str) -> None:
         ),
         (
             "failed",
-            "Failed: train/loss is nan",
+            "train/loss is nan",
             "failed: train/loss is nan. It was last saved at step 300",
         ),
         ("odd", "", "is odd"),
