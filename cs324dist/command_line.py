@@ -3,19 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Protocol, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
 from cs324dist.errors import Refused
-
-
-class Rule(Protocol):
-    """What a value must be: `allows` decides, `wanted` says it in words."""
-
-    wanted: str
-
-    def allows(self, value: Any) -> bool: ...  # noqa: D102
 
 
 class OneOf:

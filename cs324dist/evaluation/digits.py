@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cs324dist.evaluation.frechet import Moments, frechet_distance
 from cs324dist.models.digit_classifier import DigitClassifier
-from cs324dist.runs.models import load_tensors_into
+from cs324dist.runs.models import read_tensors
 
 WEIGHTS = Path(str(files("cs324dist.models"))) / "digit_classifier.safetensors"
 SURE = 0.95  # confidence above which a digit counts as readable
@@ -22,7 +22,7 @@ SURE = 0.95  # confidence above which a digit counts as readable
 def digit_classifier(device: torch.device) -> DigitClassifier:
     """The classifier that the project ships, made by `launch/classifier.py`."""
     classifier = DigitClassifier()
-    load_tensors_into(WEIGHTS, classifier.state_dict())
+    classifier.load_state_dict(read_tensors(WEIGHTS, classifier.state_dict()))
     return classifier.eval().requires_grad_(False).to(device)
 
 

@@ -178,10 +178,15 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
     Before them those that do not say who wrote them, so that the damage is seen.
     """
+    written_by = _written_by(folder)
+    return sorted(written_by, key=lambda path: (written_by[path] or math.inf, int(path.name)), reverse=True)
+
+
+def _written_by(folder: Path) -> dict[Path, int]:
+    """The checkpoints below `folder`, and the owner that wrote each; 0 where it does not say so."""
     found = folder.iterdir() if folder.is_dir() else ()
     named = (path for path in found if re.fullmatch("[0-9]{9}|1[0-9]{9}", path.name))
-    ours = (path for path in named if path.is_dir() and not path.is_symlink())
-    return sorted(ours, key=lambda path: (_generation(path) or math.inf, int(path.name)), reverse=True)
+    return {path: _generation(path) for path in named if path.is_dir() and not path.is_symlink()}
 
 
 def keep_newest(folder: Path, count: int, generation: int = 1) -> None:
@@ -189,7 +194,7 @@ def keep_newest(folder: Path, count: int, generation: int = 1) -> None:
 
     What later generations than this wrote stays.
     """
-    written_by = {path: _generation(path) for path in checkpoints_in(folder)}
+    written_by = _written_by(folder)
     newest_first = sorted(written_by, key=lambda path: (written_by[path], int(path.name)), reverse=True)
     for path in newest_first[count:]:
         if written_by[path] <= generation:
@@ -211,11 +216,10 @@ def _delete(checkpoint: Path) -> None:
 
 def newest_generation(folder: Path) -> int:
     """The latest owner that wrote one of the checkpoints below `folder`; 0 without one."""
-    return max(map(_generation, checkpoints_in(folder)), default=0)
+    return max(_written_by(folder).values(), default=0)
 
 
 def _generation(checkpoint: Path) -> int:
-    """The owner that wrote it; 0 where it does not say so."""
     try:
         generation = read_json(checkpoint / TRAINER).get("generation")
     except Refused:

@@ -85,15 +85,6 @@ def _compare(path: Path, stored: safe_open, expected: Mapping[str, Tensor]) -> N
             )
 
 
-def load_tensors_into(path: Path, targets: Mapping[str, Tensor]) -> None:
-    """Copy a safetensors file into `targets`, in place.
-
-    Raises:
-        Refused: see `read_tensors`; the targets are then as they were.
-    """
-    copy_into(targets, read_tensors(path, targets))
-
-
 @torch.no_grad()
 def copy_into(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Copy each tensor to its target, in place."""

@@ -19,7 +19,7 @@ class SkippedSteps:
             self._count = torch.zeros((), device=device)
 
     def observe(self) -> dict[str, Tensor]:
-        """Look at the scale after a step; the count since the run was started, nothing without a scaler."""
+        """Look at the scale after a step; the count since this process started, nothing without a scaler."""
         if self._scaler is None:
             return {}
         scale = self._scaler._get_scale_async().clone()  # the public `get_scale` waits for the device

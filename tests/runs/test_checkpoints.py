@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from cs324dist.errors import Refused
 from cs324dist.models.rnn import RNN
 from cs324dist.runs import checkpoints
 from cs324dist.runs.checkpoints import (
+    LARGEST_GENERATION,
     TrainerState,
     checkpoints_in,
     keep_newest,
+    newest_generation,
     read_checkpoint,
     verify_checkpoint,
     write_checkpoint,
@@ -301,6 +304,39 @@ def test_a_process_killed_at_a_deletion_leaves_no_half_of_a_checkpoint(tmp_path,
         verify_checkpoint(checkpoint)
     keep_newest(tmp_path, 3)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in left}
+
+
+@pytest.mark.parametrize("generation", [0, -1, LARGEST_GENERATION + 1, True, 1.5, "7", None, [1]])
+def test_an_owner_that_cannot_be_counts_as_none(tmp_path, generation):
+    (tmp_path / "000000001").mkdir()
+    trainer = tmp_path / "000000001" / "trainer.json"
+    trainer.write_text(json.dumps({"generation": LARGEST_GENERATION}))
+    assert newest_generation(tmp_path) == LARGEST_GENERATION
+    trainer.write_text(json.dumps({"generation": generation}))
+    assert newest_generation(tmp_path) == 0
+
+
+@pytest.mark.parametrize("change", [{"world_size": 0}, {"generation": 0}, {"step": -1}], ids=str)
+def test_a_state_that_cannot_be_is_refused_though_its_digest_is_right(tmp_path, change):
+    learner = Learner()
+    write_checkpoint(tmp_path / "c", learner.models, learner.optimizers, replace(STATE, **change))
+    with pytest.raises(Refused, match=r"trainer.json has values of the wrong type: it is damaged"):
+        verify_checkpoint(tmp_path / "c")
+
+
+def test_a_checkpoint_that_was_moved_to_another_step_says_so(tmp_path):
+    learner = Learner()
+    write_checkpoint(tmp_path / "000000004", learner.models, learner.optimizers, STATE)
+    with pytest.raises(Refused, match=r"trainer.json is of step 3: it was moved here, or is damaged"):
+        verify_checkpoint(tmp_path / "000000004")
+
+
+def test_a_link_to_a_checkpoint_is_none_of_the_run(tmp_path):
+    (tmp_path / "elsewhere" / "000000001").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "000000001").symlink_to(tmp_path / "elsewhere" / "000000001")
+    (tmp_path / "run" / "000000002").touch()
+    assert checkpoints_in(tmp_path / "run") == []
 
 
 @pytest.mark.parametrize(("theirs", "stays"), [(1, False), (2, False), (3, True)])

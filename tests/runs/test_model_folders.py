@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cs324dist.errors import Refused
 from cs324dist.models.lstm import LSTM
 from cs324dist.models.rnn import RNN
-from cs324dist.runs.models import load_model, load_tensors_into, save_model, save_tensors
+from cs324dist.runs.models import load_model, read_tensors, save_model, save_tensors
 
 
 class Small(nn.Module):
@@ -107,7 +107,7 @@ def test_tensors_that_do_not_fit_are_named_and_change_nothing(tmp_path, damage, 
     model = LSTM(3, 4, 5)
     before = bits(model)
     with pytest.raises(Refused) as caught:
-        load_tensors_into(path, model.state_dict())
+        read_tensors(path, model.state_dict())
     (line,) = caught.value.lines
     assert str(path) in line
     assert named in line
