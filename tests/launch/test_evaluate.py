@@ -32,10 +32,11 @@ def test_figures_are_printed_and_stored_and_repeat_to_the_last_digit(launch, run
     assert sum(figures[f"share_of_{digit}"] for digit in range(10)) == pytest.approx(1)
     launch(*command, "--out", tmp_path / "again.json")
     assert (tmp_path / "again.json").read_text() == stored
-    launch(*command, "--seed", "1", "--out", tmp_path / "other.json")
-    assert (
-        json.loads((tmp_path / "other.json").read_text())["frechet_distance"] != figures["frechet_distance"]
-    )
+    checkpoint = run / "checkpoints" / "000000020"  # it may be deleted: what was found goes to the run
+    launch("launch/evaluate.py", checkpoint, *command[2:], "--seed", "1")
+    other = json.loads((run / "evaluation.json").read_text())
+    assert other["frechet_distance"] != figures["frechet_distance"]
+    assert not (checkpoint / "evaluation.json").exists()
 
 
 @pytest.mark.slow
