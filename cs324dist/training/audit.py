@@ -152,6 +152,8 @@ def replay(
     """Take the steps of a stretch again; what differs at its end, and in the metrics on the way."""
     if stretch.start is not None:
         restore(task, stretch.start, accelerator)
+    else:
+        optimizer_tensors(task)
     differences = []
     steps = range(stretch.first, int(stretch.end.name))
     for step in tqdm(steps, str(stretch), unit="step", disable=not sys.stderr.isatty()):

@@ -118,6 +118,7 @@ def resume(task: Task, run: RunFolder, accelerator: Accelerator) -> TrainerState
     Raises:
         Refused: no checkpoint is valid, or the newest is another model's, or metrics before it are damaged.
     """
+    optimizer_tensors(task)  # all of the state, before a first step makes that of the parameters it uses
     newest = on_main_process(accelerator, run.newest_checkpoint)
     if newest is None:
         return TrainerState(0, accelerator.num_processes)

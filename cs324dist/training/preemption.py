@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ class StopRequest:
         self._cut_short = False
         self._previous: dict[signal.Signals, Any] = {}
         self._group: dist.ProcessGroup | None = None
-        self._ballot: tuple[torch.Tensor, dist.Work] | None = None
+        self._ballot: tuple[bool, torch.Tensor, dist.Work] | None = None
 
     def listen(self) -> None:
         """From now on, until the context ends, signals set the flag; every rank calls it.
@@ -61,7 +62,8 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self._ballot is not None and kind is None:
-            self._ballot[1].wait()
+            with suppress(RuntimeError):  # of a process that has ended
+                self._ballot[2].wait()
 
     def _count(self, arrivals: int) -> None:
         """In a thread: a handler would have to wait for the end of whatever torch is doing."""
@@ -83,16 +85,18 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any rank had been asked to stop; call it once a step on every rank."""
-        self.received_before_the_last_vote = self.received
+        asked = self.received
         if self._group is None:
-            return self.received
+            self.received_before_the_last_vote = asked
+            return asked
         agreed = False
         if self._ballot is not None:
-            vote, pending = self._ballot
+            asked_then, vote, pending = self._ballot
             pending.wait()
             agreed = bool(vote.item())
-        vote = torch.tensor([self.received], dtype=torch.int32)
-        self._ballot = vote, dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            self.received_before_the_last_vote = asked_then
+        vote = torch.tensor([asked], dtype=torch.int32)
+        self._ballot = asked, vote, dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return agreed
 
     def watching(self, parts: Iterable[Part]) -> Iterator[Part]:

@@ -16,7 +16,7 @@ from cs324dist.training.preemption import StopRequest
 from cs324dist.training.process import on_main_process, start_accelerator
 from cs324dist.training.settings import Settings, conflicts, from_command_line
 from cs324dist.training.task import Task
-from cs324dist.training.tracking import start_tracking
+from cs324dist.training.tracking import end_tracking, start_tracking
 
 Build = Callable[[Settings, Accelerator], Task]
 
@@ -34,7 +34,7 @@ def main(task: str, build: Build[Settings], presets: Mapping[str, Settings], des
                 with explained(settings):
                     done = run_to_the_end(task, build, settings, accelerator, stop)
             finally:
-                accelerator.end_training()
+                end_tracking(accelerator)
         leave(0 if done else EXIT_STOPPED)
 
 

@@ -68,6 +68,14 @@ class Logbook:
             self._accelerator.trackers = []
 
 
+def end_tracking(accelerator: Accelerator) -> None:
+    """Close the Weights & Biases run and the process group; what its client raises is said, no more."""
+    try:
+        accelerator.end_training()
+    except Exception as error:
+        print(f"warning: Weights & Biases: {error}", file=sys.stderr)
+
+
 def start_tracking(accelerator: Accelerator, settings: RunSettings, run: RunFolder) -> None:
     """Open the run's own Weights & Biases run through Accelerate, on the main process.
 

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cs324dist.models.lstm import LSTM
+from cs324dist.runs.folder import RunFolder
+from cs324dist.training.loop import resume
+from cs324dist.training.process import start_accelerator
 from cs324dist.training.settings import RunSettings
 from cs324dist.training.task import Evaluation, create_state, optimizer_tensors
 
@@ -122,3 +125,13 @@ def test_what_is_written_into_the_tensors_is_what_the_optimizer_goes_on_with(kin
     train(straight, optimizer, 3)
     train(continued, other, 3)
     assert bits(continued) == bits(straight)
+
+
+def test_a_run_begins_with_all_of_the_state_though_its_first_steps_use_less(kind, tmp_path):
+    module = model()
+    optimizer = MAKERS[kind](module.parameters())
+    toy = Toy({"lstm": module}, {"lstm": optimizer})
+    resume(toy, RunFolder(tmp_path / "new"), start_accelerator())
+    module.output.weight.square().sum().backward()
+    optimizer.step()
+    assert all(KEYS[kind] <= optimizer.state[parameter].keys() for parameter in module.parameters())
