@@ -6,6 +6,7 @@ import signal
 import pytest
 from launched import wait_until
 
+from cs324dist.training import preemption
 from cs324dist.training.preemption import StopRequest
 
 
@@ -33,6 +34,18 @@ def test_only_a_signal_before_the_last_vote_can_be_why_others_have_ended():
         assert not stop.received_before_the_last_vote
         assert stop.agreed()
         assert stop.received_before_the_last_vote
+
+
+def test_signals_within_a_second_count_as_one_and_the_third_ends_the_process(monkeypatch):
+    moments, codes = [0.0, 0.5, 1.0, 2.0, 2.5, 3.5], []
+    monkeypatch.setattr(preemption.time, "monotonic", iter(moments).__next__)
+    monkeypatch.setattr(preemption.os, "_exit", codes.append)
+    stop = StopRequest(1)
+    for moment in moments:
+        assert codes == []
+        stop._note(signal.SIGINT)
+        assert stop.received, moment
+    assert codes == [128 + signal.SIGINT]
 
 
 def test_long_work_ends_after_its_first_part_and_that_is_said_once():
