@@ -20,6 +20,7 @@ SPEED_PAGE = REPOSITORY / "docs" / "performance.md"
 PAGE = REPOSITORY / "docs" / "results.md"
 IMAGES = REPOSITORY / "docs" / "images"
 LENGTHS = (5, 10, 15, 20, 50)
+LINE = 3.77  # floors within which an image is close: a distance of 20 where the floor is 5.3
 SETTLING = 30  # steps that `lstm_results.py settled` watches
 SPACE = "\N{NARROW NO-BREAK SPACE}"
 
@@ -211,6 +212,149 @@ def settled(trials: list[Trial]) -> str:
     return table(header, rows)
 
 
+def distances(trials: Sequence[Trial], name: str = "frechet_distance") -> str:
+    return spread([trial[name] for trial in trials], 2)
+
+
+def floors(trials: Sequence[Trial]) -> str:
+    return f"{statistics.mean(trial['frechet_distance'] / trial['floor'] for trial in trials):.1f}"
+
+
+def sure(trials: Sequence[Trial]) -> str:
+    return f"{spread([100 * trial['sure'] for trial in trials], 1)} %"
+
+
+def digits(trials: Sequence[Trial]) -> str:
+    """The rarest digit's share and the most frequent one's."""
+    shares = [100 * trial[f"share_of_{digit}"] for trial in trials for digit in range(10)]
+    return f"{min(shares):.1f} to {max(shares):.1f} %"
+
+
+def gan_reported(trials: list[Trial]) -> str:
+    rows = []
+    for trial in trials:
+        late = [point[1] for point in trial["curve"] if point[0] >= 0.8 * trial["steps"]]
+        best = min(trial["curve"], key=lambda point: point[1])
+        rows.append(
+            (
+                trial["recipe"],
+                number(trial["steps"]),
+                f"{statistics.median(late):.1f} ({min(late):.1f} to {max(late):.1f})",
+                f"{best[1]:.1f} after {number(best[0])}",
+                f"{trial['frechet_distance']:.1f} ({floors([trial])})",
+                f"{100 * trial['sure']:.1f} %",
+                digits([trial]),
+            )
+        )
+    header = (
+        "the discriminator trains",
+        "steps",
+        "distance in the last fifth: median (least to most)",
+        "least, after steps",
+        "at the end (floors)",
+        "sure at the end",
+        "share of each digit",
+    )
+    return table(header, rows)
+
+
+def gan_fast(trials: list[Trial]) -> str:
+    rows = [
+        (
+            str(trial["trial"]),
+            f"{trial['frechet_distance']:.2f}",
+            floors([trial]),
+            f"{trial['frechet_distance_to_training_images']:.2f}",
+            f"{100 * trial['sure']:.1f} %",
+            digits([trial]),
+            str(trial["seconds"]),
+        )
+        for trial in trials
+    ]
+    everything = (
+        "all",
+        distances(trials),
+        floors(trials),
+        distances(trials, "frechet_distance_to_training_images"),
+        sure(trials),
+        digits(trials),
+        spread([trial["seconds"] for trial in trials]),
+    )
+    header = ("seed", "distance", "floors", "to the training images", "sure", "share of each digit",
+              "seconds, from the command to the end")  # fmt: skip
+    return table(header, [*rows, everything])
+
+
+def overtaken(reported: list[Trial], fast: list[Trial], pace: list[Trial]) -> str:
+    """When preset fast is as near as the report's recipe in its last fifth, and within `LINE` floors."""
+    ms = {trial["recipe"]: trial["milliseconds"] for trial in pace}
+    whole = reported[0]["steps"]
+    late = [point[1] for point in reported[0]["curve"] if point[0] >= 0.8 * whole]
+
+    def taken(steps: int, recipe: str) -> str:
+        return f"{number(steps)} steps, {steps * ms[recipe] / 1000:.0f} s"
+
+    rows = []
+    for name, distance, theirs in (
+        ("the report's, median of its last fifth", statistics.median(late), whole),
+        ("the report's, least of its last fifth", min(late), whole),
+        (f"{LINE} floors", LINE * fast[0]["floor"], None),
+    ):
+        ours = [next(point[0] for point in trial["curve"] if point[1] <= distance) for trial in fast]
+        slowest = max(ours)  # all get there, or this fails
+        rows.append(
+            (
+                name,
+                f"{distance:.1f}",
+                taken(theirs, "report") if theirs else "not reached",
+                f"{taken(slowest, 'fast')} (mean {statistics.mean(ours) * ms['fast'] / 1000:.0f} s)",
+                f"{theirs / slowest:.0f}" if theirs else "",
+                f"{theirs * ms['report'] / slowest / ms['fast']:.0f}" if theirs else "",
+            )
+        )
+    header = ("distance", "", "the report's recipe", f"preset fast, the slowest of {len(fast)} seeds",
+              "times fewer steps", "times less time")  # fmt: skip
+    return table(header, rows)
+
+
+def gan_ablation(trials: list[Trial]) -> str:
+    names = dict.fromkeys(trial["variant"] for trial in trials)
+    groups = {name: of(trials, variant=name) for name in names}
+    rows = []
+    for name, group in groups.items():
+        options = f"`{group[0]['options']}`" if group[0]["options"] else ""
+        rows.append((name, options, distances(group), floors(group), sure(group), digits(group)))
+    return table(("variant", "options", "distance", "floors", "sure", "share of each digit"), rows)
+
+
+def gan_memorised(trials: list[Trial]) -> str:
+    return table(
+        ("images", "median distance to the nearest training image"),
+        [(trial["images"], f"{trial['to_nearest_training_image']:.2f}") for trial in trials],
+    )
+
+
+def gan_fashion(trials: list[Trial]) -> str:
+    trial = trials[0]
+    row = (
+        share(trial["classifier_accuracy"]),
+        f"{trial['floor']:.2f}",
+        f"{trial['frechet_distance']:.2f} ({floors(trials)})",
+        f"{100 * trial['sure']:.1f} %",
+        f"{100 * trial['sure_of_test_images']:.1f} %",
+        digits(trials),
+    )
+    header = (
+        "classifier's accuracy",
+        "floor",
+        "distance (floors)",
+        "sure",
+        "of test images",
+        "share of each class",
+    )
+    return table(header, [row])
+
+
 def killed(chaos: dict[str, Any]) -> str:
     columns = ("trials", "kills", "during_write", "mismatches", "orphans", "median_restart", "worst_restart")
     header = ("task", "runs", "kills", "of which in a checkpoint's write", "ends that differ in a bit",
@@ -270,11 +414,21 @@ def performance() -> str:
 def page() -> str:
     """The page of results."""
     parts = {name: stored(f"lstm/{name}")["trials"] for name in PARTS}
+    gan = {name: stored(f"gan/{name}")["trials"] for name in GAN_PARTS}
     chaos, fuzz, stall = (stored(name) for name in ("chaos", "fuzz", "checkpoint_stall"))
     return TEMPLATE.read_text().format(
         **{name: write(parts[part]) for name, (part, write) in TABLES.items()},
         made_by=machines(*(stored(f"lstm/{name}")["made_by"] for name in PARTS if name != "long")),
         long_made_by=machines(stored("lstm/long")["made_by"]),
+        **{f"gan_{name}": write(gan[name]) for name, write in GAN_PARTS.items() if write},
+        overtaken=overtaken(gan["report"], gan["fast"], gan["pace"]),
+        classifier=gan["fast"][0]["classifier_sha256"][:16],
+        floor=gan["fast"][0]["floor"],
+        sure_of_test_images=f"{100 * gan['fast'][0]['sure_of_test_images']:.1f} %",
+        **{
+            f"gan_{name}_made_by": machines(*(trial["made_by"] for trial in gan[name]))
+            for name in ("report", "fast", "ablation")
+        },
         killed=killed(chaos),
         chaos_made_by=machines(chaos["hardware"]),
         chaos_jobs=chaos["jobs"],
@@ -298,6 +452,14 @@ TABLES = {
     "certain": ("certain", certain),
     "ablation": ("ablation", ablation),
     "settled": ("settled", settled),
+}
+GAN_PARTS = {
+    "report": gan_reported,
+    "fast": gan_fast,
+    "pace": None,
+    "ablation": gan_ablation,
+    "memorised": gan_memorised,
+    "fashion": gan_fashion,
 }
 PARTS = tuple(dict.fromkeys(part for part, _ in TABLES.values()))
 
@@ -337,6 +499,21 @@ def draw() -> None:
     axes.set(xlabel="digits", ylabel="share of right answers", ylim=(0, 1.05))
     axes.grid(alpha=0.3)
     figure.savefig(IMAGES / "lstm-generalisation.png", dpi=120)
+    plt.close(figure)
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    recipes = [(trial["recipe"], [trial]) for trial in stored("gan/report")["trials"]]
+    recipes.append(("preset fast, five seeds", stored("gan/fast")["trials"]))
+    for place, (name, runs) in enumerate(recipes):
+        colour = colours(place / len(recipes))
+        for run in runs:
+            points = [point[:2] for point in run["curve"]]
+            axes.loglog(*zip(*points, strict=True), color=colour, label=name if run is runs[0] else None)
+    axes.axhline(runs[0]["floor"], color="grey", linestyle=":", linewidth=1)
+    axes.annotate("floor", (100, runs[0]["floor"]), (0, 3), textcoords="offset points", color="grey")
+    axes.set(xlabel="step", ylabel="Fréchet distance")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    figure.savefig(IMAGES / "gan-distance.png", dpi=120)
     plt.close(figure)
 
 
