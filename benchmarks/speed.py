@@ -70,6 +70,7 @@ ABLATION = (  # one measure left out, against all of them
     ),
     Comparison("one discriminator forward", "gan_without_one_forward", "gan_bare"),
     Comparison("pooling before the LeakyReLU", "gan_without_pooling_first", "gan_bare"),
+    Comparison("allocator thresholds, LSTM of 50 digits", "lstm_without_allocator", "lstm_fused_50"),
     Comparison("denormals flushed, LSTM of 1000 digits", "lstm_without_flushing", "lstm_fused_1000"),
 )
 GROUPS = {"speed": COMPARISONS, "ablation": ABLATION}

@@ -82,6 +82,7 @@ def prepare_process(on_cpu: bool) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # or Accelerate sets a number of its own
     else:
         torch.set_float32_matmul_precision("high")  # TF32, as torch's convolutions have it anyway
+    keep_large_memory()
     launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if sys.platform == "linux" and launched:
         # A launcher that is killed would leave its workers running.
@@ -89,6 +90,16 @@ def prepare_process(on_cpu: bool) -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
         if _launcher_has_died():  # before this was set
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def keep_large_memory() -> None:
+    """Keep large tensors' memory in the process, instead of giving it back to the kernel at every step."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # musl has no mallopt
+            m_trim_threshold, m_mmap_threshold = -1, -3
+            libc = ctypes.CDLL(None)
+            libc.mallopt(m_mmap_threshold, 1 << 30)
+            libc.mallopt(m_trim_threshold, 1 << 30)
 
 
 def _launcher_has_died() -> bool:
