@@ -509,8 +509,8 @@ def draw() -> None:
             points = [point[:2] for point in run["curve"]]
             axes.loglog(*zip(*points, strict=True), color=colour, label=name if run is runs[0] else None)
     axes.axhline(runs[0]["floor"], color="grey", linestyle=":", linewidth=1)
-    axes.annotate("floor", (100, runs[0]["floor"]), (0, 3), textcoords="offset points", color="grey")
-    axes.set(xlabel="step", ylabel="Fréchet distance")
+    axes.annotate("floor", (250, runs[0]["floor"]), (0, 3), textcoords="offset points", color="grey")
+    axes.set(xlabel="step", ylabel="Fréchet distance", ylim=(2.5, None))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(IMAGES / "gan-distance.png", dpi=120)
