@@ -9,11 +9,11 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from cs324dist.errors import shown
 from cs324dist.runs.folder import RunFolder
 from cs324dist.sampling.grids import save_png
 from cs324dist.training.settings import RunSettings
@@ -64,8 +64,14 @@ class Logbook:
         try:
             log()
         except Exception as error:  # whatever its client raises, training goes on
-            print(f"warning: Weights & Biases: {error}; nothing more is recorded there", file=sys.stderr)
+            print(
+                f"warning: Weights & Biases: {shown(error)}; nothing more is recorded there", file=sys.stderr
+            )
             self._accelerator.trackers = []
+
+
+def _warn(text: str) -> None:
+    print(f"warning: Weights & Biases: {text}", file=sys.stderr)
 
 
 def end_tracking(accelerator: Accelerator) -> None:
@@ -73,24 +79,43 @@ def end_tracking(accelerator: Accelerator) -> None:
     try:
         accelerator.end_training()
     except Exception as error:
-        print(f"warning: Weights & Biases: {error}", file=sys.stderr)
+        _warn(shown(error))
 
 
 def start_tracking(accelerator: Accelerator, settings: RunSettings, run: RunFolder) -> None:
     """Open the run's own Weights & Biases run through Accelerate, on the main process.
 
-    Falls back to an offline run, and says so in one line, where there is no login or no network.
+    Falls back to an offline run, and says so in one line, where there is no login or no network. Whatever its
+    client raises, training goes on.
     """
     if settings.wandb == "disabled" or not accelerator.is_main_process:
         return
+    # Its client records all of SLURM_*, of which this one is a token.
+    os.environ.pop("SLURM_JWT", None)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    why: object = ""
+    try:
+        mode, why = ("offline", "") if settings.wandb == "offline" else _possible_mode()
+        if mode == "online":
+            _init(accelerator, settings, run, mode)
+    except Exception as error:
+        mode, why = "offline", error
+    if mode != "offline":
+        return
+    if why:
+        print(f"Weights & Biases: {shown(why)}; recording offline in {run}/wandb", file=sys.stderr)
+    try:
+        _init(accelerator, settings, run, mode)
+        _log_again(accelerator, run)
+    except Exception as error:
+        _warn(f"{shown(error)}; nothing is recorded there")
+        accelerator.trackers = []
+
+
+def _init(accelerator: Accelerator, settings: RunSettings, run: RunFolder, mode: str) -> None:
     import wandb
 
-    os.environ.setdefault("WANDB_SILENT", "true")
-    mode, why = ("offline", "") if settings.wandb == "offline" else _reachable_mode()
-    if why:
-        print(f"Weights & Biases: {why}; recording offline in {run}/wandb", file=sys.stderr)
-    accelerator.log_with = ["wandb"]
-    wandb_run: dict[str, Any] = {
+    wandb_run = {
         "id": run.read_config()["tracker_run_id"],
         "name": run.path.name,
         "dir": str(run),
@@ -98,20 +123,14 @@ def start_tracking(accelerator: Accelerator, settings: RunSettings, run: RunFold
         "resume": "allow" if mode == "online" else None,
         "settings": wandb.Settings(init_timeout=LOGIN_TIMEOUT),
     }
-    # It records all of SLURM_*, of which this one is a token.
-    os.environ.pop("SLURM_JWT", None)
-    try:
-        accelerator.init_trackers(PROJECT, settings.as_json(), {"wandb": wandb_run})
-    except Exception as error:  # whatever its client raises, training goes on
-        print(f"Weights & Biases: {error}; recording offline in {run}/wandb", file=sys.stderr)
-        wandb_run |= {"mode": "offline", "resume": None}
-        accelerator.init_trackers(PROJECT, settings.as_json(), {"wandb": wandb_run})
-    if wandb_run["mode"] == "offline":
-        _log_again(accelerator, run)
+    if accelerator.trackers:  # of an attempt that failed; its client holds the run's id
+        wandb.teardown()
+    accelerator.log_with, accelerator.trackers = ["wandb"], []
+    accelerator.init_trackers(PROJECT, settings.as_json(), {"wandb": wandb_run})
 
 
 def _log_again(accelerator: Accelerator, run: RunFolder) -> None:
-    """Log what there is: a segment whose process was killed may have lost it."""
+    """Log what there is: an offline segment whose process was killed may have lost it."""
     for row in run.read_metrics():
         values = {name: value for name, value in row.items() if name != "step" and value is not None}
         accelerator.log(values, step=row["step"])
@@ -126,10 +145,13 @@ def _has_login(host: str) -> bool:
     return (urllib.parse.urlsplit(host).hostname or "") in logins.hosts
 
 
-def _reachable_mode() -> tuple[str, str]:
+def _possible_mode() -> tuple[str, str]:
+    """What WANDB_MODE says, or else online if that is possible; and why it is not."""
     import wandb
 
     settings = wandb.setup().settings
+    if settings.mode in ("offline", "disabled"):
+        return settings.mode, ""
     host = settings.base_url
     if not (settings.api_key or _has_login(host)):
         return "offline", "no login (`wandb login`)"

@@ -2,6 +2,8 @@
 
 import base64
 
+import pytest
+
 SECRETS = {
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
     "HF_TOKEN": "hf_QmFzZTY0SXNOb3RFbmNyeXB0aW9u",
@@ -20,10 +22,12 @@ def as_written(secret: str) -> list[bytes]:
     return encoded
 
 
-def test_no_file_of_a_run_holds_a_secret_of_the_environment(launch, tmp_path):
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_no_file_of_a_run_holds_a_secret_of_the_environment(launch, tmp_path, mode):
     run = tmp_path / "run"
     command = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--steps", "4", "--batch-size", "8")
-    done = launch(*command, "--wandb", "offline", "--run-dir", run, environment=SECRETS)
+    environment = {**SECRETS, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = launch(*command, "--wandb", mode, "--run-dir", run, environment=environment)
     written = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     written["stdout"], written["stderr"] = done.stdout.encode(), done.stderr.encode()
     kinds = {str(path).rpartition(".")[2] for path in written}

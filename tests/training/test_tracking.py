@@ -1,7 +1,10 @@
 """What reaches Weights & Biases, and what happens where it cannot be reached."""
 
+import http.server
 import json
 import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -89,6 +92,43 @@ def test_a_login_without_a_network_falls_back_to_offline(launch, tmp_path, login
     )  # fmt: skip
     assert "http://127.0.0.1:9 cannot be reached" in done.stderr
     assert list(run.glob("wandb/offline-run-*"))
+
+
+@pytest.fixture
+def no_tracker() -> Iterator[str]:
+    """A server that answers, and is not Weights & Biases."""
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_server_that_is_another_falls_back_to_offline(launch, tmp_path, no_tracker):
+    run = tmp_path / "run"
+    environment = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": no_tracker}
+    done = launch("launch/lstm.py", "--preset", "smoke", "--run-dir", run, environment=environment)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Weights & Biases: ")]
+    assert len(lines) == 1
+    assert lines[0].endswith(f"; recording offline in {run}/wandb")
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    assert history(file).keys() == {10, 20}
+
+
+def test_a_key_that_cannot_be_one_does_not_end_the_run(launch, tmp_path):
+    run = tmp_path / "run"
+    environment = {"WANDB_API_KEY": "0" * 40 + "\n"}
+    done = launch("launch/lstm.py", "--preset", "smoke", "--run-dir", run, environment=environment)
+    assert "Weights & Biases: " in done.stderr
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.parametrize(("mode", "segments"), [("offline", 1), ("disabled", 0)])
+def test_its_own_variable_is_heeded(launch, tmp_path, mode, segments):
+    run = tmp_path / "run"
+    environment = {"WANDB_MODE": mode, "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = launch("launch/lstm.py", "--preset", "smoke", "--run-dir", run, environment=environment)
+    assert "Weights & Biases" not in done.stderr
+    assert len(list(run.glob("wandb/offline-run-*"))) == segments
 
 
 def test_a_client_that_dies_does_not_end_the_run(launch_environment, tmp_path):
