@@ -1,6 +1,7 @@
 """One owner a run: who may write into a run folder.
 
-owners/2.json    the second process that ran it: host, process id, Slurm job, since when, from which step
+owners/2.json    the second process that ran it: host, process id, Slurm job, since when, from which step, and
+                 whether it has ended
 owners/2.lock    locked while it lives
 
 Each owner has a generation and writes under it: its checkpoints carry it and replace none of a later one, and
@@ -22,12 +23,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cs324dist.errors import Refused, shown
+from cs324dist.runs.checkpoints import LARGEST_GENERATION
 from cs324dist.runs.files import clear, read_json, sync, write_json
 
 PATIENCE = 10  # seconds that a new owner waits for one on its way out
 HEARTBEAT = 5  # seconds from one sign of life to the next
 SILENCE = 20  # seconds without a sign of life after which an owner on another machine counts as dead
-LATEST = 999_999_998  # owner of a run that any reader takes; names have nine digits
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -49,8 +50,10 @@ class Ownership:
         self._is_first = not self._folder.exists()
         self._folder.mkdir(exist_ok=True)
         before = newest_generation(self._folder)
-        if before >= LATEST:
+        if before >= LARGEST_GENERATION:
             raise Refused(f"{self._folder / f'{before}.json'} is no owner of this run: delete it")
+        if after >= LARGEST_GENERATION:
+            raise Refused(f"{run}/checkpoints holds one that no owner of this run wrote: delete it")
         if before:
             _wait_for_the_end_of(self._folder, before, run)
         last_sign = _last_sign(self._folder / f"{before}.json")
@@ -101,7 +104,7 @@ class Ownership:
         """Let another process have it."""
         self._released.set()
         with suppress(OSError):
-            os.utime(self._path)
+            write_json(self._path, {**self._facts, "ended": True})
         self._lock.release()
 
     def withdraw(self) -> None:
@@ -141,7 +144,7 @@ def _wait_for_the_end_of(owners: Path, generation: int, run: Path) -> None:
         except Timeout:
             raise in_use from None
     lock.release()
-    if owner.get("machine") == me["machine"] or _has_ended(run):
+    if owner.get("machine") == me["machine"] or owner.get("ended") is True:
         return
     # Locks may not reach from one machine to another, and clocks may differ: watch for a sign of life.
     print(f"{run} was left by {_name(owner)}; watching it for {SILENCE} s", file=sys.stderr)
@@ -166,10 +169,6 @@ def _this_process() -> dict[str, Any]:
 def _is_earlier_start_of(owner: dict[str, Any], me: dict[str, Any]) -> bool:
     job, restarts = owner.get("slurm_job"), owner.get("slurm_restarts")
     return job is not None and job == me["slurm_job"] and restarts in range(me["slurm_restarts"])
-
-
-def _has_ended(run: Path) -> bool:
-    return _read(run / "status.json").get("state") in ("stopped", "finished", "failed")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 
 from cs324dist.errors import Refused
 from cs324dist.runs import ownership
+from cs324dist.runs.checkpoints import LARGEST_GENERATION
 from cs324dist.runs.folder import RunFolder
 from cs324dist.runs.ownership import Ownership, Superseded, newest_generation
 
@@ -23,6 +24,7 @@ import sys
 from pathlib import Path
 from cs324dist.errors import Refused
 from cs324dist.runs import ownership
+from cs324dist.runs.checkpoints import LARGEST_GENERATION
 ownership.PATIENCE = float(sys.argv[2])
 try:
     mine = ownership.Ownership(Path(sys.argv[1]))
@@ -93,9 +95,8 @@ def left_by(run: Path, **about: object) -> Path:
     return path
 
 
-def on_another_machine(run: Path, state: str) -> Path:
-    RunFolder(run).write_status(state, 7)
-    return left_by(run, machine="another", host="node17", pid=4711)
+def on_another_machine(run: Path, **about: object) -> Path:
+    return left_by(run, **{"machine": "another", "host": "node17", "pid": 4711, "ended": False, **about})
 
 
 def test_a_live_process_is_waited_for_and_then_named(run, other, monkeypatch, capsys):
@@ -133,14 +134,14 @@ def test_a_stopped_owner_is_alive(run, other, monkeypatch):
 
 def test_a_silent_owner_on_another_machine_is_watched_and_then_taken_over(run, monkeypatch, capsys):
     waits(monkeypatch, SILENCE=0.3)
-    on_another_machine(run, "running")
+    on_another_machine(run)
     assert Ownership(run).generation == 2
     assert f"{run} was left by process 4711 on node17" in capsys.readouterr().err
 
 
 def test_an_owner_on_another_machine_that_gives_signs_of_life_is_refused(run, monkeypatch):
     waits(monkeypatch)
-    path = on_another_machine(run, "running")
+    path = on_another_machine(run)
     done = threading.Event()
 
     def live() -> None:
@@ -157,11 +158,33 @@ def test_an_owner_on_another_machine_that_gives_signs_of_life_is_refused(run, mo
     assert newest_generation(run / "owners") == 1
 
 
-@pytest.mark.parametrize("state", ["stopped", "finished", "failed"])
-def test_an_owner_on_another_machine_that_has_ended_is_not_watched(run, monkeypatch, state):
+def test_an_owner_on_another_machine_that_has_ended_is_not_watched(run, monkeypatch):
     waits(monkeypatch)
-    on_another_machine(run, state)
-    assert Ownership(run).generation == 2
+    Ownership(run).release()
+    ended = json.loads((run / "owners" / "1.json").read_text())["ended"]
+    on_another_machine(run, ended=ended)
+    assert Ownership(run).generation == 3
+
+
+def test_what_the_run_said_before_its_owner_came_does_not_end_that(run, monkeypatch, capsys):
+    """Until an owner has opened the run, its status is that of the one before."""
+    waits(monkeypatch, SILENCE=0.3)
+    RunFolder(run).write_status("stopped", 7)
+    on_another_machine(run)
+    Ownership(run)
+    assert f"{run} was left by process 4711 on node17" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["owners", "checkpoints"])
+def test_a_generation_that_leaves_no_room_for_the_next_is_refused(run, where):
+    last = LARGEST_GENERATION
+    (run / "owners").mkdir()
+    if where == "owners":
+        (run / "owners" / f"{last}.json").write_text("{}")
+    with pytest.raises(Refused, match="delete it"):
+        Ownership(run, after=last if where == "checkpoints" else 0)
+    mine = Ownership(run, after=last - 1) if where == "checkpoints" else None
+    assert mine is None or mine.generation == last
 
 
 def test_an_owner_gives_signs_of_life_until_it_releases(run, monkeypatch):
