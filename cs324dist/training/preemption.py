@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-PATIENCE = 3  # signals; a user who asks this often wants out at once
+SIGNALS_TO_END = 3  # signals; a user who asks this often wants out at once
 TOGETHER = 1.0  # seconds in which signals count as one: a launcher passes on what Slurm has sent to all
 Part = TypeVar("Part")
 
@@ -68,14 +68,15 @@ class StopRequest:
     def _count(self, arrivals: int) -> None:
         """In a thread: a handler would have to wait for the end of whatever torch is doing."""
         while number := os.read(arrivals, 1):
-            self._note(number[0])
+            if number[0] in self._previous:  # others, such as SIGCHLD, arrive here too
+                self._note(number[0])
         os.close(arrivals)
 
     def _note(self, number: int) -> None:
         now = time.monotonic()
         self._signals += now - self._last_signal >= TOGETHER
         self._last_signal = now
-        if self._signals >= PATIENCE:
+        if self._signals >= SIGNALS_TO_END:
             os._exit(128 + number)
 
     @property

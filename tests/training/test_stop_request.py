@@ -61,3 +61,18 @@ def test_long_work_ends_after_its_first_part_and_that_is_said_once():
         assert list(stop.watching("a")) == ["a"]
         assert stop.cut_short()
         assert not stop.cut_short()
+
+
+def test_signals_of_another_meaning_are_no_requests(monkeypatch):
+    """A user's DataLoader has a handler for SIGCHLD, and then each end of a worker comes by."""
+    monkeypatch.setattr(preemption, "TOGETHER", 0.0)
+    before = signal.signal(signal.SIGCHLD, lambda *_: None)
+    try:
+        with StopRequest(1) as stop:
+            stop.listen()
+            for _ in range(preemption.SIGNALS_TO_END):
+                os.kill(os.getpid(), signal.SIGCHLD)
+            send(stop, signal.SIGTERM)  # comes by behind the others
+            assert stop._signals == 1
+    finally:
+        signal.signal(signal.SIGCHLD, before)
