@@ -30,7 +30,15 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The checkout's commit, `-dirty` if files differ from it; None for an installed package."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    # which may lie inside a checkout of something else
+    if not _git("ls-files", "--error-unmatch", Path(__file__).name):
+        return None
+    return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(*arguments: str) -> str | None:
+    """What it answers about the folder of this file; None where it does not."""
+    command = ["git", *arguments]
     try:
         answer = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False

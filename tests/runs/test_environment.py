@@ -1,6 +1,9 @@
+import subprocess
+
 import pytest
 import torch
 
+from cs324dist.runs import environment as module
 from cs324dist.runs.environment import environment, has_gpu
 
 
@@ -15,3 +18,24 @@ def test_a_configuration_for_cpus_leaves_a_gpu_alone(monkeypatch, use_cpu, expec
         monkeypatch.setenv("ACCELERATE_USE_CPU", use_cpu)  # as `accelerate launch` does
     assert has_gpu() == expected
     assert (environment()["device"] == "a GPU") == expected
+
+
+def test_the_commit_is_the_packages_own(monkeypatch, tmp_path):
+    """A package that is installed inside a checkout of something else has none."""
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=A", "-c", "user.email=a@b.c")
+        command = ["git", *who, *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    installed = tmp_path / "environment.py"
+    installed.touch()
+    git("init")
+    git("commit", "--allow-empty", "--message", "something else")
+    monkeypatch.setattr(module, "__file__", str(installed))
+    assert environment()["commit"] is None
+    git("add", ".")
+    git("commit", "--message", "the package")
+    assert environment()["commit"] == git("rev-parse", "HEAD").strip()
+    installed.write_text("changed")
+    assert environment()["commit"] == git("rev-parse", "HEAD").strip() + "-dirty"
