@@ -86,9 +86,7 @@ class MLPTask:
 
     def step(self, step: int) -> dict[str, Tensor]:
         """See `Task.step`."""
-        samples = self.shard.batch(step, self.settings.batch_size)
-        epochs = self.order.epochs(step, self.settings.batch_size)
-        rows = self.train_rows[self.order.items(samples, epochs)]
+        rows = self.train_rows[self.order.batch(self.shard, step, self.settings.batch_size)]
         logits = self.model(self.x[rows])
         loss = F.cross_entropy(logits, self.y[rows])
         self.accelerator.backward(loss)

@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from cs324dist.command_line import parse
 from cs324dist.errors import Refused, errors_as_exit_codes
 from cs324dist.report.page import write_report
+from cs324dist.runs.files import check_writable
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,7 @@ class Report:
 if __name__ == "__main__":
     with errors_as_exit_codes():
         options = parse(Report, __doc__)
-        if not options.out.parent.is_dir():
-            raise Refused(f"--out {options.out}: there is no folder {options.out.parent}; make it first")
+        check_writable(options.out)
         try:
             for line in write_report(options.runs, options.out):
                 print(f"warning: {line}: left out", file=sys.stderr)

@@ -18,9 +18,10 @@ from tyro.conf import Positional, subcommand
 
 from cs324dist.command_line import OneOf, Within, parse
 from cs324dist.errors import Refused, errors_as_exit_codes
-from cs324dist.runs.files import replaced
+from cs324dist.models.gan import Generator
+from cs324dist.runs.files import check_writable, replaced
 from cs324dist.runs.models import save_tensors
-from cs324dist.sampling.generators import generate, latents, load_generator, surest
+from cs324dist.sampling.generators import data_set_of, generate, latents, load_generator, surest
 from cs324dist.sampling.grids import grid, save_gif, save_png
 from cs324dist.sampling.interpolation import interpolate, strip
 
@@ -41,6 +42,12 @@ class Drawing:
 
     weights: Annotated[str, OneOf("averaged", "raw")] = "averaged"
     """averaged: the averaged generator where there is one; raw: the one being trained."""
+
+    def latents_of(self, digit: int, generator: Generator, count: int) -> torch.Tensor:
+        """Latents whose images are surely this digit."""
+        if (dataset := data_set_of(self.run)) != "mnist":
+            raise Refused(f"{self.run} draws {dataset}, which holds no digits: leave out what asks for one")
+        return surest(generator, digit, count, self.seed)
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Grid(Drawing):
         if self.digit is None:
             z = latents(generator, self.seed, 0, count)
         else:
-            z = surest(generator, self.digit, count, self.seed)
+            z = self.latents_of(self.digit, generator, count)
         save_png(grid(generate(generator, z), self.columns), self.out)
 
 
@@ -126,10 +133,10 @@ class Interpolation(Drawing):
             raise Refused(*lines)
         generator = load_generator(self.run, self.weights)
 
-        def latent(digit: int | None, seed: int | None) -> torch.Tensor:
+        def latent(digit: int, seed: int | None) -> torch.Tensor:
             if seed is not None:
                 return latents(generator, seed, 0, 1)[0]
-            return surest(generator, digit, 1, self.seed)[0]
+            return self.latents_of(digit, generator, 1)[0]
 
         start = latent(self.start_digit, self.start_seed)
         end = latent(self.end_digit, self.end_seed)
@@ -150,8 +157,8 @@ if __name__ == "__main__":
     with errors_as_exit_codes():
         command = parse(Command, __doc__)
         for path in (command.out, getattr(command, "gif", None)):
-            if path and not path.parent.is_dir():
-                raise Refused(f"{path}: there is no folder {path.parent}; make it first")
+            if path:
+                check_writable(path)
         try:
             command.draw()
         except OSError as error:

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import inspect
 import io
 import json
 import math
@@ -59,8 +58,10 @@ from cs324dist.runs import files, ownership
 from cs324dist.runs import folder as folder_module
 from cs324dist.runs.checkpoints import verify_checkpoint
 from cs324dist.runs.folder import RunFolder
+from cs324dist.runs.models import load_model
 from cs324dist.sampling.generators import latents, load_generator
 from cs324dist.training import audit as audit_module
+from cs324dist.training import measurement
 from cs324dist.training import run as run_module
 from cs324dist.training.gan import GANSettings, GANTask
 from cs324dist.training.lstm import LSTMSettings, LSTMTask
@@ -669,7 +670,6 @@ class Readers:
         }
         self.counters = {name: dict(task.counters) for name, task in self.tasks.items()}
         self.sample = runpy.run_path(str(REPOSITORY / "launch" / "sample.py"), run_name="sample")
-        self.evaluate = runpy.run_path(str(REPOSITORY / "launch" / "evaluate.py"), run_name="evaluate")
         self.of = {
             "lstm": (self.status, self.reported, self.sampled, self.audited, self.resumed),
             "gan": (
@@ -703,14 +703,14 @@ class Readers:
         run.check_fits(w.original.name, lambda stored: [])
         config = run.read_config()
         assert isinstance(config, dict)
-        ownership._has_ended(w.run)
+        ownership.newest_generation(w.run / "owners")
         run.newest_step()
         self.read = Read(rows=run.read_metrics())
 
     def reported(self, w: Workspace) -> None:
         """launch/report.py; the walk is between any two images, as to find digits takes a second."""
 
-        def any_two(generator: Any) -> tuple[Tensor, Tensor, str]:
+        def any_two(generator: Any, dataset: str) -> tuple[Tensor, Tensor, str]:
             return *latents(generator, 0, 0, 2), "from one image to another"
 
         out = w.folder / "report.html"
@@ -748,19 +748,20 @@ class Readers:
 
     def evaluated(self, w: Workspace) -> None:
         """launch/evaluate.py, as far as it reads the run."""
-        load = functools.partial(self._generator, w, load_generator)
-        measure = self.evaluate["measure"]
+
+        def load(folder: Path, expected: type[Any]) -> Any:
+            generator = load_model(folder, expected)
+            self.read = Read({f"{folder.name}/model.safetensors": dict(generator.state_dict())})
+            return generator
 
         def no_images(*_: Any) -> None:
             raise Enough
 
         with (
-            mock.patch.dict(
-                inspect.unwrap(measure).__globals__, {"load_generator": load, "load_images": no_images}
-            ),
+            mock.patch.multiple(measurement, load_model=load, load_images=no_images),
             contextlib.suppress(Enough),
         ):
-            measure(self.evaluate["Evaluate"](w.run))
+            measurement.measure(w.run, 1000, 0, "averaged", None, Path("data"))
 
     def audited(self, w: Workspace) -> None:
         """launch/audit.py, all of it: what it accepts, it has found equal to the last bit."""

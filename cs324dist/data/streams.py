@@ -74,24 +74,23 @@ class ShuffledEpochs:
     name: str
     size: int
 
-    def items(
-        self, indices: Int64[Tensor, " samples"], epochs: Iterable[int] | None = None
-    ) -> Int64[Tensor, " samples"]:
-        """The items, in [0, size), that stand at these sample indices; they may span several epochs.
+    def items(self, indices: Int64[Tensor, " samples"]) -> Int64[Tensor, " samples"]:
+        """The items, in [0, size), that stand at these sample indices; on a GPU, it is waited for."""
+        return self._items(indices, (indices // self.size).unique().tolist())
 
-        `epochs` are those that the indices lie in; to find them out is to wait for the device.
-        """
+    def batch(self, shard: Shard, step: int, batch_size: int) -> Int64[Tensor, " samples"]:
+        """This rank's items of step `step`; `batch_size` is the global batch. No device is waited for."""
+        first, last = step * batch_size, (step + 1) * batch_size - 1
+        epochs = range(first // self.size, last // self.size + 1)
+        return self._items(shard.batch(step, batch_size), epochs)
+
+    def _items(self, indices: Int64[Tensor, " samples"], epochs: Iterable[int]) -> Int64[Tensor, " samples"]:
         epoch_of, positions = indices // self.size, indices % self.size
         items = torch.empty_like(indices)
-        for epoch in epoch_of.unique().tolist() if epochs is None else epochs:
+        for epoch in epochs:
             permutation = _permutation(self, epoch, indices.device)
             items = torch.where(epoch_of == epoch, permutation[positions], items)
         return items
-
-    def epochs(self, step: int, batch_size: int) -> range:
-        """Those that the samples of step `step` lie in; `batch_size` is the global batch."""
-        first, last = step * batch_size, (step + 1) * batch_size - 1
-        return range(first // self.size, last // self.size + 1)
 
 
 @lru_cache(maxsize=4)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 State = tuple[Float[Tensor, "batch hidden"], Float[Tensor, "batch hidden"]]
-AT_ONCE = 1 << 18  # samples × time steps whose gates a backward pass holds: about 2 GB at 128 hidden
+SAMPLE_STEPS_AT_ONCE = 1 << 18  # whose gates a backward pass holds: about 2 GB at 128 hidden
 GATES = ("i", "f", "g", "o")  # torch's order, so that its kernel takes the weights as they are
 
 
@@ -50,7 +50,7 @@ class LSTM(nn.Module):
         Of a long sequence only the states between its parts are kept; a backward pass takes each part
         again: only the input's memory grows with the length, and the gradient is still that of every step.
         """
-        parts = x.split(max(1, AT_ONCE // max(1, x.shape[1])))
+        parts = x.split(max(1, SAMPLE_STEPS_AT_ONCE // max(1, x.shape[1])))
         if len(parts) == 1:
             hidden, _ = self.scan(x)
             return self.output(hidden[-1])

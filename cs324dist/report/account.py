@@ -7,7 +7,7 @@ from typing import Any
 
 from cs324dist.command_line import option
 from cs324dist.report.charts import number
-from cs324dist.report.reading import SILENCE, Run, Start, plain
+from cs324dist.report.reading import DOUBTED_AFTER, Run, Start, plain
 from cs324dist.training import classifier, gan, lstm
 from cs324dist.training.settings import RunSettings
 
@@ -129,7 +129,7 @@ def notice(run: Run) -> str | None:
     match run.state:
         case "finished":
             return None
-        case "running" if run.silent_for is not None and run.silent_for > SILENCE:
+        case "running" if run.silent_for is not None and run.silent_for > DOUBTED_AFTER:
             return (
                 f"says that it is running, {progress(run)}, but gave no sign of life for "
                 f"{duration(run.silent_for)}: it was probably killed. The same command continues it."

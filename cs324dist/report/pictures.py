@@ -100,7 +100,7 @@ def walk(run: Run) -> Walk:
         Refused: there is no checkpoint that can be used.
     """
     generator = load_generator(run.path)
-    start, end, ends = walk_ends(generator)
+    start, end, ends = walk_ends(generator, run.setting("dataset"))
     strips: dict[str, str] = {}
     frames = []
     for method in METHODS:

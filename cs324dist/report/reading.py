@@ -22,7 +22,7 @@ Series = dict[int, float | None]  # value by step, in the order of steps; None: 
 LARGEST = 1e15  # beyond, a value is no longer drawn
 LONGEST = 300  # characters of a text
 MOST_METRICS, MOST_STARTS = 40, 100
-SILENCE = 60  # seconds without a sign of life after which a run that says it is running is doubted
+DOUBTED_AFTER = 60  # seconds without a sign of life after which a run that says it is running is doubted
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Run:
     metrics: Mapping[str, Series]
     samples: Mapping[int, Path]
     starts: list[Start]
+    """The last of them, of `started` in all."""
+    started: int
     processes: int | None
     problems: list[str]
 
@@ -155,6 +157,7 @@ def read_run(path: Path, name: str) -> Run:
         metrics=_metrics(rows),
         samples=dict(_numbered(path / "samples", r"([0-9]{1,18})\.png")),
         starts=[_start(owner) for _, owner in owners[-MOST_STARTS:]],
+        started=len(owners),
         processes=_count(trainer.get("world_size")),
         problems=problems,
     )
@@ -173,7 +176,7 @@ def _metrics(rows: list[dict[str, Any]]) -> dict[str, Series]:
 def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
     """The paths in a folder that are named by a number, in its order."""
     try:
-        paths = list(folder.iterdir())
+        paths = [path for path in folder.iterdir() if not path.is_symlink()]
     except OSError:
         return []
     matches: Iterator[tuple[re.Match[str] | None, Path]] = ((re.fullmatch(pattern, p.name), p) for p in paths)

@@ -32,6 +32,18 @@ def clear(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Find that a file of this name can be made, before the work that it is to hold.
+
+    Raises:
+        Refused: it is a folder, or its folder does not exist.
+    """
+    if path.is_dir():
+        raise Refused(f"{path} is a folder: give the name of a file")
+    if not path.parent.is_dir():
+        raise Refused(f"{path}: there is no folder {path.parent}; make it first")
+
+
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A name to write to; what was written takes the place of `path` at the end, and not before."""
@@ -58,8 +70,8 @@ def read_json(path: Path) -> dict[str, Any]:
         Refused: no such file, or not a JSON object of a reasonable size.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise Refused(f"{path} is not a file")  # a pipe would never end
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise Refused(f"{path} is not a file")  # a pipe would never end, a link lead anywhere
         if path.stat().st_size > LARGEST_JSON:
             raise Refused(f"{path} is larger than {LARGEST_JSON} bytes: it is not a file of this project")
         content = parse_json(path.read_bytes())

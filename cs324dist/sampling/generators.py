@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cs324dist.data.images import SHA256
 from cs324dist.data.streams import Stream
 from cs324dist.errors import Refused
 from cs324dist.evaluation.digits import SURE, read_digits
@@ -15,7 +16,7 @@ from cs324dist.models.digit_classifier import DigitClassifier
 from cs324dist.models.gan import Generator
 from cs324dist.runs.checkpoints import TRAINER, WEIGHTS, checkpoints_in, verify_checkpoint
 from cs324dist.runs.folder import RunFolder
-from cs324dist.runs.models import Model, load_model
+from cs324dist.runs.models import load_model
 
 AT_ONCE = 500  # images of one forward pass
 CANDIDATES = 1000
@@ -33,8 +34,12 @@ def load_generator(
     Raises:
         Refused: there is no such checkpoint, it is damaged, or it is not a GAN's.
     """
-    names = ("generator_ema", "generator") if weights == "averaged" else ("generator",)
-    return _load(run_or_checkpoint, names, Generator, "gan")
+    return load_model(find_generator(run_or_checkpoint, weights), Generator)
+
+
+def find_generator(run_or_checkpoint: str | Path, weights: Literal["averaged", "raw"]) -> Path:
+    """The folder of the generator that `load_generator` loads; raises as it does."""
+    return _find(run_or_checkpoint, ("generator_ema", "generator")[weights == "raw" :], "gan")
 
 
 def load_classifier(run_or_checkpoint: str | Path) -> DigitClassifier:
@@ -43,16 +48,30 @@ def load_classifier(run_or_checkpoint: str | Path) -> DigitClassifier:
     Raises:
         Refused: there is no such checkpoint, it is damaged, or it is not a classifier's.
     """
-    return _load(run_or_checkpoint, ("classifier",), DigitClassifier, "classifier")
+    return load_model(_find(run_or_checkpoint, ("classifier",), "classifier"), DigitClassifier)
 
 
-def _load(run_or_checkpoint: str | Path, names: Sequence[str], expected: type[Model], script: str) -> Model:
+def run_of(run_or_checkpoint: Path) -> RunFolder:
+    """The run that it is, or belongs to as far as can be seen."""
+    run, around = RunFolder(run_or_checkpoint), RunFolder(run_or_checkpoint.absolute().parent.parent)
+    return around if around.exists and not run.exists else run
+
+
+def data_set_of(run_or_checkpoint: Path) -> str:
+    """What it was trained on; mnist where that is unknown, or the run is on noise."""
+    run = run_of(run_or_checkpoint)
+    settings = run.read_config().get("settings") if run.exists else None
+    dataset = settings.get("dataset") if isinstance(settings, dict) else None
+    return dataset if isinstance(dataset, str) and dataset in SHA256 else "mnist"
+
+
+def _find(run_or_checkpoint: str | Path, names: Sequence[str], script: str) -> Path:
     checkpoint = _checkpoint(Path(run_or_checkpoint))
     name = next((name for name in names if (checkpoint / name).is_dir()), None)
     if name is None:
         raise Refused(f"{checkpoint} holds no {names[-1]}: give a run of launch/{script}.py")
     verify_checkpoint(checkpoint, [f"{name}/config.json", f"{name}/{WEIGHTS}"])
-    return load_model(checkpoint / name, expected)
+    return checkpoint / name
 
 
 def _checkpoint(path: Path) -> Path:

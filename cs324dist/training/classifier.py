@@ -85,7 +85,7 @@ class ClassifierTask:
     def step(self, step: int) -> dict[str, Tensor]:
         """See `Task.step`."""
         indices = self.shard.batch(step, self.settings.batch_size)
-        items = self.order.items(indices, self.order.epochs(step, self.settings.batch_size))
+        items = self.order.batch(self.shard, step, self.settings.batch_size)
         images = shifted(
             self.train_set.images[items], self.shifts.integers(indices, 2, 2 * LARGEST_SHIFT + 1)
         )

@@ -17,6 +17,7 @@ from cs324dist.data.streams import ShuffledEpochs, Stream
 from cs324dist.evaluation.digits import DigitStatistics
 from cs324dist.models.gan import Discriminator, Generator
 from cs324dist.runs.models import LARGEST_SIZE
+from cs324dist.sampling.generators import AT_ONCE
 from cs324dist.sampling.grids import grid
 from cs324dist.sampling.interpolation import STRIP_IMAGES, strip, walk_ends
 from cs324dist.training.batch_norm import freeze_cancelled_biases, synchronise
@@ -24,7 +25,6 @@ from cs324dist.training.process import in_full_precision, seeded, shard
 from cs324dist.training.settings import FREE, RunSettings
 from cs324dist.training.task import Evaluation, Watching
 
-AT_ONCE = 500  # images of one forward pass in an evaluation
 GRID = 5  # rows and columns of the picture, as in the report
 NUDGE = 0.05  # how far the penalty looks, in units of the images' range [-1, 1]
 
@@ -154,7 +154,7 @@ class GANTask:
         """See `Task.step`."""
         settings = self.settings
         indices = self.shard.batch(step, settings.batch_size)
-        items = self.order.items(indices, self.order.epochs(step, settings.batch_size))
+        items = self.order.batch(self.shard, step, settings.batch_size)
         real = to_unit_range(self.images[items], self.dtype)
         fake = self.generator(self.latents.normals(indices, settings.latent_dim, self.dtype))
 
@@ -244,7 +244,7 @@ class GANTask:
         # As launch/sample.py draws it: on the CPU, in float32, from the weights alone.
         drawn = Generator(self.settings.latent_dim).eval()
         drawn.load_state_dict(generator.state_dict())
-        start, end, _ = walk_ends(drawn)
+        start, end, _ = walk_ends(drawn, self.settings.dataset)
         return strip(drawn, start, end, STRIP_IMAGES, "spherical")
 
     @cached_property

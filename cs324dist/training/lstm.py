@@ -45,7 +45,7 @@ class LSTMSettings(RunSettings):
     model: Annotated[str, OneOf("lstm", "rnn")] = "lstm"
     """lstm, or rnn: the Elman network the report compares with."""
 
-    lstm: Annotated[str, OneOf("fused", "equations"), FREE] = "fused"
+    kernel: Annotated[str, OneOf("fused", "equations"), FREE] = "fused"
     """How the LSTM runs: torch's fused kernel, or the equations as written; equal to rounding."""
 
     hidden_size: Annotated[int, Within(1, LARGEST_SIZE)] = 128
@@ -153,7 +153,7 @@ def build_model(settings: LSTMSettings) -> nn.Module:
     input_size = DIGITS if settings.coding == "onehot" else 1
     if settings.model == "rnn":
         return RNN(input_size, settings.hidden_size, DIGITS)
-    model = LSTM(input_size, settings.hidden_size, DIGITS, kernel=settings.lstm)
+    model = LSTM(input_size, settings.hidden_size, DIGITS, kernel=settings.kernel)
     if settings.initialisation == "length":
         model.initialise_for_length(settings.length)
     return model

@@ -29,8 +29,7 @@ class RunSettings:
     """What every task has."""
 
     preset: Annotated[str, FREE] = "fast"
-    """Named recipe that the other defaults come from: fast (best quality per minute), report (the
-    report's), smoke (seconds, to see that it runs)."""
+    """Named recipe that the other defaults come from."""
 
     run_dir: Annotated[Path | None, FREE] = None
     """Run folder. To continue a run, give the same command again. Default: runs/TASK-PRESET-SEED."""
@@ -156,4 +155,7 @@ def from_command_line(
         elif word.startswith("--preset="):
             chosen = word.removeprefix("--preset=")
     defaults = presets.get(chosen, next(iter(presets.values())))
-    return parse(type(defaults), description, defaults, arguments)
+    settings = parse(type(defaults), description, defaults, arguments)
+    if settings.preset not in presets:
+        raise Refused(f"--preset {settings.preset} is not allowed: give {OneOf(*presets).wanted}")
+    return settings

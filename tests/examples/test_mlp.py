@@ -69,3 +69,9 @@ def test_a_table_that_is_none_is_one_line(launch, tmp_path):
     done = launch(*MLP, "--data", table, "--run-dir", tmp_path / "run", check=False)
     assert (done.returncode, done.stderr.count("error: ")) == (2, 1)
     assert "table.csv cannot be read as a table of numbers" in done.stderr
+
+
+def test_a_preset_that_it_has_not_is_refused(launch, tmp_path):
+    done = launch(*MLP, "--preset", "smoke", "--run-dir", tmp_path / "run", check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: --preset smoke is not allowed: give one of fast\n"

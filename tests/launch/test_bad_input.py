@@ -1,5 +1,6 @@
 """Bad input as a user meets it: one `error:` line for each thing to change, exit code 2, nothing touched."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -134,3 +135,44 @@ def test_sampling_from_a_run_of_the_lstm(launch, lstm_run, tmp_path):
     done = launch("launch/sample.py", "grid", lstm_run, "--out", out, check=False)
     assert_refused(done, f"{lstm_run}/checkpoints/000000002 holds no generator … give a run of launch/gan.py")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("script", ["sample", "evaluate", "report"])
+def test_a_result_cannot_take_the_place_of_a_folder(launch, lstm_run, tmp_path, script):
+    arguments = ("grid", lstm_run) if script == "sample" else (lstm_run,)
+    done = launch(f"launch/{script}.py", *arguments, "--out", tmp_path, check=False)
+    assert_refused(done, f"{tmp_path} is a folder: give the name of a file")
+
+
+def test_two_commands_for_one_new_folder(launch, lstm_run, tmp_path):
+    """The second finds the folder new, and owned; when it has it, it is a run of other settings."""
+    script = """
+import runpy, shutil, sys
+from cs324dist.runs.folder import RunFolder
+honest = RunFolder.claim
+def claim(run):
+    shutil.copytree(sys.argv[1], run.path)
+    honest(run)
+RunFolder.claim = claim
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    run = tmp_path / "run"
+    done = launch("-c", script, lstm_run, *TINY, "--length", "5", "--run-dir", run, check=False)
+    assert_refused(done, "--length 5 … run's 4")
+    owners = run / "owners"
+    assert content_of(run) == content_of(lstm_run)
+    assert [path.name for path in owners.glob("*.json")] == ["1.json"]
+
+
+def test_digits_of_a_run_that_draws_none(launch, tmp_path, lstm_run):
+    run = tmp_path / "run"
+    options = ("--preset", "smoke", "--dataset", "fake", "--steps", "1", "--wandb", "disabled")
+    launch("launch/gan.py", *options, "--run-dir", run)
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["dataset"] = "fashion-mnist"
+    (run / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "grid.png"
+    done = launch("launch/sample.py", "grid", run, "--digit", "7", "--out", out, check=False)
+    assert_refused(done, f"{run} draws fashion-mnist, which holds no digits")
+    launch("launch/sample.py", "grid", run, "--out", out)

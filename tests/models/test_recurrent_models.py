@@ -120,7 +120,7 @@ class TestLSTM:
         model, x = lstm(3, 5, kernel), normals(20, 2, 3)
         whole = model(x)
         expected = torch.autograd.grad(whole[:, 4].sum(), model.parameters())
-        monkeypatch.setattr("cs324dist.models.lstm.AT_ONCE", 2 * steps_at_once)
+        monkeypatch.setattr("cs324dist.models.lstm.SAMPLE_STEPS_AT_ONCE", 2 * steps_at_once)
         taken, scan = [], model.scan
         monkeypatch.setattr(model, "scan", lambda x, state: (taken.append(len(x)), scan(x, state))[1])
         parts = model(x)

@@ -47,6 +47,28 @@ def test_a_run_is_read(runs: Path) -> None:
     assert run.problems == []
 
 
+def test_of_many_starts_the_last_are_shown_and_all_are_counted(tmp_path: Path) -> None:
+    run = make_lstm(tmp_path / "run")
+    for number in range(2, 151):
+        (run / "owners" / f"{number}.json").write_text(json.dumps({"host": f"node{number}"}))
+    read = read_run(run, "run")
+    assert (read.started, len(read.starts)) == (150, 100)
+    assert read.starts[-1].where.startswith("node150")
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    """A folder from a stranger may hold a link to a file of the reader's."""
+    run, mine = make_gan(tmp_path / "run"), tmp_path / "mine"
+    for name in ("samples/000000100.png", "metrics.jsonl", "status.json"):
+        (run / name).rename(mine)
+        (run / name).symlink_to(mine)
+        mine = mine.with_name(mine.name + "'")
+    read = read_run(run, "run")
+    assert list(read.samples) == [200, 300, 400]
+    assert read.metrics == {}
+    assert read.problems == [f"{run}/status.json is not a file"]
+
+
 def test_what_is_no_number_is_a_gap(runs: Path) -> None:
     run = read_run(runs / HOSTILE, "damaged")
     assert list(run.series("train/loss").items())[-3:] == [

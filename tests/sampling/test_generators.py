@@ -12,8 +12,8 @@ from cs324dist.models.gan import Generator
 from cs324dist.models.lstm import LSTM
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
 from cs324dist.runs.folder import RunFolder
-from cs324dist.sampling import generators
-from cs324dist.sampling.generators import generate, latents, load_generator, surest
+from cs324dist.sampling import generators, interpolation
+from cs324dist.sampling.generators import find_generator, generate, latents, load_generator, surest
 
 
 class Stub(Generator):
@@ -140,3 +140,24 @@ class TestLoadGenerator:
         write_checkpoint(run.checkpoint(1), {"lstm": LSTM(1, 2)}, {}, TrainerState(1, 1))
         with pytest.raises(Refused, match="holds no generator"):
             load_generator(run.path)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "ends"),
+    [
+        ("mnist", "from a 4 to a 1"),
+        ("fake", "from a 4 to a 1"),
+        ("fashion-mnist", "from one image to another"),
+    ],
+)
+def test_only_a_generator_of_digits_walks_from_a_4_to_a_1(four_or_one: Stub, dataset: str, ends: str) -> None:
+    assert interpolation.walk_ends(four_or_one, dataset)[2] == ends
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_the_averaged_weights_are_found_where_there_are_any(tmp_path: Path, averaged: bool) -> None:
+    names = ["generator", "generator_ema"][: 1 + averaged]
+    checkpoint = tmp_path / "000000001"
+    write_checkpoint(checkpoint, {name: Generator(2) for name in names}, {}, TrainerState(1, 1))
+    assert find_generator(checkpoint, "averaged").name == names[-1]
+    assert find_generator(checkpoint, "raw").name == "generator"

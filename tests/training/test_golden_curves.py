@@ -28,9 +28,10 @@ RECIPES = {
 }
 
 
-def curves(recipe: str) -> dict[str, list[float]]:
+def curves(recipe: str, **changed: str) -> dict[str, list[float]]:
     """Every metric of the first steps."""
     build, settings = RECIPES[recipe]
+    settings = replace(settings, **changed)
     task = build(settings, Accelerator(cpu=True), torch.float64)
     rows = [{name: value.item() for name, value in task.step(step).items()} for step in range(STEPS)]
     return {name: [row[name] for row in rows if name in row] for name in rows[0]}
@@ -38,7 +39,15 @@ def curves(recipe: str) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_losses_are_those_that_were_stored(recipe: str) -> None:
-    found, expected = curves(recipe), json.loads(STORED.read_text())[recipe]
+    assert_stored(curves(recipe), recipe)
+
+
+def test_the_lstm_as_its_equations_learns_as_the_fused_one() -> None:
+    assert_stored(curves("lstm, preset report", kernel="equations"), "lstm, preset report")
+
+
+def assert_stored(found: dict[str, list[float]], recipe: str) -> None:
+    expected = json.loads(STORED.read_text())[recipe]
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         assert found[name] == pytest.approx(values, rel=1e-6, abs=1e-12), name

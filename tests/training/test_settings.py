@@ -24,7 +24,7 @@ FREE = {
     "wandb",
     "dry_run",
     "data_root",
-    "lstm",
+    "kernel",
 }
 TASKS = {"gan": gan.PRESETS, "lstm": lstm.PRESETS, "classifier": classifier.PRESETS}
 FIELDS = [(task, field.name) for task, presets in TASKS.items() for field in fields(presets["fast"])]

@@ -100,6 +100,7 @@
       for (const chart of charts) {
         chart.marks.forEach((node) => node.remove());
         chart.marks = [];
+        chart.said = "";
         const found = at === null ? [] : shown(chart)
           .map((curve) => ({ ...curve, points: within(curve.points) }))
           .filter((curve) => curve.points.length && at <= curve.points.at(-1)[0])
@@ -139,7 +140,7 @@
       const here = at === null ? (by > 0 ? -1 : known.length) : known.indexOf(nearest(known.map((x) => [x]), at)[0]);
       at = known[Math.min(Math.max(here + by, 0), known.length - 1)];
       mark();
-      spoken.textContent = chart.said ?? "";
+      spoken.textContent = chart.said;
     }
 
     const zooms = { in: () => zoom(0.5), out: () => zoom(2), all: () => zoom(Infinity) };
