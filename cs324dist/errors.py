@@ -13,6 +13,7 @@ EXIT_REFUSED = 2
 EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: run the same command again to continue
 
 RANK = os.environ.get("RANK", "0")
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 SECONDS_FOR_THE_FIRST_RANK = 10
 
 
@@ -52,7 +53,7 @@ def errors_as_exit_codes() -> Iterator[None]:
             _let_the_first_rank_speak()
             place = "" if RANK == "0" else f" on rank {RANK}"
         else:
-            place = f" on rank {RANK}"
+            place = f" on rank {RANK}" if WORLD_SIZE > 1 else ""
         sys.stderr.writelines(f"error{place}: {line}\n" for line in refusal.lines)
         leave(refusal.exit_code)
     except KeyboardInterrupt:
@@ -70,7 +71,7 @@ def leave(exit_code: int) -> NoReturn:
     Gloo's threads live on while anything refers to the process group, and one that lets go of a tensor while
     the interpreter shuts down aborts the process (pytorch #179291): one of several leaves without a shutdown.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if WORLD_SIZE > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)

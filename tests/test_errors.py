@@ -43,3 +43,14 @@ def test_a_reader_that_has_enough_ends_it_quietly():
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
+
+
+def test_one_process_alone_has_no_rank_to_name():
+    code = """
+from cs324dist.errors import errors_as_exit_codes
+from cs324dist.training.failures import OneProcessFailed
+with errors_as_exit_codes():
+    raise OneProcessFailed("no")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: no\n")

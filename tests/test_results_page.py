@@ -1,4 +1,4 @@
-"""docs/results.md and docs/performance.md say what the stored results say."""
+"""The pages of results, speed and scaling say what the stored results say."""
 
 import runpy
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize(("name", "writer"), [("results", "page"), ("performance", "performance")])
-def test_the_page_is_the_one_that_the_stored_results_make(name: str, writer: str) -> None:
+@pytest.mark.parametrize("page", ["results", "performance", "distributed"])
+def test_the_page_is_the_one_that_the_stored_results_make(page: str) -> None:
     written = runpy.run_path(str(REPOSITORY / "benchmarks" / "results_page.py"))
-    assert (REPOSITORY / "docs" / f"{name}.md").read_text() == written[writer]()
+    assert (REPOSITORY / "docs" / f"{page}.md").read_text() == written[page]()

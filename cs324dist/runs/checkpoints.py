@@ -27,6 +27,7 @@ TRAINER = "trainer.json"
 OPTIMIZERS = "optimizers.safetensors"
 WEIGHTS = "model.safetensors"
 LARGEST_GENERATION = 999_999_990
+NAME = r"\w{1,99}"  # of a model
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,17 @@ class TrainerState:
     """Whether a signal cut this step's evaluation short."""
 
 
+def check_names(models: Iterable[str]) -> None:
+    """Find that a checkpoint can hold models of these names.
+
+    Raises:
+        Refused: it cannot.
+    """
+    for name in models:
+        if not re.fullmatch(NAME, name, re.ASCII):
+            raise Refused(f"a model cannot be called {name!r}: give letters, digits and underscores")
+
+
 def write_checkpoint(
     folder: Path, models: Mapping[str, nn.Module], optimizers: Mapping[str, Tensor], state: TrainerState
 ) -> None:
@@ -64,8 +76,9 @@ def write_checkpoint(
         Failed: a tensor is not finite.
         OSError: it cannot be written, or a later owner has written it; nothing of it is left.
     """
-    for name, tensors in {**{n: m.state_dict() for n, m in models.items()}, "optimizer": optimizers}.items():
+    for file, tensors in tensors_by_file(models, optimizers).items():
         if not _all_finite(tensors.values()):
+            name = "optimizer" if file == OPTIMIZERS else file.partition("/")[0]
             raise Failed(f"after step {state.step}, the {name} holds values that are not finite")
     temporary = folder.with_name(f".{folder.name}.{state.generation}.tmp")
     clear(temporary)
@@ -125,7 +138,7 @@ def verify_checkpoint(folder: Path, needed: Iterable[str] = ()) -> TrainerState:
     if not isinstance(digests, dict) or OPTIMIZERS not in digests:
         raise Refused(f"{folder / TRAINER} lists no files: it is damaged, or not a file of this project")
     for name, expected in digests.items():
-        if not re.fullmatch(r"(\w{1,99}/)?\w{1,99}\.(json|safetensors)", name, re.ASCII):
+        if not re.fullmatch(rf"({NAME}/)?{NAME}\.(json|safetensors)", name, re.ASCII):
             raise Refused(f"{folder / TRAINER} names {name[:200]!r}, which is no file of a checkpoint")
         path = folder / name
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):

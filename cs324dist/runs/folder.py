@@ -183,8 +183,15 @@ class RunFolder:
     def finish(self, step: int, keep_last: int) -> None:
         """Say of a run at its last step that it is finished, which a process killed at the end could not."""
         if self._status().get("state") != "finished":
-            keep_newest(self.checkpoints, keep_last, self.generation)
+            self.keep_newest(keep_last)
             self.write_status("finished", step)
+
+    def keep_newest(self, count: int) -> None:
+        """Delete older checkpoints; one that cannot be deleted is named."""
+        try:
+            keep_newest(self.checkpoints, count, self.generation)
+        except OSError as error:  # somebody reads it over a network file system, perhaps
+            print(f"warning: an old checkpoint stays for now: {error}", file=sys.stderr)
 
     def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a line; `step` is the number of completed steps. What is not finite is written as null.
@@ -242,7 +249,7 @@ class RunFolder:
 
     def _lines_of_metrics(self) -> Iterator[bytes]:
         path = self.path / "metrics.jsonl"
-        if path.is_file():
+        if path.is_file() and not path.is_symlink():
             with path.open("rb") as file:
                 while (line := file.readline(LARGEST_LINE)).endswith(b"\n") or len(line) == LARGEST_LINE:
                     yield line

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def check_launcher(world_size: int, is_main_process: bool) -> None:
         command = parent.cmdline() if parent else []
     except psutil.Error:  # of another user
         return
-    if not any("accelerate" in word for word in command[:3]):
+    if not any(re.fullmatch(r"(.*/)?accelerate([-_]launch(\.py)?)?|accelerate\..*", w) for w in command[:3]):
         return
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int)

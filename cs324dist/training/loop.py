@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from cs324dist.errors import Failed, Refused, shown
 from cs324dist.runs.checkpoints import (
     TrainerState,
-    keep_newest,
     read_checkpoint,
     rewrite_state,
     write_checkpoint,
@@ -97,19 +96,19 @@ def save(
             raise _diverged(run, str(failure)) from None
         else:
             run.write_status("running", completed)
-            try:
-                keep_newest(run.checkpoints, task.settings.keep_last, run.generation)
-            except OSError as error:  # somebody reads it over a network file system, perhaps
-                print(f"warning: an old checkpoint stays for now: {error}", file=sys.stderr)
+            run.keep_newest(task.settings.keep_last)
 
     on_main_process(accelerator, write)
 
 
 def _settle(run: RunFolder, start: TrainerState) -> None:
-    """Write down that the evaluation is no longer owed."""
-    lines, generation = run.write_metrics(sync=True), run.generation
-    state = replace(start, evaluation_owed=False, metrics_lines=lines, generation=generation)
-    rewrite_state(run.checkpoint(start.step), state)
+    """Write down that the evaluation is no longer owed; if that fails, the next start evaluates once more."""
+    try:
+        lines, generation = run.write_metrics(sync=True), run.generation
+        state = replace(start, evaluation_owed=False, metrics_lines=lines, generation=generation)
+        rewrite_state(run.checkpoint(start.step), state)
+    except OSError as error:
+        print(f"warning: {run.checkpoint(start.step)} stays as it is: {error.strerror}", file=sys.stderr)
 
 
 def resume(task: Task, run: RunFolder, accelerator: Accelerator) -> TrainerState:

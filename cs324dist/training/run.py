@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from accelerate import Accelerator
 
 from cs324dist.errors import EXIT_STOPPED, Refused, errors_as_exit_codes, leave
-from cs324dist.runs.checkpoints import TrainerState
+from cs324dist.runs.checkpoints import TrainerState, check_names
 from cs324dist.runs.folder import RunFolder
 from cs324dist.runs.ownership import Superseded
 from cs324dist.training.failures import ProcessLost, explained
@@ -49,10 +49,17 @@ def run_to_the_end(
         Failed: the run cannot go on.
     """
     run, started = RunFolder(settings.folder), False
-    on_main_process(accelerator, lambda: run.check_fits(name, lambda stored: conflicts(settings, stored)))
+
+    def check_fits() -> None:
+        run.check_fits(name, lambda stored: conflicts(settings, stored))
+
+    on_main_process(accelerator, check_fits)
     task = build(settings, accelerator)
+    check_names(task.models)
     on_main_process(accelerator, run.claim)
     try:
+        # once more: another process may have had the folder in the meantime
+        on_main_process(accelerator, check_fits)
         start = resume(task, run, accelerator)
         if start.step >= settings.steps and not start.evaluation_owed:
             on_main_process(accelerator, lambda: run.finish(start.step, settings.keep_last))

@@ -1,6 +1,6 @@
 """What a task offers to the loop, and the optimizer state as named tensors."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -8,9 +8,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
+from cs324dist.evaluation.accuracy import Watching
 from cs324dist.training.settings import RunSettings
-
-Watching = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)

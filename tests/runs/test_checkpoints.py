@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cs324dist.errors import Refused
+from cs324dist.errors import Failed, Refused
 from cs324dist.models.rnn import RNN
 from cs324dist.runs import checkpoints
 from cs324dist.runs.checkpoints import (
     LARGEST_GENERATION,
     TrainerState,
+    check_names,
     checkpoints_in,
     keep_newest,
     newest_generation,
@@ -383,3 +385,16 @@ def assert_refused(folder: Path, name: str, content: bytes | None) -> None:
         path.write_bytes(intact)
     assert str(path) in str(caught.value)
     assert learner.bits() == before
+
+
+@pytest.mark.parametrize("name", ["my-mlp", "a/b", "", "m.lp", "ü", "x" * 100])
+def test_a_model_that_no_checkpoint_could_hold_is_refused(name):
+    with pytest.raises(Refused, match="give letters, digits and underscores"):
+        check_names(["mlp", name])
+
+
+def test_a_model_may_be_called_optimizer(tmp_path):
+    model = nn.Linear(1, 1)
+    model.weight.data.fill_(math.nan)
+    with pytest.raises(Failed, match="the optimizer holds values that are not finite"):
+        write_checkpoint(tmp_path / "000000001", {"optimizer": model}, {}, TrainerState(1, 1))
