@@ -1,4 +1,4 @@
-"""Write docs/results.md, its pictures, and docs/performance.md from the templates and the stored results.
+"""Write docs/results.md, performance.md and distributed.md, and their pictures, from what is stored.
 
 python benchmarks/results_page.py
 """
@@ -14,10 +14,6 @@ from cs324dist.evaluation.accuracy import TRIALS
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
-TEMPLATE = REPOSITORY / "benchmarks" / "results.md.template"
-SPEED_TEMPLATE = REPOSITORY / "benchmarks" / "performance.md.template"
-SPEED_PAGE = REPOSITORY / "docs" / "performance.md"
-PAGE = REPOSITORY / "docs" / "results.md"
 IMAGES = REPOSITORY / "docs" / "images"
 LENGTHS = (5, 10, 15, 20, 50)
 LINE = 3.77  # floors within which an image is close: a distance of 20 where the floor is 5.3
@@ -25,6 +21,10 @@ SETTLING = 30  # steps that `lstm_results.py settled` watches
 SPACE = "\N{NARROW NO-BREAK SPACE}"
 
 Trial = dict[str, Any]
+
+
+def template(page: str) -> str:
+    return (REPOSITORY / "benchmarks" / f"{page}.md.template").read_text()
 
 
 def stored(part: str) -> dict[str, Any]:
@@ -285,6 +285,22 @@ def gan_fast(trials: list[Trial]) -> str:
     return table(header, [*rows, everything])
 
 
+def gan_quick(trials: list[Trial]) -> str:
+    near = sum(trial["frechet_distance"] <= LINE * trial["floor"] for trial in trials)
+    row = (
+        f"{len(trials)}",
+        distances(trials),
+        floors(trials),
+        f"{near} of {len(trials)}",
+        sure(trials),
+        digits(trials),
+        spread([trial["seconds"] for trial in trials]),
+    )
+    header = ("trials", "distance", "floors", f"within {LINE} floors, {LINE * trials[0]['floor']:.1f}",
+              "sure", "share of each digit", "seconds, from the command to the end")  # fmt: skip
+    return table(header, [row])
+
+
 def overtaken(reported: list[Trial], fast: list[Trial], pace: list[Trial]) -> str:
     """When preset fast is as near as the report's recipe in its last fifth, and within `LINE` floors."""
     ms = {trial["recipe"]: trial["milliseconds"] for trial in pace}
@@ -402,7 +418,7 @@ def performance() -> str:
     speed, ablation = stored("speed"), stored("ablation")
     rows = speed["comparisons"]
     bf16 = [row for row in rows if "bf16" in row["what"]]
-    return SPEED_TEMPLATE.read_text().format(
+    return template("performance").format(
         rounds=speed["rounds"],
         made_by=machines(speed["made_by"], ablation["made_by"]),
         compared=compared([row for row in rows if row["goal"]]),
@@ -411,12 +427,68 @@ def performance() -> str:
     )
 
 
-def page() -> str:
+def scaled(result: dict[str, Any]) -> str:
+    rows = [
+        (name, *(f"{value:.2f}" for value in (statistics.median(ratios), ratios[0], ratios[-1])))
+        for name, ratios in result["ratios"].items()
+    ]
+    return table(("comparison", "median", "least", "most"), rows)
+
+
+def scaling_model(result: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds a step as `fixed + per_sample x samples of a process + moved, if there are two`.
+
+    Both cells of one process and the smallest of two give the three numbers; the other cells check them.
+    """
+    median = {cell: statistics.median(times) for cell, times in result["milliseconds"].items()}
+    per_sample = (median["1 x 256"] - median["1 x 64"]) / (256 - 64)
+    fixed = median["1 x 64"] - 64 * per_sample
+    return {
+        "fixed": fixed,
+        "per_sample": per_sample,
+        "moved": median["2 x 32"] - fixed - 32 * per_sample,
+    }
+
+
+def modelled(cell: str, fixed: float, per_sample: float, moved: float) -> float:
+    processes, samples = map(int, cell.split(" x "))
+    return fixed + per_sample * samples + (moved if processes > 1 else 0.0)
+
+
+def cells(result: dict[str, Any]) -> str:
+    model = scaling_model(result)
+    rows = []
+    for cell, times in result["milliseconds"].items():
+        values = (statistics.median(times), times[0], times[-1], modelled(cell, **model))
+        rows.append((cell, *(f"{value:.0f}" for value in values)))
+    header = ("processes x samples of each", "ms a step, median", "least", "most", "model")
+    return table(header, rows)
+
+
+def distributed() -> str:
+    """The page on any number of processes."""
+    result = stored("scaling")
+    model = scaling_model(result)
+    missed = [
+        abs(modelled(cell, **model) / statistics.median(times) - 1)
+        for cell, times in result["milliseconds"].items()
+    ]
+    return template("distributed").format(
+        scaled=scaled(result),
+        cells=cells(result),
+        made_by=machines(result["hardware"]),
+        pays=f"{2 * model['moved'] / model['per_sample']:.0f}",
+        missed=f"{max(missed):.0%}".replace("%", " %"),
+        **model,
+    )
+
+
+def results() -> str:
     """The page of results."""
     parts = {name: stored(f"lstm/{name}")["trials"] for name in PARTS}
     gan = {name: stored(f"gan/{name}")["trials"] for name in GAN_PARTS}
     chaos, fuzz, stall = (stored(name) for name in ("chaos", "fuzz", "checkpoint_stall"))
-    return TEMPLATE.read_text().format(
+    return template("results").format(
         **{name: write(parts[part]) for name, (part, write) in TABLES.items()},
         made_by=machines(*(stored(f"lstm/{name}")["made_by"] for name in PARTS if name != "long")),
         long_made_by=machines(stored("lstm/long")["made_by"]),
@@ -427,7 +499,7 @@ def page() -> str:
         sure_of_test_images=f"{100 * gan['fast'][0]['sure_of_test_images']:.1f} %",
         **{
             f"gan_{name}_made_by": machines(*(trial["made_by"] for trial in gan[name]))
-            for name in ("report", "fast", "ablation")
+            for name in ("report", "fast", "bf16", "quick", "ablation")
         },
         killed=killed(chaos),
         chaos_made_by=machines(chaos["hardware"]),
@@ -456,6 +528,8 @@ TABLES = {
 GAN_PARTS = {
     "report": gan_reported,
     "fast": gan_fast,
+    "bf16": gan_fast,
+    "quick": gan_quick,
     "pace": None,
     "ablation": gan_ablation,
     "memorised": gan_memorised,
@@ -515,10 +589,25 @@ def draw() -> None:
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(IMAGES / "gan-distance.png", dpi=120)
     plt.close(figure)
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    ratios = stored("scaling")["ratios"]
+    medians = [statistics.median(values) for values in ratios.values()]
+    ends = [[m - v[0] for m, v in zip(medians, ratios.values(), strict=True)],
+            [v[-1] - m for m, v in zip(medians, ratios.values(), strict=True)]]  # fmt: skip
+    bars = ["#0072b2" if "strong" in name else "#e69f00" for name in ratios]
+    axes.barh(list(ratios), medians, xerr=ends, color=bars, capsize=3)
+    axes.axvline(1, color="grey", linestyle=":")
+    axes.invert_yaxis()
+    axes.set_xlabel("two processes over one: speed-up (strong), efficiency (weak)")
+    for row, median in enumerate(medians):
+        axes.text(0.03, row, f"{median:.2f}", color="white", va="center", weight="bold")
+    figure.savefig(IMAGES / "scaling.png", dpi=120)
+    plt.close(figure)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
-    SPEED_PAGE.write_text(performance())
+    for page in (results, performance, distributed):
+        path = REPOSITORY / "docs" / f"{page.__name__}.md"
+        path.write_text(page())
+        print(path.relative_to(REPOSITORY))
     draw()
-    print(PAGE.relative_to(REPOSITORY), SPEED_PAGE.relative_to(REPOSITORY))

@@ -1,15 +1,15 @@
 """Strong and weak scaling of the GAN's step: one process against two, in turn, one thread each.
 
-    python benchmarks/scaling.py --out benchmarks/results/scaling.json --plot docs/images/scaling.png
+    python benchmarks/scaling.py && python benchmarks/results_page.py
 
-Takes about eight minutes on two cores. The step is that of preset `report` with the discriminator training in
-every step, BatchNorm over the global batch.
+Takes about eight minutes on two cores, and writes `benchmarks/results/scaling.json`, of which the second
+command makes the tables and the picture of docs/distributed.md. The step is that of preset `report` with the
+discriminator training in every step, BatchNorm over the global batch.
 """
 
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +17,7 @@ from pathlib import Path
 from cs324dist.runs.environment import environment
 
 STEP = Path(__file__).parent / "gan_step.py"
+RESULT = Path(__file__).parent / "results" / "scaling.json"
 CELLS = [(1, 64), (2, 64), (2, 128), (1, 256), (2, 256), (2, 512)]  # processes, global batch
 COMPARISONS = {
     "strong scaling at global batch 64": ((1, 64), (2, 64)),
@@ -52,73 +53,11 @@ def measure(rounds: int) -> dict:
     }
 
 
-def model(result: dict) -> dict[str, float]:
-    """Milliseconds a step as `fixed + per_sample x samples of a process + moved, if there are two`.
-
-    Both cells of one process and the smallest of two give the three numbers; the other cells check them.
-    """
-    median = {cell: statistics.median(times) for cell, times in result["milliseconds"].items()}
-    per_sample = (median["1 x 256"] - median["1 x 64"]) / (256 - 64)
-    fixed = median["1 x 64"] - 64 * per_sample
-    moved = median["2 x 32"] - fixed - 32 * per_sample
-    predicted = {"fixed": fixed, "per_sample": per_sample, "moved": moved}
-    for cell in median:
-        processes, samples = (int(word) for word in cell.split(" x "))
-        predicted[cell] = fixed + per_sample * samples + (moved if processes > 1 else 0)
-    return predicted
-
-
-def table(result: dict) -> str:
-    lines = ["| comparison | median | least | most |", "|---|---|---|---|"]
-    for name, ratios in result["ratios"].items():
-        lines.append(f"| {name} | {statistics.median(ratios):.2f} | {ratios[0]:.2f} | {ratios[-1]:.2f} |")
-    lines += [
-        "",
-        "| processes x samples of each | ms a step, median | least | most | model |",
-        "|---|---|---|---|---|",
-    ]
-    predicted = model(result)
-    for cell, times in result["milliseconds"].items():
-        row = [statistics.median(times), times[0], times[-1], predicted[cell]]
-        lines.append(f"| {cell} | " + " | ".join(f"{value:.0f}" for value in row) + " |")
-    constants = ", ".join(f"{name} {predicted[name]:.2f}" for name in ("fixed", "per_sample", "moved"))
-    return "\n".join([*lines, "", f"model, in ms: {constants}"])
-
-
-def plot(result: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
-    names = list(result["ratios"])
-    medians = [statistics.median(result["ratios"][name]) for name in names]
-    spread = [
-        [m - min(result["ratios"][n]) for m, n in zip(medians, names, strict=True)],
-        [max(result["ratios"][n]) - m for m, n in zip(medians, names, strict=True)],
-    ]
-    colours = ["#0072b2" if "strong" in name else "#e69f00" for name in names]
-    axes.barh(names, medians, xerr=spread, color=colours, capsize=3)
-    axes.axvline(1, color="grey", linestyle=":")
-    axes.invert_yaxis()
-    axes.set_xlabel("two processes over one: speed-up (strong), efficiency (weak)")
-    for row, median in enumerate(medians):
-        axes.text(0.03, row, f"{median:.2f}", color="white", va="center", weight="bold")
-    figure.savefig(path, dpi=150)
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5, help="times each cell is measured (default: 5)")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--plot", type=Path, help="picture to write")
-    parser.add_argument("--read", type=Path, help="read this JSON file instead of measuring")
     arguments = parser.parse_args()
-    result = json.loads(arguments.read.read_text()) if arguments.read else measure(arguments.rounds)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    if arguments.plot:
-        plot(result, arguments.plot)
-    print(table(result))
+    RESULT.write_text(json.dumps(measure(arguments.rounds), indent=2) + "\n")
+    print(RESULT)
