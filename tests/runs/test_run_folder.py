@@ -1,5 +1,6 @@
 """The run folder: whose it is, where it stands, and what is left of it after a crash."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -238,3 +239,21 @@ def test_the_status_says_where_the_run_stands(run):
         "step": 12,
         "why": "a signal asked for it",
     }
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_keep_a_run_from_being_finished(
+    run, monkeypatch, capsys
+):
+    """Somebody reads it over a network file system, perhaps."""
+    for step in (10, 20):
+        save(run, step)
+
+    def busy(self: Path, target: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(self))
+
+    monkeypatch.setattr(Path, "rename", busy)
+    run.finish(20, keep_last=1)
+    assert read_json(run.path / "status.json")["state"] == "finished"
+    said = capsys.readouterr().err
+    assert said.startswith("warning: an old checkpoint stays for now")
+    assert str(run.checkpoint(10)) in said
