@@ -103,7 +103,8 @@ class Ownership:
     def release(self) -> None:
         """Let another process have it."""
         self._released.set()
-        with suppress(OSError):
+        with suppress(OSError, Superseded):
+            self.check()
             write_json(self._path, {**self._facts, "ended": True})
         self._lock.release()
 
