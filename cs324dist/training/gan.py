@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -131,7 +131,8 @@ class GANTask:
             generator = Generator(settings.latent_dim)
             discriminator = Discriminator()
         for network in (generator, discriminator):
-            network.to(self.shard.device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            moved = cast(Any, network.to(self.shard.device, dtype))  # torch before 2.15 does not say the next
+            moved.to(memory_format=torch.channels_last)
         self.models: dict[str, nn.Module] = {"generator": generator, "discriminator": discriminator}
         if settings.averaging:
             self.models["generator_ema"] = copy.deepcopy(generator).eval().requires_grad_(False)

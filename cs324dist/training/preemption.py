@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,8 @@ class StopRequest:
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         threading.Thread(target=self._count, args=(arrivals,), daemon=True).start()
         if self._world_size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._hung_after))
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._hung_after))
+            self._group = cast(dist.ProcessGroup, group)
         self.received_before_the_last_vote = self.received
 
     def __enter__(self) -> "StopRequest":
