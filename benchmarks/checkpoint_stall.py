@@ -18,15 +18,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cs324dist.errors import leave
+from cs324dist.distributed.process import start_accelerator
+from cs324dist.errors import exit_process
 from cs324dist.runs import checkpoints, models
 from cs324dist.runs.environment import environment
 from cs324dist.runs.files import sha256, sync
-from cs324dist.runs.folder import RunFolder
-from cs324dist.training.gan import PRESETS, GANTask
-from cs324dist.training.loop import save
-from cs324dist.training.process import start_accelerator
-from cs324dist.training.task import optimizer_tensors
+from cs324dist.runs.run_dir import RunDir
+from cs324dist.tasks.base import optimizer_tensors
+from cs324dist.tasks.gan import PRESETS, GANTask
+from cs324dist.trainer import save
 
 REPOSITORY = Path(__file__).parents[1]
 WARM_UP = 5  # steps
@@ -57,7 +57,7 @@ def measure(repeats: int, steps: int, dataset: str, folder: Path) -> dict:
     run_dir = folder / "run"
     settings = dataclasses.replace(PRESETS["fast"], dataset=dataset, run_dir=run_dir, keep_last=2)
     accelerator = start_accelerator(settings.batch_size)
-    task, run = GANTask(settings, accelerator), RunFolder(run_dir)
+    task, run = GANTask(settings, accelerator), RunDir(run_dir)
     run.open("gan", settings.as_json())
     for step in range(WARM_UP):
         task.step(step)
@@ -115,4 +115,4 @@ if __name__ == "__main__":
         f"at one checkpoint in {result['interval_steps']} steps"
     )
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    leave(0)
+    exit_process(0)

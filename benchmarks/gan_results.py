@@ -23,8 +23,8 @@ import parts
 import torch
 
 from cs324dist.data.images import load_images, to_unit_range
-from cs324dist.evaluation.digits import read_digits
-from cs324dist.runs.folder import RunFolder
+from cs324dist.metrics.digits import read_digits
+from cs324dist.runs.run_dir import RunDir
 from cs324dist.sampling.generators import generate, latents, load_generator
 from cs324dist.sampling.grids import grid, save_png
 
@@ -50,9 +50,9 @@ def run(script: str, *arguments: str | Path, precision: str = "no") -> float:
     return time.monotonic() - began
 
 
-def trained(name: str, options: str = "", script: str = "gan", precision: str = "no") -> RunFolder:
+def trained(name: str, options: str = "", script: str = "gan", precision: str = "no") -> RunDir:
     """The finished run of these options; `seconds` of it, if it was made in one go, is stored beside it."""
-    folder = RunFolder(RUNS / name)
+    folder = RunDir(RUNS / name)
     new = not folder.exists
     here = ("--wandb", "disabled", "--run-dir", folder.path)
     seconds = run(script, *options.split(), *here, precision=precision)
@@ -76,7 +76,7 @@ def measured(name: str, options: str = "", *evaluation: str | Path, precision: s
         "options": options,
         "steps": config["settings"]["steps"],
         "seconds": int(whole.read_text()) if whole.exists() else None,
-        "made_by": {**config["made_by"], "cores": os.cpu_count()},
+        "environment": {**config["environment"], "cores": os.cpu_count()},
         "curve": curve,
         **json.loads((folder.path / "evaluation.json").read_text()),
     }
@@ -84,7 +84,7 @@ def measured(name: str, options: str = "", *evaluation: str | Path, precision: s
 
 def pictures(name: str, prefix: str, *steps: int) -> None:
     """The grids of some steps, and the walk from a 4 to a 1."""
-    folder = RunFolder(RUNS / name)
+    folder = RunDir(RUNS / name)
     for step in steps:
         shutil.copy(folder.sample(step), IMAGES / f"{prefix}-{step}.png")
     walk = ("interpolate", folder.path, "--start-digit", 4, "--end-digit", 1)
@@ -101,7 +101,7 @@ def report() -> list[dict[str, Any]]:
     trials = []
     for name, options in recipes.items():
         folder = f"report {name}".replace(" ", "-").translate({ord(c): None for c in "(),"})
-        common = f"--preset report --steps {REPORTS_STEPS} --evaluate-every 500 --checkpoint-every 1000"
+        common = f"--preset course --steps {REPORTS_STEPS} --evaluate-every 500 --checkpoint-every 1000"
         trials.append({"recipe": name, **measured(folder, f"{common} {options}")})
         if name == "every second step":
             pictures(folder, "gan-report", 500, 10_000, 20_000)
@@ -146,7 +146,7 @@ def pace() -> list[dict[str, Any]]:
             if row["step"] > 100 and "train/generator_loss" in row
         ]
         milliseconds = 1000 * config["settings"]["batch_size"] / statistics.median(rates)
-        trials.append({"recipe": recipe, "milliseconds": milliseconds, "made_by": config["made_by"]})
+        trials.append({"recipe": recipe, "milliseconds": milliseconds, "environment": config["environment"]})
     return trials
 
 
@@ -154,9 +154,9 @@ def ablation() -> list[dict[str, Any]]:
     """Preset `fast` at half its steps, each ingredient left out in turn, three seeds, in bf16."""
     variants = {
         "preset fast": "",
-        "no averaging": "--averaging 0",
+        "no averaging": "--ema-decay 0",
         "no decay of the step sizes": "--lr-decay none",
-        "no penalty": "--penalty 0",
+        "no penalty": "--gradient-penalty 0",
         "equal step sizes, 1e-3": "--generator-lr 1e-3",
         "Adam's beta1 0.5": "--beta1 0.5",
     }

@@ -9,9 +9,9 @@ import time
 
 from accelerate import DistributedDataParallelKwargs
 
-from cs324dist.errors import leave
-from cs324dist.training import process
-from cs324dist.training.gan import PRESETS, GANTask
+from cs324dist.errors import exit_process
+from cs324dist.tasks import process
+from cs324dist.tasks.gan import PRESETS, GANTask
 
 WARM_UP = 4
 
@@ -28,7 +28,7 @@ if __name__ == "__main__":
         )
     os.environ["CS324DIST_THREADS"] = "1"
     settings = dataclasses.replace(
-        PRESETS["report"],
+        PRESETS["course"],
         batch_size=arguments.batch_size,
         dataset="fake",
         discriminator_every=1,
@@ -45,4 +45,4 @@ if __name__ == "__main__":
     if accelerator.is_main_process:
         print(json.dumps({"milliseconds": 1000 * statistics.median(times[WARM_UP:])}))
     accelerator.end_training()
-    leave(0)
+    exit_process(0)

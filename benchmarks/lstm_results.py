@@ -26,15 +26,15 @@ from tqdm import tqdm
 
 from cs324dist.data.palindromes import DIGITS, all_palindromes, encode, free_digits, palindromes
 from cs324dist.data.streams import Stream
-from cs324dist.evaluation.accuracy import LONG, TRIALS, TRIALS_WHEN_LONG
+from cs324dist.distributed.process import start_accelerator
+from cs324dist.metrics.accuracy import LONG, TRIALS, TRIALS_WHEN_LONG
 from cs324dist.models.lstm import LSTM
-from cs324dist.runs.folder import RunFolder
-from cs324dist.training.lstm import FAST, PRESETS, LSTMTask
-from cs324dist.training.process import start_accelerator
+from cs324dist.runs.run_dir import RunDir
+from cs324dist.tasks.lstm import FAST, PRESETS, LSTMTask
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "lstm"
-REPORT = PRESETS["report"]
+REPORT = PRESETS["course"]
 LENGTHS = (5, 10, 15, 20, 50)  # the report's
 SEEDS = range(5)
 FIXED = 2048  # palindromes of a fixed training set
@@ -82,7 +82,7 @@ def count_all(task: LSTMTask) -> tuple[int, int]:
     right = 0
     for indices in tqdm(torch.arange(trials).split(1 << 14), f"all of length {length}", disable=None):
         digits, last = all_palindromes(length, indices)
-        right += int((model(encode(digits, settings.coding)).argmax(dim=1) == last).sum())
+        right += int((model(encode(digits, settings.encoding)).argmax(dim=1) == last).sum())
     return right, trials
 
 
@@ -121,7 +121,7 @@ def readings() -> list[dict[str, Any]]:
         ("a bias for the input's part and one for the hidden state's", second_bias, {}),
         ("biases zero", no_bias, {}),
         ("forget gate's bias 1", remembering, {}),
-        ("clipped at 1", None, {"clip": 1.0}),
+        ("clipped at 1", None, {"max_grad_norm": 1.0}),
     ):
         for seed in SEEDS:
             task = LSTMTask(replace(REPORT, length=50, seed=seed, **changes), accelerator)
@@ -177,13 +177,13 @@ def ablation() -> list[dict[str, Any]]:
     variants = {
         "preset fast": {},
         "initialisation as nn.Linear": {"initialisation": "linear"},
-        "digits as scalars": {"coding": "scalar"},
+        "digits as scalars": {"encoding": "scalar"},
         "RMSprop": {"optimizer": "rmsprop"},
         "RMSprop, 1e-3": {"optimizer": "rmsprop", "learning_rate": 1e-3},
         "Adam, 1e-2": {"learning_rate": 1e-2},
         "no curriculum": {"curriculum": 1.0},
-        "clipped at 1": {"clip": 1.0},
-        "no clipping": {"clip": 1e6},
+        "clipped at 1": {"max_grad_norm": 1.0},
+        "no clipping": {"max_grad_norm": 1e6},
     }
     trials = []
     for name, changes in variants.items():
@@ -282,7 +282,7 @@ def long() -> list[dict[str, Any]]:
             _, status, used = os.wait4(process.pid, 0)
             if code := os.waitstatus_to_exitcode(status):
                 sys.exit(f"{command} ended with exit code {code}")
-            rows = RunFolder(Path(folder) / "run").read_metrics()
+            rows = RunDir(Path(folder) / "run").read_metrics()
         trials.append(
             {
                 "length": length,

@@ -28,7 +28,7 @@ def make(description: str, parts: Mapping[str, Part], folder: Path) -> None:
         trials = parts[part]()
         minutes = round((time.monotonic() - began) / 60, 1)
         stored = {
-            "made_by": {**environment(), "cores": os.cpu_count()},
+            "environment": {**environment(), "cores": os.cpu_count()},
             "minutes": minutes,
             "trials": trials,
         }

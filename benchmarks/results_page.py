@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cs324dist.evaluation.accuracy import TRIALS
+from cs324dist.metrics.accuracy import TRIALS
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -84,9 +84,9 @@ def counted(trials: Sequence[Trial], length: int) -> str:
     return f"none, all {number(1000)} tried" if length == 5 else excluded(TRIALS, TRIALS)
 
 
-def machines(*made_by: dict[str, Any]) -> str:
+def machines(*environment: dict[str, Any]) -> str:
     lines = set()
-    for made in made_by:
+    for made in environment:
         torch, accelerate = (made["packages"][name].split("+")[0] for name in ("torch", "accelerate"))
         lines.add(
             f"{made['device']}, {made['cores']} cores, threads used: {made['threads']}, "
@@ -418,7 +418,7 @@ def performance() -> str:
     bf16 = [row for row in rows if "bf16" in row["what"]]
     return template("performance").format(
         rounds=speed["rounds"],
-        made_by=machines(speed["made_by"], ablation["made_by"]),
+        environment=machines(speed["environment"], ablation["environment"]),
         compared=compared([row for row in rows if row["goal"]]),
         ablated=ablated(ablation["comparisons"]),
         bf16=compared(bf16),
@@ -474,7 +474,7 @@ def distributed() -> str:
     return template("distributed").format(
         scaled=scaled(result),
         cells=cells(result),
-        made_by=machines(result["hardware"]),
+        environment=machines(result["hardware"]),
         pays=f"{2 * model['moved'] / model['per_sample']:.0f}",
         missed=f"{max(missed):.0%}".replace("%", " %"),
         **model,
@@ -488,15 +488,15 @@ def results() -> str:
     chaos, fuzz, stall = (stored(name) for name in ("chaos", "fuzz", "checkpoint_stall"))
     return template("results").format(
         **{name: write(parts[part]) for name, (part, write) in TABLES.items()},
-        made_by=machines(*(stored(f"lstm/{name}")["made_by"] for name in PARTS if name != "long")),
-        long_made_by=machines(stored("lstm/long")["made_by"]),
+        environment=machines(*(stored(f"lstm/{name}")["environment"] for name in PARTS if name != "long")),
+        long_made_by=machines(stored("lstm/long")["environment"]),
         **{f"gan_{name}": write(gan[name]) for name, write in GAN_PARTS.items() if write},
         overtaken=overtaken(gan["report"], gan["fast"], gan["pace"]),
         classifier=gan["fast"][0]["classifier_sha256"][:16],
         floor=gan["fast"][0]["floor"],
         sure_of_test_images=f"{100 * gan['fast'][0]['sure_of_test_images']:.1f} %",
         **{
-            f"gan_{name}_made_by": machines(*(trial["made_by"] for trial in gan[name]))
+            f"gan_{name}_made_by": machines(*(trial["environment"] for trial in gan[name]))
             for name in ("report", "fast", "bf16", "quick", "ablation")
         },
         killed=killed(chaos),

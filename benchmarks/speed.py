@@ -123,8 +123,8 @@ def compare(chosen: Sequence[Comparison], rounds: int) -> dict[str, Any]:
         rows.append({**c._asdict(), "ratios": [round(ratio, 3) for ratio in ratios],
                      "slower_ms": round(statistics.median(times[c.slower]), 2),
                      "faster_ms": round(statistics.median(times[c.faster]), 2)})  # fmt: skip
-    made_by = {**environment(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
-    return {"made_by": made_by, "rounds": rounds, "comparisons": rows}
+    here = {**environment(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    return {"environment": here, "rounds": rounds, "comparisons": rows}
 
 
 if __name__ == "__main__":

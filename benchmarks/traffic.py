@@ -6,10 +6,10 @@ python benchmarks/traffic.py
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cs324dist.distributed.batch_norm import freeze_cancelled_biases
 from cs324dist.models.digit_classifier import DigitClassifier
 from cs324dist.models.gan import Discriminator, Generator
 from cs324dist.models.lstm import LSTM
-from cs324dist.training.batch_norm import freeze_cancelled_biases
 
 MODELS = {
     "generator": Generator(),

@@ -7,7 +7,7 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 
-from cs324dist.errors import Refused
+from cs324dist.errors import UserError
 
 
 class OneOf:
@@ -82,7 +82,7 @@ def parse(
     """The options that `arguments` (default: the process's) ask for; what does not parse exits with 2.
 
     Raises:
-        Refused: naming every value that parses and is not allowed.
+        UserError: naming every value that parses and is not allowed.
     """
     options = tyro.cli(
         options_type,
@@ -92,5 +92,5 @@ def parse(
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     if lines := problems(options):
-        raise Refused(*lines)
+        raise UserError(*lines)
     return options

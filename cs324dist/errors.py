@@ -17,7 +17,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 SECONDS_FOR_THE_FIRST_RANK = 10
 
 
-class Refused(Exception):
+class UserError(Exception):
     """Input that cannot be used. Each line says what was given, what is allowed and what to do."""
 
     exit_code = EXIT_REFUSED
@@ -31,41 +31,41 @@ class Refused(Exception):
         return "\n".join(self.lines)
 
 
-class Failed(Refused):
+class RunFailed(UserError):
     """Work that cannot go on, through no fault of the input's form. Each line says why and what to do."""
 
     exit_code = EXIT_FAILED
 
 
-def shown(value: object) -> str:
+def printable(value: object) -> str:
     """A value from a file that anybody may have written, as part of a line."""
     return "".join(character for character in str(value)[:200] if character.isprintable())
 
 
 @contextmanager
 def errors_as_exit_codes() -> Iterator[None]:
-    """Turn `Refused`, `Failed` and Ctrl-C into lines on stderr and an exit code, without a traceback."""
+    """Turn `UserError`, `RunFailed` and Ctrl-C into lines on stderr and an exit code, without a traceback."""
     try:
         yield
         sys.stdout.flush()
-    except Refused as refusal:
+    except UserError as refusal:
         if refusal.alike_on_all_ranks:
             _let_the_first_rank_speak()
             place = "" if RANK == "0" else f" on rank {RANK}"
         else:
             place = f" on rank {RANK}" if WORLD_SIZE > 1 else ""
         sys.stderr.writelines(f"error{place}: {line}\n" for line in refusal.lines)
-        leave(refusal.exit_code)
+        exit_process(refusal.exit_code)
     except KeyboardInterrupt:
         if RANK == "0":
             print("stopped by a signal", file=sys.stderr)
-        leave(EXIT_STOPPED)
+        exit_process(EXIT_STOPPED)
     except BrokenPipeError:  # who read the output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        leave(EXIT_FAILED)
+        exit_process(EXIT_FAILED)
 
 
-def leave(exit_code: int) -> NoReturn:
+def exit_process(exit_code: int) -> NoReturn:
     """End the process.
 
     Gloo's threads live on while anything refers to the process group, and one that lets go of a tensor while

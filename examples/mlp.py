@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 from cs324dist.command_line import POSITIVE, Count
 from cs324dist.data.streams import ShuffledEpochs
-from cs324dist.errors import Refused
-from cs324dist.evaluation.accuracy import share_right
-from cs324dist.training.process import in_full_precision, seeded, shard
-from cs324dist.training.run import main
-from cs324dist.training.settings import FREE, RunSettings
-from cs324dist.training.task import Evaluation, Watching
+from cs324dist.distributed.process import in_full_precision, seeded, shard
+from cs324dist.errors import UserError
+from cs324dist.metrics.accuracy import share_right
+from cs324dist.settings import MUTABLE, RunSettings
+from cs324dist.tasks.base import Evaluation, UntilStopped
+from cs324dist.training_run import main
 
 HELD_OUT = 5  # every fifth row is not trained on
 
@@ -31,8 +31,8 @@ HELD_OUT = 5  # every fifth row is not trained on
 class MLPSettings(RunSettings):
     """Train an MLP on a table."""
 
-    steps: Annotated[Count, FREE] = 1000
-    evaluate_every: Annotated[Count, FREE] = 200
+    steps: Annotated[Count, MUTABLE] = 1000
+    evaluate_every: Annotated[Count, MUTABLE] = 200
 
     data: Path = Path("examples/spirals.csv")
     """Table as CSV without a header: the features, and in the last column the class, counted from 0."""
@@ -95,7 +95,7 @@ class MLPTask:
         return {"train/loss": loss, "train/accuracy": share_right(logits, self.y[rows])}
 
     @torch.no_grad()
-    def evaluate(self, watching: Watching = iter) -> Evaluation:
+    def evaluate(self, until_stopped: UntilStopped = iter) -> Evaluation:
         """Accuracy on the rows held out; each rank counts its share."""
         rows = self.test_rows[self.shard.samples(0, len(self.test_rows))]
         logits = in_full_precision(self.models["mlp"], self.x[rows])
@@ -108,7 +108,7 @@ def read_table(path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
     try:
         table = torch.from_numpy(np.loadtxt(path, delimiter=",", ndmin=2)).to(device)
     except (OSError, ValueError) as error:
-        raise Refused(f"--data {path} cannot be read as a table of numbers: {error}") from None
+        raise UserError(f"--data {path} cannot be read as a table of numbers: {error}") from None
     return table[:, :-1].float(), table[:, -1].long()
 
 

@@ -1,4 +1,4 @@
-"""Take stretches of a run again and compare what they end in, bit for bit.
+"""Take intervales of a run again and compare what they end in, bit for bit.
 
 python launch/audit.py runs/gan-fast-0
 
@@ -13,9 +13,9 @@ from typing import Annotated
 
 from tyro.conf import Positional
 
+from cs324dist.audit import audit
 from cs324dist.command_line import Within, parse
-from cs324dist.errors import errors_as_exit_codes, leave
-from cs324dist.training.audit import audit
+from cs324dist.errors import errors_as_exit_codes, exit_process
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Audit:
     run: Positional[Path]
     """A run folder; nothing in it is changed."""
 
-    stretches: Annotated[int | None, Within(1, 10**9)] = None
-    """How many stretches between kept checkpoints, drawn at random. Default: all."""
+    intervales: Annotated[int | None, Within(1, 10**9)] = None
+    """How many intervales between kept checkpoints, drawn at random. Default: all."""
 
     from_start: bool = False
     """Also replay from the first step to the oldest kept checkpoint."""
@@ -38,5 +38,5 @@ class Audit:
 if __name__ == "__main__":
     with errors_as_exit_codes():
         options = parse(Audit, __doc__)
-        audit(options.run, options.stretches, options.from_start, options.data_root)
-        leave(0)
+        audit(options.run, options.intervales, options.from_start, options.data_root)
+        exit_process(0)

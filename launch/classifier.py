@@ -7,7 +7,7 @@ from cs324dist.errors import errors_as_exit_codes
 
 if __name__ == "__main__":
     with errors_as_exit_codes():
-        from cs324dist.training.classifier import PRESETS, ClassifierTask
-        from cs324dist.training.run import main
+        from cs324dist.tasks.classifier import PRESETS, ClassifierTask
+        from cs324dist.training_run import main
 
         main("classifier", ClassifierTask, PRESETS, __doc__)

@@ -15,10 +15,10 @@ from typing import Annotated, Any
 from tyro.conf import Positional
 
 from cs324dist.command_line import OneOf, Within, parse
-from cs324dist.errors import Refused, errors_as_exit_codes, leave
+from cs324dist.errors import UserError, errors_as_exit_codes, exit_process
+from cs324dist.metrics.generators import measure
 from cs324dist.runs.files import check_writable, write_json
 from cs324dist.sampling.generators import run_of
-from cs324dist.training.measurement import measure
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def store(found: Mapping[str, Any], out: Path) -> None:
     try:
         write_json(out, found)
     except OSError as error:
-        raise Refused(f"--out {out} cannot be written: {error.strerror}") from None
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
     print(out)
 
 
@@ -77,4 +77,4 @@ if __name__ == "__main__":
         if found is not None:
             show(found)
             store(found, options.out or run_of(options.run).path / "evaluation.json")
-        leave(0)
+        exit_process(0)

@@ -9,7 +9,7 @@ from cs324dist.errors import errors_as_exit_codes
 
 if __name__ == "__main__":
     with errors_as_exit_codes():
-        from cs324dist.training.lstm import PRESETS, LSTMTask
-        from cs324dist.training.run import main
+        from cs324dist.tasks.lstm import PRESETS, LSTMTask
+        from cs324dist.training_run import main
 
         main("lstm", LSTMTask, PRESETS, __doc__)

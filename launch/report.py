@@ -10,7 +10,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from cs324dist.command_line import parse
-from cs324dist.errors import Refused, errors_as_exit_codes
+from cs324dist.errors import UserError, errors_as_exit_codes
 from cs324dist.report.page import write_report
 from cs324dist.runs.files import check_writable
 
@@ -34,5 +34,5 @@ if __name__ == "__main__":
             for line in write_report(options.runs, options.out):
                 print(f"warning: {line}: left out", file=sys.stderr)
         except OSError as error:
-            raise Refused(f"{options.out} cannot be written: {error.strerror}") from None
+            raise UserError(f"{options.out} cannot be written: {error.strerror}") from None
         print(options.out)

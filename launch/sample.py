@@ -17,7 +17,7 @@ import torch
 from tyro.conf import Positional, subcommand
 
 from cs324dist.command_line import OneOf, Within, parse
-from cs324dist.errors import Refused, errors_as_exit_codes
+from cs324dist.errors import UserError, errors_as_exit_codes
 from cs324dist.models.gan import Generator
 from cs324dist.runs.files import check_writable, replaced
 from cs324dist.runs.models import save_tensors
@@ -46,7 +46,7 @@ class Drawing:
     def latents_of(self, digit: int, generator: Generator, count: int) -> torch.Tensor:
         """Latents whose images are surely this digit."""
         if (dataset := data_set_of(self.run)) != "mnist":
-            raise Refused(f"{self.run} draws {dataset}, which holds no digits: leave out what asks for one")
+            raise UserError(f"{self.run} draws {dataset}, which holds no digits: leave out what asks for one")
         return surest(generator, digit, count, self.seed)
 
 
@@ -130,7 +130,7 @@ class Interpolation(Drawing):
             for end, given in ends.items()
             if given.count(None) != 1
         ]:
-            raise Refused(*lines)
+            raise UserError(*lines)
         generator = load_generator(self.run, self.weights)
 
         def latent(digit: int, seed: int | None) -> torch.Tensor:
@@ -162,5 +162,5 @@ if __name__ == "__main__":
         try:
             command.draw()
         except OSError as error:
-            raise Refused(f"{error.filename or command.out} cannot be written: {error.strerror}") from None
+            raise UserError(f"{error.filename or command.out} cannot be written: {error.strerror}") from None
         print(command.out)

@@ -82,7 +82,7 @@ class Kill:
     target: str
     during_write: bool
     """A checkpoint's temporary folder was there right after the kill."""
-    cut_short: bool
+    interrupted: bool
     """It still was when all processes were gone."""
     restart: float | None = None
     """Seconds from the next start to its first step; None if that took none."""

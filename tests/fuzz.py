@@ -48,27 +48,27 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cs324dist import audit as audit_module
 from cs324dist.data import images
-from cs324dist.errors import Refused
+from cs324dist.distributed.process import start_accelerator
+from cs324dist.distributed.stop import StopRequest
+from cs324dist.errors import UserError
 from cs324dist.report import pictures
 from cs324dist.report.page import write_report
 from cs324dist.runs import checkpoints as checkpoints_module
 from cs324dist.runs import environment as environment_module
-from cs324dist.runs import files, ownership
-from cs324dist.runs import folder as folder_module
+from cs324dist.runs import files, lease
+from cs324dist.runs import run_dir as run_dir_module
 from cs324dist.runs.checkpoints import verify_checkpoint
-from cs324dist.runs.folder import RunFolder
 from cs324dist.runs.models import load_model
+from cs324dist.runs.run_dir import RunDir
 from cs324dist.sampling.generators import latents, load_generator
-from cs324dist.training import audit as audit_module
-from cs324dist.training import measurement
-from cs324dist.training import run as run_module
-from cs324dist.training.gan import GANSettings, GANTask
-from cs324dist.training.lstm import LSTMSettings, LSTMTask
-from cs324dist.training.preemption import StopRequest
-from cs324dist.training.process import start_accelerator
-from cs324dist.training.settings import from_json
-from cs324dist.training.task import optimizer_tensors
+from cs324dist.settings import from_json
+from cs324dist.tasks import measurement
+from cs324dist.tasks import run as run_module
+from cs324dist.tasks.base import optimizer_tensors
+from cs324dist.tasks.gan import GANSettings, GANTask
+from cs324dist.tasks.lstm import LSTMSettings, LSTMTask
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "fuzz.json"
@@ -121,7 +121,7 @@ def launched(name: str, folder: Path) -> Original:
     path = folder / name
     command = [sys.executable, *COMMANDS[name], *EVERY, "--run-dir", str(path)]
     subprocess.run(command, cwd=REPOSITORY, check=True, stderr=subprocess.DEVNULL)
-    run, states, tensors = RunFolder(path), {}, {}
+    run, states, tensors = RunDir(path), {}, {}
     for step in STEPS:
         checkpoint = run.checkpoint(step)
         states[step] = verify_checkpoint(checkpoint)
@@ -699,11 +699,11 @@ class Readers:
 
     def status(self, w: Workspace) -> None:
         """What a batch script and a report ask."""
-        run = RunFolder(w.run)
+        run = RunDir(w.run)
         run.check_fits(w.original.name, lambda stored: [])
         config = run.read_config()
         assert isinstance(config, dict)
-        ownership.newest_generation(w.run / "owners")
+        lease.newest_generation(w.run / "owners")
         run.newest_step()
         self.read = Read(rows=run.read_metrics())
 
@@ -773,7 +773,7 @@ class Readers:
         name, honest = w.original.name, run_module.train
         settings = replace(w.original.settings, steps=7, run_dir=w.run)
 
-        def train(task: Any, run: RunFolder, accelerator: Any, stop: Any, start: Any) -> int | None:
+        def train(task: Any, run: RunDir, accelerator: Any, stop: Any, start: Any) -> int | None:
             tensors = {
                 file: {n: t.clone() for n, t in part.items()} for file, part in self.live(name).items()
             }
@@ -839,7 +839,7 @@ def judged(readers: Readers, reader: Callable[[Workspace], None], w: Workspace) 
         signal.setitimer(signal.ITIMER_REAL, 0)
     grown = peak() - before
     read = readers.read
-    lines = said.getvalue().splitlines() + (list(raised.lines) if isinstance(raised, Refused) else [])
+    lines = said.getvalue().splitlines() + (list(raised.lines) if isinstance(raised, UserError) else [])
 
     def verdict() -> tuple[str, str]:
         if w.marker.exists():
@@ -848,7 +848,7 @@ def judged(readers: Readers, reader: Callable[[Workspace], None], w: Workspace) 
             return "hang", trace
         if isinstance(raised, LeftTheFolder) or snapshot(w.outside) != beside:
             return "touched", f"{raised or sorted(set(snapshot(w.outside).items()) ^ set(beside.items()))}"
-        if raised is not None and not isinstance(raised, Refused):
+        if raised is not None and not isinstance(raised, UserError):
             return "crash", trace
         if grown > MEMORY or any("out of memory" in line for line in lines):
             return "memory", f"{grown >> 20} MiB; {lines}"
@@ -865,7 +865,7 @@ def judged(readers: Readers, reader: Callable[[Workspace], None], w: Workspace) 
 
 
 def accepted(
-    w: Workspace, read: Read, there: list[int], lines: list[str], raised: Refused | None
+    w: Workspace, read: Read, there: list[int], lines: list[str], raised: UserError | None
 ) -> tuple[str, str]:
     step = w.original.step_of(read.tensors) if read.tensors else STEPS[-1]
     rows = [row for row in w.original.rows if read.state is None or row["step"] <= read.state.step]
@@ -873,7 +873,7 @@ def accepted(
     if read.rows is not None and not all(well_formed_row(row) for row in read.rows):
         return "silent acceptance", f"a row that is none among {read.rows}"[:300]
     if read.went_on and w.original.name == "lstm" and raised is None:
-        newest = RunFolder(w.run).newest()
+        newest = RunDir(w.run).newest()
         if newest is None or int(newest.name) != 7:
             return "lost", f"the step that was taken is in no checkpoint: the newest is {newest}; {lines}"
         verify_checkpoint(newest)
@@ -975,9 +975,9 @@ def prepared(originals: dict[str, Original]) -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     environment = functools.cache(environment_module.environment)
     with (
-        mock.patch.multiple(ownership, PATIENCE=0.01, SILENCE=0.02, HEARTBEAT=0.01),
+        mock.patch.multiple(lease, PATIENCE=0.01, SILENCE=0.02, HEARTBEAT=0.01),
         mock.patch.object(checkpoints_module, "sha256", sha256),
-        mock.patch.object(folder_module, "environment", environment),
+        mock.patch.object(run_dir_module, "environment", environment),
         mock.patch.object(images, "fetch", fetch),
     ):
         yield
@@ -1018,7 +1018,7 @@ def fuzz(mutations: range, seed: int, folder: Path) -> dict[str, Any]:
     if digests(folder / "originals") != untouched:
         bad.append({"verdict": "touched", "detail": "the originals, which the mutated folders have links to"})
     return {
-        "made_by": environment_module.environment(),
+        "environment": environment_module.environment(),
         "seed": seed,
         "mutations": len(mutations),
         "seconds": round(time.monotonic() - began),

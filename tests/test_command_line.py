@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cs324dist import command_line
 from cs324dist.command_line import FRACTION, POSITIVE, Count, OneOf, Within, parse, problems
-from cs324dist.errors import Refused
+from cs324dist.errors import UserError
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.py"))
@@ -98,7 +98,7 @@ class TestOptions:
         assert options == Options(count=9, kind="blue")
 
     def test_all_problems_of_a_command_line_are_refused_together(self):
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(UserError) as caught:
             parse(Options, "", None, ["--count", "-2", "--kind", "green"])
         assert [line.split(" is not")[0] for line in caught.value.lines] == ["--count -2", "--kind green"]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 REFUSES = """
 import os, time
-from cs324dist.errors import Refused, errors_as_exit_codes
+from cs324dist.errors import UserError, errors_as_exit_codes
 with errors_as_exit_codes():
     while os.environ["RANK"] == "0" and not os.path.exists("the other rank has refused"):
         time.sleep(0.01)
-    raise Refused("no")
+    raise UserError("no")
 """
 
 
@@ -48,7 +48,7 @@ def test_a_reader_that_has_enough_ends_it_quietly():
 def test_one_process_alone_has_no_rank_to_name():
     code = """
 from cs324dist.errors import errors_as_exit_codes
-from cs324dist.training.failures import OneProcessFailed
+from cs324dist.distributed.failures import OneProcessFailed
 with errors_as_exit_codes():
     raise OneProcessFailed("no")
 """

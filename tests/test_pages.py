@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cs324dist import command_line
-from cs324dist.training import settings
+from cs324dist.tasks import settings
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("slurm/*.md")])

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int64, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cs324dist.errors import Refused
+from cs324dist.errors import UserError
 
 DATASETS = ("mnist", "fashion-mnist", "fake")
 
@@ -76,7 +76,7 @@ def load_images(dataset: str, split: Literal["train", "test"], data_root: Path) 
     """One split of a data set, verified by SHA-256, and fetched first if it is not in the data root.
 
     Any number of processes and nodes may ask at once. `fake` is noise: 2 048 and 512 images, no files.
-    Raises `Refused` for an unknown data set, a damaged file, or as `fetch` does.
+    Raises `UserError` for an unknown data set, a damaged file, or as `fetch` does.
     """
     if dataset == "fake":
         return _noise(split)
@@ -99,7 +99,7 @@ def fetch(dataset: str, data_root: Path) -> Path:
     """The folder of the data set's four verified IDX files, in torchvision's layout; absent ones are fetched.
 
     Files that are there and right are neither locked nor written; files that are there and wrong are never
-    overwritten. Raises `Refused` for such a file, for a data root that cannot be written, for a data set that
+    overwritten. Raises `UserError` for such a file, for a data root that cannot be written, for a data set that
     has no files, and when every source failed, with the reason of each.
     """
     folder = _folder(dataset, data_root)
@@ -133,9 +133,9 @@ def _noise(split: Literal["train", "test"]) -> LabelledImages:
 
 def _folder(dataset: str, data_root: Path) -> Path:
     if dataset not in DATASETS:
-        raise Refused(f"data set {dataset!r} is unknown; there are {', '.join(DATASETS)}")
+        raise UserError(f"data set {dataset!r} is unknown; there are {', '.join(DATASETS)}")
     if dataset not in SHA256:
-        raise Refused(f"data set {dataset!r} is made on the spot and has no files to fetch")
+        raise UserError(f"data set {dataset!r} is made on the spot and has no files to fetch")
     return data_root / _TORCHVISION_CLASS[dataset] / "raw"
 
 
@@ -144,7 +144,7 @@ def _file_errors_refused(data_root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Refused(
+        raise UserError(
             f"data root {data_root} is unusable: {error}; make it writable or name another"
         ) from error
 
@@ -161,7 +161,7 @@ def _read_verified(dataset: str, path: Path) -> bytes:
     try:
         _verify(dataset, path.name, data)
     except ValueError as flaw:
-        raise Refused(f"{path} is damaged: {flaw}; delete it to have it fetched again") from None
+        raise UserError(f"{path} is damaged: {flaw}; delete it to have it fetched again") from None
     return data
 
 
@@ -198,7 +198,7 @@ def _fetch_missing(dataset: str, folder: Path, scratch: Path) -> None:
             failures.append(f"{dataset} from {title}: {str(error) or type(error).__name__}")
     if missing:
         by_hand = f"put {', '.join(missing)} (or the .gz of each) into {folder} by hand"
-        raise Refused(*failures, f"{dataset} could not be fetched; {by_hand}")
+        raise UserError(*failures, f"{dataset} could not be fetched; {by_hand}")
 
 
 def _sources(dataset: str, folder: Path, scratch: Path) -> Iterator[tuple[str, _Source]]:

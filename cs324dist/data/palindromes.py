@@ -43,10 +43,10 @@ def complete(
 
 
 def encode(
-    digits: Int64[Tensor, "batch time"], coding: str, dtype: torch.dtype = torch.float32
+    digits: Int64[Tensor, "batch time"], encoding: str, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "time batch features"]:
     """Digits as the network's input: `scalar`, the digit itself (the report's), or `onehot`."""
-    if coding == "scalar":
+    if encoding == "scalar":
         return digits.T.unsqueeze(-1).to(dtype)
     # torch's one_hot makes integers, twelve bytes a feature where four do
     coded = torch.zeros(*digits.T.shape, DIGITS, dtype=dtype, device=digits.device)

@@ -155,16 +155,16 @@ def path(series: Series, log: bool) -> str:
 
 
 def thinned(series: Series) -> Iterable[tuple[int, float | None]]:
-    """At most `MOST_POINTS` of the points, the least and the greatest of each stretch among them."""
+    """At most `MOST_POINTS` of the points, the least and the greatest of each interval among them."""
     points = list(series.items())
     if len(points) <= MOST_POINTS:
         return points
     per_stretch = math.ceil(len(points) / (MOST_POINTS // 2 - 1))
     kept = {points[0], points[-1]}
     for start in range(0, len(points), per_stretch):
-        stretch = [p for p in points[start : start + per_stretch] if p[1] is not None]
-        stretch.sort(key=lambda point: point[1] or 0.0)
-        kept.update(stretch[:1] + stretch[-1:])
+        interval = [p for p in points[start : start + per_stretch] if p[1] is not None]
+        interval.sort(key=lambda point: point[1] or 0.0)
+        kept.update(interval[:1] + interval[-1:])
     return sorted(kept, key=lambda point: point[0])
 
 

@@ -15,8 +15,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from cs324dist.errors import Refused
-from cs324dist.report import account
+from cs324dist.errors import UserError
+from cs324dist.report import provenance
 from cs324dist.report.charts import Chart, Reference, chart, formatted, number
 from cs324dist.report.pictures import MOST_FRAMES, Film, Walk, film, walk
 from cs324dist.report.reading import Run, plain, read_runs
@@ -57,7 +57,7 @@ def write_report(paths: tuple[Path, ...], out: Path) -> list[str]:
     """Write the page of the runs among `paths`; returns a line for each path that is none.
 
     Raises:
-        Refused: none of them is a run.
+        UserError: none of them is a run.
         OSError: the file cannot be written.
     """
     runs, others = read_runs(paths)
@@ -83,7 +83,7 @@ def render(runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
     )
     environment.globals |= {
-        "account": account, "number": number, "formatted": formatted, "COLOURS": COLOURS, "DASHES": DASHES
+        "provenance": provenance, "number": number, "formatted": formatted, "COLOURS": COLOURS, "DASHES": DASHES
     }  # fmt: skip
     return environment.get_template("page.html").render(
         headline=headline(runs),
@@ -169,7 +169,7 @@ def _generation(run: Run, most_frames: int) -> Generation:
     walked, why = None, ""
     try:
         walked = walk(run)
-    except (Refused, OSError) as error:
+    except (UserError, OSError) as error:
         why = plain(str(error))
     return Generation(run, film(run, max(3, min(most_frames, MOST_FRAMES_OF_A_RUN))), walked, why)
 

@@ -97,7 +97,7 @@ def walk(run: Run) -> Walk:
     """A walk through the latent space of the run's newest checkpoint.
 
     Raises:
-        Refused: there is no checkpoint that can be used.
+        UserError: there is no checkpoint that can be used.
     """
     generator = load_generator(run.path)
     start, end, ends = walk_ends(generator, run.setting("dataset"))

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cs324dist.errors import Refused
+from cs324dist.errors import UserError
 from cs324dist.runs.checkpoints import TRAINER
 from cs324dist.runs.files import is_number, read_json
-from cs324dist.runs.folder import RunFolder
+from cs324dist.runs.run_dir import RunDir
 
 Series = dict[int, float | None]  # value by step, in the order of steps; None: it was not finite
 LARGEST = 1e15  # beyond, a value is no longer drawn
@@ -44,7 +44,7 @@ class Run:
     name: str
     task: str
     settings: Mapping[str, Any]
-    made_by: Mapping[str, Any]
+    environment: Mapping[str, Any]
     state: str
     step: int
     why: str
@@ -97,14 +97,14 @@ def read_runs(paths: tuple[Path, ...]) -> tuple[list[Run], list[str]]:
     """The runs among `paths`, and a line for each path that is none.
 
     Raises:
-        Refused: none of them is a run.
+        UserError: none of them is a run.
     """
     places = {Path(os.path.realpath(path)): path for path in reversed(paths)}  # each once
     found: dict[Path, Path] = {}
     others = []
     for place, path in reversed(places.items()):
         try:
-            is_run, why = RunFolder(path).exists, "is no run"
+            is_run, why = RunDir(path).exists, "is no run"
         except OSError as error:
             is_run, why = False, f"cannot be read ({error.strerror})"
         if is_run:
@@ -113,7 +113,7 @@ def read_runs(paths: tuple[Path, ...]) -> tuple[list[Run], list[str]]:
             others.append(f"{plain(str(path))} {why}")
     if not found:
         given = "; ".join(others) or "no run was named"
-        raise Refused(f"{given}: give run folders, such as runs/gan-fast-0")
+        raise UserError(f"{given}: give run folders, such as runs/gan-fast-0")
     names = [place.name for place in found]
     return [
         read_run(path, place.name if names.count(place.name) == 1 else str(path))
@@ -128,7 +128,7 @@ def read_run(path: Path, name: str) -> Run:
     def read(file: str) -> dict[str, Any]:
         try:
             return read_json(path / file)
-        except Refused as refusal:
+        except UserError as refusal:
             problems.append(plain(str(refusal)))
             return {}
 
@@ -139,7 +139,7 @@ def read_run(path: Path, name: str) -> Run:
     checkpoints = _numbered(path / "checkpoints", r"([0-9]{1,18})")
     trainer = read(f"checkpoints/{checkpoints[-1][1].name}/{TRAINER}") if checkpoints else {}
     try:
-        rows = RunFolder(path).read_metrics()
+        rows = RunDir(path).read_metrics()
     except OSError as error:
         rows = []
         problems.append(f"metrics.jsonl cannot be read: {error.strerror}")
@@ -149,7 +149,7 @@ def read_run(path: Path, name: str) -> Run:
         name=plain(name),
         task=plain(config.get("task", "unknown")),
         settings=_mapping(config.get("settings")),
-        made_by=_mapping(config.get("made_by")),
+        environment=_mapping(config.get("environment")),
         state=state,
         step=_count(status.get("step")) or 0,
         why=plain(status.get("why", "")),
@@ -186,7 +186,7 @@ def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
 def _start(owner: Path) -> Start:
     try:
         content = read_json(owner)
-    except Refused:
+    except UserError:
         content = {}
     job = f", Slurm job {plain(content['slurm_job'])}" if content.get("slurm_job") else ""
     since = plain(content.get("since", "?")).replace("T", " ").replace("+00:00", " UTC")

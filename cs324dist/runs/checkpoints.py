@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cs324dist.errors import Failed, Refused
+from cs324dist.errors import RunFailed, UserError
 from cs324dist.runs.files import clear, is_number, read_json, sha256, sync, write_json
 from cs324dist.runs.models import copy_into, read_tensors, save_model, save_tensors
 
@@ -60,11 +60,11 @@ def check_names(models: Iterable[str]) -> None:
     """Find that a checkpoint can hold models of these names.
 
     Raises:
-        Refused: it cannot.
+        UserError: it cannot.
     """
     for name in models:
         if not re.fullmatch(NAME, name, re.ASCII):
-            raise Refused(f"a model cannot be called {name!r}: give letters, digits and underscores")
+            raise UserError(f"a model cannot be called {name!r}: give letters, digits and underscores")
 
 
 def write_checkpoint(
@@ -73,13 +73,13 @@ def write_checkpoint(
     """Write a checkpoint under a temporary name beside `folder`, sync it, and rename it to `folder`.
 
     Raises:
-        Failed: a tensor is not finite.
+        RunFailed: a tensor is not finite.
         OSError: it cannot be written, or a later owner has written it; nothing of it is left.
     """
     for file, tensors in tensors_by_file(models, optimizers).items():
         if not _all_finite(tensors.values()):
             name = "optimizer" if file == OPTIMIZERS else file.partition("/")[0]
-            raise Failed(f"after step {state.step}, the {name} holds values that are not finite")
+            raise RunFailed(f"after step {state.step}, the {name} holds values that are not finite")
     temporary = folder.with_name(f".{folder.name}.{state.generation}.tmp")
     clear(temporary)
     try:
@@ -129,34 +129,34 @@ def verify_checkpoint(folder: Path, needed: Iterable[str] = ()) -> TrainerState:
     """Check every file's digest, and that the files `needed` are among them.
 
     Raises:
-        Refused: naming the first file that is missing or damaged.
+        UserError: naming the first file that is missing or damaged.
     """
     content = read_json(folder / TRAINER)
     if content.pop("own_sha256", None) != _digest(content):
-        raise Refused(f"{folder / TRAINER} is damaged: its content is not what its digest says")
+        raise UserError(f"{folder / TRAINER} is damaged: its content is not what its digest says")
     digests = content.pop("sha256", None)
     if not isinstance(digests, dict) or OPTIMIZERS not in digests:
-        raise Refused(f"{folder / TRAINER} lists no files: it is damaged, or not a file of this project")
+        raise UserError(f"{folder / TRAINER} lists no files: it is damaged, or not a file of this project")
     for name, expected in digests.items():
         if not re.fullmatch(rf"({NAME}/)?{NAME}\.(json|safetensors)", name, re.ASCII):
-            raise Refused(f"{folder / TRAINER} names {name[:200]!r}, which is no file of a checkpoint")
+            raise UserError(f"{folder / TRAINER} names {name[:200]!r}, which is no file of a checkpoint")
         path = folder / name
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-            raise Refused(f"{folder / TRAINER} names {name!r}, outside the checkpoint")
+            raise UserError(f"{folder / TRAINER} names {name!r}, outside the checkpoint")
         if not path.is_file():
-            raise Refused(f"{path} is missing")
+            raise UserError(f"{path} is missing")
         try:
             found = sha256(path)
         except OSError as error:
-            raise Refused(f"{path} cannot be read: {error.strerror}") from None
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
         if found != expected:
-            raise Refused(f"{path} is damaged: its SHA-256 is not the one in {TRAINER}")
+            raise UserError(f"{path} is damaged: its SHA-256 is not the one in {TRAINER}")
     for name in needed:
         if name not in digests:
-            raise Refused(f"{folder} holds no {name}: it is a checkpoint of another task")
+            raise UserError(f"{folder} holds no {name}: it is a checkpoint of another task")
     state = _trainer_state(folder, content)
     if folder.name.isdecimal() and int(folder.name) != state.step:
-        raise Refused(f"{folder / TRAINER} is of step {state.step}: it was moved here, or is damaged")
+        raise UserError(f"{folder / TRAINER} is of step {state.step}: it was moved here, or is damaged")
     return state
 
 
@@ -166,7 +166,7 @@ def read_checkpoint(
     """Check a checkpoint and copy it into models and optimizer state, in place.
 
     Raises:
-        Refused: damaged, or written for other models; nothing was copied then.
+        UserError: damaged, or written for other models; nothing was copied then.
     """
     targets = tensors_by_file(models, optimizers)
     state = verify_checkpoint(folder, targets)
@@ -235,7 +235,7 @@ def newest_generation(folder: Path) -> int:
 def _generation(checkpoint: Path) -> int:
     try:
         generation = read_json(checkpoint / TRAINER).get("generation")
-    except Refused:
+    except UserError:
         return 0
     return generation if type(generation) is int and 0 < generation <= LARGEST_GENERATION else 0
 
@@ -261,5 +261,5 @@ def _trainer_state(folder: Path, content: Mapping[str, Any]) -> TrainerState:
     except (TypeError, AttributeError):
         well_formed = False
     if not well_formed:
-        raise Refused(f"{folder / TRAINER} has values of the wrong type: it is damaged")
+        raise UserError(f"{folder / TRAINER} has values of the wrong type: it is damaged")
     return state

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cs324dist.errors import Refused
+from cs324dist.errors import UserError
 
 LARGEST_JSON = 1 << 20  # bytes; ours are a few hundred
 
@@ -36,12 +36,12 @@ def check_writable(path: Path) -> None:
     """Find that a file of this name can be made, before the work that it is to hold.
 
     Raises:
-        Refused: it is a folder, or its folder does not exist.
+        UserError: it is a folder, or its folder does not exist.
     """
     if path.is_dir():
-        raise Refused(f"{path} is a folder: give the name of a file")
+        raise UserError(f"{path} is a folder: give the name of a file")
     if not path.parent.is_dir():
-        raise Refused(f"{path}: there is no folder {path.parent}; make it first")
+        raise UserError(f"{path}: there is no folder {path.parent}; make it first")
 
 
 @contextmanager
@@ -67,20 +67,20 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        Refused: no such file, or not a JSON object of a reasonable size.
+        UserError: no such file, or not a JSON object of a reasonable size.
     """
     try:
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise Refused(f"{path} is not a file")  # a pipe would never end, a link lead anywhere
+            raise UserError(f"{path} is not a file")  # a pipe would never end, a link lead anywhere
         if path.stat().st_size > LARGEST_JSON:
-            raise Refused(f"{path} is larger than {LARGEST_JSON} bytes: it is not a file of this project")
+            raise UserError(f"{path} is larger than {LARGEST_JSON} bytes: it is not a file of this project")
         content = parse_json(path.read_bytes())
     except OSError as error:
-        raise Refused(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
-        raise Refused(f"{path} is not valid JSON: it is damaged, or not a file of this project") from None
+        raise UserError(f"{path} is not valid JSON: it is damaged, or not a file of this project") from None
     if not isinstance(content, dict):
-        raise Refused(f"{path} holds no JSON object: it is damaged, or not a file of this project")
+        raise UserError(f"{path} holds no JSON object: it is damaged, or not a file of this project")
     return content
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cs324dist.errors import Refused, shown
+from cs324dist.errors import UserError, printable
 from cs324dist.runs.files import read_json, write_json
 
 LARGEST_SIZE = 65_536  # of any argument of a model
@@ -51,37 +51,37 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
     """The tensors of a file that holds exactly the names, shapes and dtypes of `expected`, all finite.
 
     Raises:
-        Refused: it does not, or is missing or damaged.
+        UserError: it does not, or is missing or damaged.
     """
     if path.exists() and not path.is_file():
-        raise Refused(f"{path} is not a file")  # a pipe would never end
+        raise UserError(f"{path} is not a file")  # a pipe would never end
     try:
         with path.open("rb") as file:
             if int.from_bytes(file.read(8), "little") > LARGEST_HEADER:
-                raise Refused(f"{path} cannot be read as safetensors: its header is too large, or damaged")
+                raise UserError(f"{path} cannot be read as safetensors: its header is too large, or damaged")
         with safe_open(path, framework="pt") as stored:
             _compare(path, stored, expected)
             tensors = {name: stored.get_tensor(name) for name in expected}
     except (OSError, SafetensorError) as error:
-        raise Refused(f"{path} cannot be read as safetensors: {shown(error)}") from None
+        raise UserError(f"{path} cannot be read as safetensors: {printable(error)}") from None
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise Refused(f"{path}: {name!r} holds values that are not finite: it is damaged")
+            raise UserError(f"{path}: {name!r} holds values that are not finite: it is damaged")
     return tensors
 
 
 def _compare(path: Path, stored: safe_open, expected: Mapping[str, Tensor]) -> None:
     names = set(stored.keys())
     if absent := sorted(expected.keys() - names):
-        raise Refused(f"{path} lacks {len(absent)} tensors, the first of them {absent[0]!r:.99}")
+        raise UserError(f"{path} lacks {len(absent)} tensors, the first of them {absent[0]!r:.99}")
     if foreign := sorted(names - expected.keys()):
-        raise Refused(f"{path} holds {len(foreign)} tensors too many, the first of them {foreign[0]!r:.99}")
+        raise UserError(f"{path} holds {len(foreign)} tensors too many, the first of them {foreign[0]!r:.99}")
     for name, tensor in expected.items():
         header = stored.get_slice(name)
         found = (header.get_dtype(), tuple(header.get_shape()))
         if found != (wanted := (DTYPES[tensor.dtype], tuple(tensor.shape))):
-            raise Refused(
-                f"{path}: {name!r} is {found[0]} {shown(found[1])}, expected {wanted[0]} {wanted[1]}"
+            raise UserError(
+                f"{path}: {name!r} is {found[0]} {printable(found[1])}, expected {wanted[0]} {wanted[1]}"
             )
 
 
@@ -104,20 +104,22 @@ def load_model(folder: Path, expected: type[Model]) -> Model:
     """Read a model of the class `expected`, in eval mode, on the CPU.
 
     Raises:
-        Refused: the folder holds no such model, or a damaged one.
+        UserError: the folder holds no such model, or a damaged one.
     """
     arguments = read_json(folder / "config.json")
     name = arguments.pop("class", None)
     if name != expected.__name__:
-        raise Refused(f"{folder} holds a model of class {shown(repr(name))}, expected {expected.__name__!r}")
+        raise UserError(
+            f"{folder} holds a model of class {printable(repr(name))}, expected {expected.__name__!r}"
+        )
     if any(type(value) is not int or not 1 <= value <= LARGEST_SIZE for value in arguments.values()):
-        raise Refused(f"{folder / 'config.json'} has values that are no sizes: {shown(arguments)}")
+        raise UserError(f"{folder / 'config.json'} has values that are no sizes: {printable(arguments)}")
     try:
         with torch.device("meta"):  # shapes without memory, whatever sizes the file claims
             model = expected(**arguments)
     except TypeError:
-        raise Refused(
-            f"{folder / 'config.json'} has arguments that {name} does not take: {shown(sorted(arguments))}"
+        raise UserError(
+            f"{folder / 'config.json'} has arguments that {name} does not take: {printable(sorted(arguments))}"
         ) from None
     tensors = read_tensors(folder / "model.safetensors", model.state_dict())
     # clones, as what safetensors gives is the file itself, mapped into memory

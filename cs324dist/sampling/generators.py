@@ -10,13 +10,13 @@ from torch import Tensor
 
 from cs324dist.data.images import SHA256
 from cs324dist.data.streams import Stream
-from cs324dist.errors import Refused
-from cs324dist.evaluation.digits import SURE, read_digits
+from cs324dist.errors import UserError
+from cs324dist.metrics.digits import SURE, read_digits
 from cs324dist.models.digit_classifier import DigitClassifier
 from cs324dist.models.gan import Generator
 from cs324dist.runs.checkpoints import TRAINER, WEIGHTS, checkpoints_in, verify_checkpoint
-from cs324dist.runs.folder import RunFolder
 from cs324dist.runs.models import load_model
+from cs324dist.runs.run_dir import RunDir
 
 AT_ONCE = 500  # images of one forward pass
 CANDIDATES = 1000
@@ -32,7 +32,7 @@ def load_generator(
         weights: `averaged` takes the averaged generator where there is one; `raw` the one being trained.
 
     Raises:
-        Refused: there is no such checkpoint, it is damaged, or it is not a GAN's.
+        UserError: there is no such checkpoint, it is damaged, or it is not a GAN's.
     """
     return load_model(find_generator(run_or_checkpoint, weights), Generator)
 
@@ -46,14 +46,14 @@ def load_classifier(run_or_checkpoint: str | Path) -> DigitClassifier:
     """The classifier of a run's newest checkpoint, or of a checkpoint, in eval mode on the CPU.
 
     Raises:
-        Refused: there is no such checkpoint, it is damaged, or it is not a classifier's.
+        UserError: there is no such checkpoint, it is damaged, or it is not a classifier's.
     """
     return load_model(_find(run_or_checkpoint, ("classifier",), "classifier"), DigitClassifier)
 
 
-def run_of(run_or_checkpoint: Path) -> RunFolder:
+def run_of(run_or_checkpoint: Path) -> RunDir:
     """The run that it is, or belongs to as far as can be seen."""
-    run, around = RunFolder(run_or_checkpoint), RunFolder(run_or_checkpoint.absolute().parent.parent)
+    run, around = RunDir(run_or_checkpoint), RunDir(run_or_checkpoint.absolute().parent.parent)
     return around if around.exists and not run.exists else run
 
 
@@ -69,7 +69,7 @@ def _find(run_or_checkpoint: str | Path, names: Sequence[str], script: str) -> P
     checkpoint = _checkpoint(Path(run_or_checkpoint))
     name = next((name for name in names if (checkpoint / name).is_dir()), None)
     if name is None:
-        raise Refused(f"{checkpoint} holds no {names[-1]}: give a run of launch/{script}.py")
+        raise UserError(f"{checkpoint} holds no {names[-1]}: give a run of launch/{script}.py")
     verify_checkpoint(checkpoint, [f"{name}/config.json", f"{name}/{WEIGHTS}"])
     return checkpoint / name
 
@@ -77,12 +77,14 @@ def _find(run_or_checkpoint: str | Path, names: Sequence[str], script: str) -> P
 def _checkpoint(path: Path) -> Path:
     if (path / TRAINER).is_file():
         return path
-    run = RunFolder(path)
+    run = RunDir(path)
     if not run.exists:
-        raise Refused(f"{path} is neither a run nor a checkpoint: give a run folder, such as runs/gan-fast-0")
+        raise UserError(
+            f"{path} is neither a run nor a checkpoint: give a run folder, such as runs/gan-fast-0"
+        )
     checkpoints = checkpoints_in(run.checkpoints)
     if not checkpoints:
-        raise Refused(f"{path} has no checkpoint yet: train it for longer, or lower its --checkpoint-every")
+        raise UserError(f"{path} has no checkpoint yet: train it for longer, or lower its --checkpoint-every")
     return checkpoints[0]
 
 
@@ -102,14 +104,14 @@ def surest(generator: Generator, digit: int, count: int, seed: int) -> Float[Ten
     """Those of 1 000 candidates (20 times `count`, if that is more) whose images are most surely this digit.
 
     Raises:
-        Refused: fewer than `count` candidates are surely (confidence above 0.95) this digit.
+        UserError: fewer than `count` candidates are surely (confidence above 0.95) this digit.
     """
     candidates = latents(generator, seed, 0, max(CANDIDATES, 20 * count))
     digits, confidence, _ = read_digits(generate(generator, candidates))
     of_digit = torch.where(digits == digit, confidence, 0.0)
     best = of_digit.argsort(descending=True, stable=True)[:count]
     if (found := int((of_digit[best] > SURE).sum())) < count:
-        raise Refused(
+        raise UserError(
             f"of {len(candidates)} samples, {found} are surely a {digit} where {count} are needed: "
             f"give another --seed, or train for longer"
         )

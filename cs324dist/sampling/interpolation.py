@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from cs324dist.errors import Refused
+from cs324dist.errors import UserError
 from cs324dist.models.gan import Generator
 from cs324dist.sampling.generators import generate, latents, surest
 from cs324dist.sampling.grids import grid
@@ -43,7 +43,7 @@ def walk_ends(
     if dataset != "fashion-mnist":  # whose images are no digits
         try:
             start, end = (surest(generator, digit, 1, seed=0)[0] for digit in (START, END))
-        except Refused:  # it draws no such digits, or not yet
+        except UserError:  # it draws no such digits, or not yet
             pass
         else:
             return start, end, f"from a {START} to a {END}"

@@ -27,7 +27,7 @@ from hypothesis.extra import numpy as npst
 
 from cs324dist.data import images
 from cs324dist.data.images import decode_idx, encode_idx, fetch, load_images, to_unit_range
-from cs324dist.errors import Refused
+from cs324dist.errors import UserError
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "fetch_data.py"
 
@@ -45,7 +45,7 @@ def md5s(folder: Path) -> dict[str, str]:
 
 
 def refusal(*arguments: object) -> tuple[str, ...]:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UserError) as caught:
         fetch(*arguments)  # type: ignore[arg-type]
     return caught.value.lines
 
@@ -166,7 +166,7 @@ class TestDataRoot:
     def test_one_split_alone_can_be_read(self, small: dict[str, bytes], tmp_path: Path) -> None:
         put(tmp_path / "MNIST" / "raw", {name: data for name, data in small.items() if "t10k" in name})
         assert len(load_images("mnist", "test", tmp_path).labels) == 3
-        with pytest.raises(Refused, match="put train-images-idx3-ubyte, train-labels-idx1-ubyte "):
+        with pytest.raises(UserError, match="put train-images-idx3-ubyte, train-labels-idx1-ubyte "):
             load_images("mnist", "train", tmp_path)
 
     def test_gz_files_are_unpacked_beside_themselves(self, small: dict[str, bytes], tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ class TestDataRoot:
         file = put(tmp_path / "MNIST" / "raw", {name: damaged}) / name
         put(tmp_path / "MNIST" / "raw", gzipped(small))  # right, and yet not taken instead
         for read in (fetch, lambda dataset, root: load_images(dataset, "train", root)):
-            with pytest.raises(Refused, match=f"^{file} is damaged: {said}; delete it") as caught:
+            with pytest.raises(UserError, match=f"^{file} is damaged: {said}; delete it") as caught:
                 read("mnist", tmp_path)
             assert len(caught.value.lines) == 1
             assert file.read_bytes() == damaged

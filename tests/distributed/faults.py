@@ -3,14 +3,14 @@
 from torch.nn import functional as F
 
 from cs324dist.data import streams
-from cs324dist.training import gan, lstm
+from cs324dist.tasks import gan, lstm
 
 GLOBAL_BATCH = 16
 
 
 def local_batch_norm() -> None:
     """Every rank normalises by the statistics of its own share of the batch."""
-    gan.synchronise = lambda model, accelerator: None
+    gan.convert_sync_batchnorm = lambda model, accelerator: None
 
 
 def offset_rank() -> None:

@@ -9,11 +9,11 @@ import torch
 from faults import FAULTS
 from safetensors.torch import save_file
 
-from cs324dist.errors import leave
-from cs324dist.runs.folder import RunFolder
-from cs324dist.training import classifier, gan, lstm
-from cs324dist.training.loop import resume, save
-from cs324dist.training.process import on_main_process, start_accelerator
+from cs324dist.distributed.process import on_main_process, start_accelerator
+from cs324dist.errors import exit_process
+from cs324dist.runs.run_dir import RunDir
+from cs324dist.tasks import classifier, gan, lstm
+from cs324dist.trainer import resume, save
 
 TASKS = {
     "gan": (gan.GANTask, gan.PRESETS),
@@ -42,7 +42,7 @@ if __name__ == "__main__":
     settings = dataclasses.replace(presets[arguments.preset], **arguments.settings)
     accelerator = start_accelerator(settings.batch_size)
     task = build(settings, accelerator, torch.float64)
-    start, run = 0, RunFolder(arguments.folder or Path())
+    start, run = 0, RunDir(arguments.folder or Path())
     if arguments.folder:
         on_main_process(accelerator, run.claim)
         start = resume(task, run, accelerator).step
@@ -62,4 +62,4 @@ if __name__ == "__main__":
         }
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, arguments.out)
     accelerator.end_training()
-    leave(0)
+    exit_process(0)

@@ -5,8 +5,8 @@ import signal
 import sys
 from pathlib import Path
 
-from cs324dist.training.lstm import PRESETS, LSTMTask
-from cs324dist.training.run import main
+from cs324dist.tasks.lstm import PRESETS, LSTMTask
+from cs324dist.training_run import main
 
 if __name__ == "__main__":
     run = Path(sys.argv[1])

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cs324dist.data.streams import Shard, Stream
-from cs324dist.errors import leave
-from cs324dist.training.batch_norm import synchronise
+from cs324dist.distributed.batch_norm import convert_sync_batchnorm
+from cs324dist.errors import exit_process
 
 SHAPES = {"vectors": (12, 5), "images": (12, 3, 4, 4)}
 
@@ -41,7 +41,7 @@ if __name__ == "__main__":
         share = Shard(rank, world_size).samples(0, len(whole))
         x, grad = whole[share].requires_grad_(), whole_grad[share]
         layers = nn.Sequential(norm_for(name))
-        synchronise(layers, accelerator)
+        convert_sync_batchnorm(layers, accelerator)
         output = layers(x)
         output.backward(grad)
         for parameter in layers.parameters():
@@ -52,4 +52,4 @@ if __name__ == "__main__":
         found |= {f"{name}/{key}": tensor.contiguous() for key, tensor in tensors.items()}
     save_file(found, Path(sys.argv[1]) / f"rank{rank}.safetensors")
     accelerator.end_training()
-    leave(0)
+    exit_process(0)

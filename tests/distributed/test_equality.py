@@ -54,11 +54,11 @@ def test_four_processes_take_the_path_of_one(follow, case):
     assert_same_path(four, one)
 
 
-@pytest.mark.parametrize("preset", ["fast", "report"])
+@pytest.mark.parametrize("preset", ["fast", "course"])
 def test_the_lstm_takes_the_path_of_a_plain_loop(follow, preset):
     start = follow("lstm", preset, LSTM_SETTINGS, steps=0)
     end = follow("lstm", preset, LSTM_SETTINGS, steps=STEPS)
-    coding = {"fast": "onehot", "report": "scalar"}[preset]
+    encoding = {"fast": "onehot", "report": "scalar"}[preset]
     model = LSTM(start["lstm/W_x"].shape[1], kernel="equations").double()
     model.load_state_dict(part(start, "lstm"))
     if preset == "fast":
@@ -68,13 +68,13 @@ def test_the_lstm_takes_the_path_of_a_plain_loop(follow, preset):
     for indices in batches(BATCH):
         digits, last = palindromes(Stream(0, "palindromes/train"), indices, LENGTH)
         optimizer.zero_grad()
-        F.cross_entropy(model(encode(digits, coding, torch.float64)), last).backward()
+        F.cross_entropy(model(encode(digits, encoding, torch.float64)), last).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip, foreach=False)
         optimizer.step()
     assert_same_path(end, whole(lstm=model))
 
 
-@pytest.mark.parametrize("preset", ["fast", "report"])
+@pytest.mark.parametrize("preset", ["fast", "course"])
 def test_the_gan_takes_the_path_of_a_plain_loop(follow, preset):
     start = follow("gan", preset, GAN_SETTINGS, steps=0)
     end = follow("gan", preset, GAN_SETTINGS, steps=STEPS)

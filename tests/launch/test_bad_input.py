@@ -148,12 +148,12 @@ def test_two_commands_for_one_new_folder(launch, lstm_run, tmp_path):
     """The second finds the folder new, and owned; when it has it, it is a run of other settings."""
     script = """
 import runpy, shutil, sys
-from cs324dist.runs.folder import RunFolder
-honest, other = RunFolder.claim, sys.argv[1]
+from cs324dist.runs.run_dir import RunDir
+honest, other = RunDir.claim, sys.argv[1]
 def claim(run):
     shutil.copytree(other, run.path)
     honest(run)
-RunFolder.claim = claim
+RunDir.claim = claim
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

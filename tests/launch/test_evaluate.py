@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cs324dist.data import images
-from cs324dist.evaluation.digits import WEIGHTS
+from cs324dist.metrics.digits import WEIGHTS
 
 TWO = ("--config_file", "accelerate_configs/cpu_ddp.yaml")
 

@@ -110,7 +110,7 @@ def sample(hostile: Hostile) -> tuple[object, ...]:
     return ("launch/sample.py", "grid", hostile.run, "--rows", "1", "--columns", "1", "--out", out)
 
 
-def cut_short(path: Path) -> None:
+def interrupted(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
@@ -149,7 +149,7 @@ def with_one_more(path: Path) -> None:
     ("tamper", "mend", "said"),
     [
         (flipped, False, "is damaged: its SHA-256"),
-        (cut_short, True, "cannot be read as safetensors"),
+        (interrupted, True, "cannot be read as safetensors"),
         (claims_a_huge_header, True, "its header is too large"),
         (claims_huge_tensors, True, "cannot be read as safetensors"),
         (change("W_h", lambda t: t.T.contiguous()), True, "'W_h' is F32 (8, 32), expected F32 (32, 8)"),

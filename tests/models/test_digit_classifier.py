@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from cs324dist.data.images import load_images
-from cs324dist.evaluation.digits import WEIGHTS, digit_classifier
+from cs324dist.metrics.digits import WEIGHTS, digit_classifier
 from cs324dist.models.digit_classifier import DigitClassifier
 
 

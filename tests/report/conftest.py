@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from made_runs import HOSTILE, make_damaged, make_gan, make_lstm
 
-from cs324dist.runs.folder import RunFolder
-from cs324dist.training import lstm
+from cs324dist.runs.run_dir import RunDir
+from cs324dist.tasks import lstm
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,7 @@ def runs(tmp_path_factory) -> Path:
     make_gan(root / "gan-fast-0")
     make_gan(root / "gan-young", frames=1, checkpoint=False, distance=1e6)
     make_damaged(root / HOSTILE)
-    empty = RunFolder(root / "empty")
+    empty = RunDir(root / "empty")
     empty.open("lstm", lstm.PRESETS["fast"].as_json())
     empty.release()
     for folder in root.iterdir():

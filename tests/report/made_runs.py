@@ -9,9 +9,9 @@ import torch
 
 from cs324dist.models.gan import Generator
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
-from cs324dist.runs.folder import RunFolder
+from cs324dist.runs.run_dir import RunDir
 from cs324dist.sampling.grids import grid, save_png
-from cs324dist.training import gan, lstm
+from cs324dist.tasks import gan, lstm
 
 HOSTILE = "<img src=x onerror=alert(1)>&amp;"  # a name that a folder can have
 ENDS_SCRIPT = "</script><script>window.hacked = 1</script>"
@@ -24,8 +24,8 @@ def accuracy(step: int, length: int) -> float:
 
 def make_lstm(path: Path, length: int = 5, steps: int = 300, state: str = "finished", **changes) -> Path:
     """A run of `steps` steps, logged every 10 and evaluated every 100."""
-    settings = replace(lstm.PRESETS["report"], length=length, steps=steps, **changes)
-    run = RunFolder(path)
+    settings = replace(lstm.PRESETS["course"], length=length, steps=steps, **changes)
+    run = RunDir(path)
     run.open("lstm", settings.as_json())
     for step in range(10, steps + 1, 10):
         value = accuracy(step, length)
@@ -43,7 +43,7 @@ def make_gan(
     path: Path, frames: int = 4, checkpoint: bool = True, distance: float = 5000.0, **changes
 ) -> Path:
     """A run with a picture and an evaluation every 100 steps, and a small generator."""
-    run, steps = RunFolder(path), 100 * frames
+    run, steps = RunDir(path), 100 * frames
     run.open("gan", replace(gan.PRESETS["fast"], steps=steps, **changes).as_json())
     noise = torch.Generator().manual_seed(0)
     for step in range(50, steps + 1, 50):
@@ -66,8 +66,8 @@ def make_damaged(path: Path) -> Path:
     """A run whose files hold what no run writes, as far as it can be read."""
     make_lstm(path, length=7)
     config = json.loads((path / "config.json").read_text())
-    config["settings"] |= {"coding": ENDS_SCRIPT, "steps": "\x00\u202e" * 1000, "curriculum": [[[]]]}
-    config["made_by"]["packages"] = {ENDS_SCRIPT: 10**4000}
+    config["settings"] |= {"encoding": ENDS_SCRIPT, "steps": "\x00\u202e" * 1000, "curriculum": [[[]]]}
+    config["environment"]["packages"] = {ENDS_SCRIPT: 10**4000}
     (path / "config.json").write_text(json.dumps(config))
     with (path / "metrics.jsonl").open("a") as file:
         rows = [

@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from cs324dist.data.images import load_images, to_unit_range
-from cs324dist.evaluation.digits import DigitStatistics
+from cs324dist.metrics.digits import DigitStatistics
 from cs324dist.report.page import FRECHET_FLOOR, SURE_OF_REAL
 
 

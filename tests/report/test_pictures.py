@@ -8,7 +8,7 @@ import torch
 from made_runs import make_gan, make_lstm
 from PIL import Image
 
-from cs324dist.errors import Refused
+from cs324dist.errors import UserError
 from cs324dist.report.pictures import WALK_FRAMES, film, walk
 from cs324dist.report.reading import read_run
 from cs324dist.sampling.generators import generate, latents, load_generator
@@ -67,5 +67,5 @@ def test_a_walk_goes_from_one_end_to_the_other_by_both_methods(runs: Path) -> No
 
 
 def test_no_walk_without_a_generator(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="no checkpoint yet"):
+    with pytest.raises(UserError, match="no checkpoint yet"):
         walk(read_run(make_lstm(tmp_path / "run"), "run"))

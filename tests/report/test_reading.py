@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from made_runs import HOSTILE, make_gan, make_lstm
 
-from cs324dist.errors import Refused
+from cs324dist.errors import UserError
 from cs324dist.report.reading import LONGEST, plain, read_run, read_runs
-from cs324dist.runs.folder import RunFolder
+from cs324dist.runs.run_dir import RunDir
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("paths", [(), ("absent",), ("absent", "x" * 5000)])
 def test_no_run_at_all_is_refused(tmp_path: Path, paths: tuple[str, ...]) -> None:
-    with pytest.raises(Refused, match="give run folders") as refusal:
+    with pytest.raises(UserError, match="give run folders") as refusal:
         read_runs(tuple(tmp_path / path for path in paths))
     assert len(refusal.value.lines) == 1
 
@@ -138,7 +138,7 @@ def test_a_run_whose_status_is_damaged_is_as_far_as_its_metrics(tmp_path: Path) 
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "new")
+    folder = RunDir(tmp_path / "new")
     folder.open("lstm", {})
     folder.release()
     run = read_run(tmp_path / "new", "new")

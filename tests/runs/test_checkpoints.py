@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cs324dist.errors import Failed, Refused
+from cs324dist.errors import RunFailed, UserError
 from cs324dist.models.rnn import RNN
 from cs324dist.runs import checkpoints
 from cs324dist.runs.checkpoints import (
@@ -27,7 +27,7 @@ from cs324dist.runs.checkpoints import (
     verify_checkpoint,
     write_checkpoint,
 )
-from cs324dist.training.task import create_state
+from cs324dist.tasks.base import create_state
 
 FILES = ["rnn/config.json", "rnn/model.safetensors", "optimizers.safetensors"]
 STATE = TrainerState(3, 2, {"length": 17}, {"scale": 1024.5, "_growth_tracker": 7})
@@ -120,7 +120,7 @@ def test_a_flipped_bit_in_the_list_of_digests_is_noticed(intact):
         path.write_bytes(flipped(content, position, 0))  # the last bit makes another digit of every digit
         try:
             verify_checkpoint(intact)
-        except Refused:
+        except UserError:
             continue
         unnoticed.append(flipped(content[: position + 1], position, 0)[-20:])
     path.write_bytes(content)
@@ -139,7 +139,7 @@ def test_a_digest_of_a_file_outside_is_refused_though_it_is_right(tmp_path, outs
     (tmp_path / "secret").write_text("secret")
     name = outside.format(tmp_path)
     edit(folder, lambda content: content["sha256"].update({name: hashlib.sha256(b"secret").hexdigest()}))
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UserError) as caught:
         verify_checkpoint(folder)
     assert f"names {name!r}, which is no file of a checkpoint" in str(caught.value)
 
@@ -149,7 +149,7 @@ def test_a_link_that_leads_outside_is_refused(tmp_path):
     weights = folder / "rnn" / "model.safetensors"
     weights.rename(tmp_path / "elsewhere")
     weights.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(Refused, match="outside the checkpoint"):
+    with pytest.raises(UserError, match="outside the checkpoint"):
         verify_checkpoint(folder)
 
 
@@ -172,7 +172,7 @@ def test_a_link_that_leads_outside_is_refused(tmp_path):
 def test_a_list_of_digests_with_values_of_another_type_is_refused(tmp_path, change):
     folder = write(tmp_path / "3")
     edit(folder, lambda content: content.update(change))
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UserError) as caught:
         verify_checkpoint(folder)
     assert str(folder / "trainer.json") in str(caught.value)
 
@@ -180,7 +180,7 @@ def test_a_list_of_digests_with_values_of_another_type_is_refused(tmp_path, chan
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     folder = write(tmp_path / "3")
     other = Learner()
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UserError) as caught:
         read_checkpoint(folder, {"lstm": other.model}, other.optimizers)
     assert (
         str(caught.value) == f"{folder} holds no lstm/model.safetensors: it is a checkpoint of another task"
@@ -322,14 +322,14 @@ def test_an_owner_that_cannot_be_counts_as_none(tmp_path, generation):
 def test_a_state_that_cannot_be_is_refused_though_its_digest_is_right(tmp_path, change):
     learner = Learner()
     write_checkpoint(tmp_path / "c", learner.models, learner.optimizers, replace(STATE, **change))
-    with pytest.raises(Refused, match=r"trainer.json has values of the wrong type: it is damaged"):
+    with pytest.raises(UserError, match=r"trainer.json has values of the wrong type: it is damaged"):
         verify_checkpoint(tmp_path / "c")
 
 
 def test_a_checkpoint_that_was_moved_to_another_step_says_so(tmp_path):
     learner = Learner()
     write_checkpoint(tmp_path / "000000004", learner.models, learner.optimizers, STATE)
-    with pytest.raises(Refused, match=r"trainer.json is of step 3: it was moved here, or is damaged"):
+    with pytest.raises(UserError, match=r"trainer.json is of step 3: it was moved here, or is damaged"):
         verify_checkpoint(tmp_path / "000000004")
 
 
@@ -379,7 +379,7 @@ def assert_refused(folder: Path, name: str, content: bytes | None) -> None:
     if content is not None:
         path.write_bytes(content)
     try:
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(UserError) as caught:
             read_checkpoint(folder, learner.models, learner.optimizers)
     finally:
         path.write_bytes(intact)
@@ -389,12 +389,12 @@ def assert_refused(folder: Path, name: str, content: bytes | None) -> None:
 
 @pytest.mark.parametrize("name", ["my-mlp", "a/b", "", "m.lp", "ü", "x" * 100])
 def test_a_model_that_no_checkpoint_could_hold_is_refused(name):
-    with pytest.raises(Refused, match="give letters, digits and underscores"):
+    with pytest.raises(UserError, match="give letters, digits and underscores"):
         check_names(["mlp", name])
 
 
 def test_a_model_may_be_called_optimizer(tmp_path):
     model = nn.Linear(1, 1)
     model.weight.data.fill_(math.nan)
-    with pytest.raises(Failed, match="the optimizer holds values that are not finite"):
+    with pytest.raises(RunFailed, match="the optimizer holds values that are not finite"):
         write_checkpoint(tmp_path / "000000001", {"optimizer": model}, {}, TrainerState(1, 1))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from cs324dist.errors import Refused
+from cs324dist.errors import UserError
 from cs324dist.models.lstm import LSTM
 from cs324dist.models.rnn import RNN
 from cs324dist.runs.models import load_model, read_tensors, save_model, save_tensors
@@ -62,7 +62,7 @@ def of_another_dtype(path: Path) -> None:
     save_file({**tensors, "output.bias": tensors["output.bias"].double()}, path)
 
 
-def cut_short(path: Path) -> None:
+def interrupted(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
@@ -93,7 +93,7 @@ def absent(path: Path) -> None:
         (with_one_more, "holds 1 tensors too many, the first of them 'W_c'"),
         (of_a_shape_that_broadcasts, "'b' is F32 (1,), expected F32 (16,)"),
         (of_another_dtype, "'output.bias' is F64 (5,), expected F32 (5,)"),
-        (cut_short, "cannot be read as safetensors"),
+        (interrupted, "cannot be read as safetensors"),
         (of_length_zero, "cannot be read as safetensors"),
         (a_renamed_pickle, "cannot be read as safetensors"),
         (absent, "cannot be read as safetensors"),
@@ -106,7 +106,7 @@ def test_tensors_that_do_not_fit_are_named_and_change_nothing(tmp_path, damage, 
     damage(path)
     model = LSTM(3, 4, 5)
     before = bits(model)
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UserError) as caught:
         read_tensors(path, model.state_dict())
     (line,) = caught.value.lines
     assert str(path) in line
@@ -160,7 +160,7 @@ def written(folder: Path, changes: dict[str, object]) -> Path:
 
 
 def assert_refused(folder: Path, named: str) -> None:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UserError) as caught:
         load_model(folder, LSTM)
     assert str(folder) in str(caught.value)
     assert named in str(caught.value)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cs324dist.errors import Refused
+from cs324dist.errors import UserError
 from cs324dist.runs.files import read_json, replaced, write_json
 
 MEBIBYTE = 2**20
@@ -92,7 +92,7 @@ def test_a_file_of_the_largest_size_is_read(tmp_path):
 
 
 def assert_refused(path: Path, said: str) -> None:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UserError) as caught:
         read_json(path)
     (line,) = caught.value.lines
     assert line.startswith(f"{path} ")

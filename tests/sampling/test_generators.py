@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 import cs324dist
 from cs324dist.data.images import load_images, to_unit_range
-from cs324dist.errors import Refused
+from cs324dist.errors import UserError
 from cs324dist.models.gan import Generator
 from cs324dist.models.lstm import LSTM
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
-from cs324dist.runs.folder import RunFolder
+from cs324dist.runs.run_dir import RunDir
 from cs324dist.sampling import generators, interpolation
 from cs324dist.sampling.generators import find_generator, generate, latents, load_generator, surest
 
@@ -61,7 +61,7 @@ class TestSurest:
         assert len({tuple(z.tolist()) for z in torch.cat([fours, ones])}) == 40
 
     def test_a_digit_that_is_never_drawn_is_refused(self, four_or_one: Stub) -> None:
-        with pytest.raises(Refused, match=r"^of 1000 samples, 0 are surely a 7 where 1 are needed"):
+        with pytest.raises(UserError, match=r"^of 1000 samples, 0 are surely a 7 where 1 are needed"):
             surest(four_or_one, 7, 1, seed=0)
 
     def test_the_surest_of_a_thousand_come_first(self, fours_of_known_confidence: None) -> None:
@@ -74,13 +74,13 @@ class TestSurest:
         generator = confident(lambda z: torch.where(z > 2, 0.96, 0.94))
         sure = sum(z[0] > 2 for z in latents(generator, 5, 0, 1000).tolist())
         assert len(surest(generator, 4, sure, seed=5)) == sure
-        with pytest.raises(Refused, match=f"^of 1000 samples, {sure} are surely a 4 where {sure + 1} are"):
+        with pytest.raises(UserError, match=f"^of 1000 samples, {sure} are surely a 4 where {sure + 1} are"):
             surest(generator, 4, sure + 1, seed=5)
 
     def test_for_many_there_are_twenty_times_as_many_candidates(
         self, fours_of_known_confidence: None
     ) -> None:
-        with pytest.raises(Refused, match=r"^of 1200 samples, 0 are surely a 4 where 60 are needed"):
+        with pytest.raises(UserError, match=r"^of 1200 samples, 0 are surely a 4 where 60 are needed"):
             surest(confident(torch.zeros_like), 4, 60, seed=5)
 
 
@@ -99,10 +99,10 @@ def test_latents_are_a_slice_of_the_seed_s_stream() -> None:
 
 class TestLoadGenerator:
     @staticmethod
-    def run(path: Path) -> tuple[RunFolder, Generator, Generator]:
+    def run(path: Path) -> tuple[RunDir, Generator, Generator]:
         """A run whose newest checkpoint, of two, holds these raw and averaged generators."""
         torch.manual_seed(0)
-        run, raw, averaged = RunFolder(path), Generator(7), Generator(7)
+        run, raw, averaged = RunDir(path), Generator(7), Generator(7)
         run.open("gan", {})
         old = {"generator": Generator(7)}
         write_checkpoint(run.checkpoint(900), old, {}, TrainerState(900, 1))
@@ -127,18 +127,18 @@ class TestLoadGenerator:
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
-        with pytest.raises(Refused, match=f"^{file} is damaged"):
+        with pytest.raises(UserError, match=f"^{file} is damaged"):
             load_generator(run.path)
 
     def test_what_holds_no_generator_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(Refused, match="is neither a run nor a checkpoint"):
+        with pytest.raises(UserError, match="is neither a run nor a checkpoint"):
             load_generator(tmp_path / "nothing")
-        run = RunFolder(tmp_path / "run")
+        run = RunDir(tmp_path / "run")
         run.open("lstm", {})
-        with pytest.raises(Refused, match="has no checkpoint yet"):
+        with pytest.raises(UserError, match="has no checkpoint yet"):
             load_generator(run.path)
         write_checkpoint(run.checkpoint(1), {"lstm": LSTM(1, 2)}, {}, TrainerState(1, 1))
-        with pytest.raises(Refused, match="holds no generator"):
+        with pytest.raises(UserError, match="holds no generator"):
             load_generator(run.path)
 
 

@@ -11,7 +11,7 @@ from cluster import Cluster, wait_until
 
 from cs324dist.runs.checkpoints import checkpoints_in
 from cs324dist.runs.files import read_json
-from cs324dist.runs.folder import RunFolder
+from cs324dist.runs.run_dir import RunDir
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE = 240  # seconds: a test must not depend on the machine's speed
@@ -34,7 +34,7 @@ class Job:
 
     def __init__(self, cluster: Cluster, checkout: Path, number: str, run: str = "run") -> None:
         self.cluster, self.checkout, self.number = cluster, checkout, number
-        self.run = RunFolder(checkout / run)
+        self.run = RunDir(checkout / run)
 
     @property
     def facts(self) -> dict[str, str]:

@@ -46,7 +46,7 @@ def test_array(submit, uninterrupted, outcomes):
         assert task.state == "finished"
         assert task.restarts == restarts
         assert task.logged_step == 1500
-    recipe = ("--preset", "report", "--length", "10", "--wandb", "disabled", "--run-dir", "run")
+    recipe = ("--preset", "course", "--length", "10", "--wandb", "disabled", "--run-dir", "run")
     tasks[1].assert_as_if_uninterrupted(uninterrupted("lstm.sbatch", *recipe, nodes=1), mine)
     outcomes += mine
 

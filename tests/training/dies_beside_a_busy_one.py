@@ -3,8 +3,8 @@
 import os
 import time
 
-from cs324dist.training.lstm import PRESETS, LSTMTask
-from cs324dist.training.run import main
+from cs324dist.tasks.lstm import PRESETS, LSTMTask
+from cs324dist.training_run import main
 
 if __name__ == "__main__":
     honest = LSTMTask.step

@@ -3,8 +3,8 @@
 import hashlib
 import sys
 
-from cs324dist.training.lstm import PRESETS, LSTMTask
-from cs324dist.training.run import main
+from cs324dist.tasks.lstm import PRESETS, LSTMTask
+from cs324dist.training_run import main
 
 ROUNDS = 50_000_000  # about a minute
 

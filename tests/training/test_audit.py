@@ -58,7 +58,7 @@ def test_an_honest_run_repeats_from_its_first_step_to_its_last(launch, honest):
 
 def test_without_more_only_stretches_between_checkpoints_are_replayed(launch, honest):
     assert len(launch("launch/audit.py", honest).stdout.splitlines()) == 3
-    assert len(launch("launch/audit.py", honest, "--stretches", "2").stdout.splitlines()) == 2
+    assert len(launch("launch/audit.py", honest, "--intervales", "2").stdout.splitlines()) == 2
 
 
 @pytest.mark.parametrize(("step", "found"), [(10, {(5, 10), (10, 15)}), (20, {(15, 20)})])
@@ -66,8 +66,8 @@ def test_one_flipped_bit_of_one_weight_is_found(launch, copy, step, found):
     flip_a_bit(copy / "checkpoints" / f"{step:09d}")
     done = launch("launch/audit.py", copy, check=False)
     assert done.returncode == 1
-    stretches = [(start, start + 5) for start in (5, 10, 15)]
-    assert {(a, b) for a, b in stretches if f"steps {a} to {b}: DIFFERENT" in done.stdout} == found
+    intervales = [(start, start + 5) for start in (5, 10, 15)]
+    assert {(a, b) for a, b in intervales if f"steps {a} to {b}: DIFFERENT" in done.stdout} == found
     assert "error: steps" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from cs324dist.training import lstm
-from cs324dist.training.lstm import FAST, LSTMTask
+from cs324dist.tasks import lstm
+from cs324dist.tasks.lstm import FAST, LSTMTask
 
 
 class OneOfTwo(Accelerator):

@@ -165,7 +165,7 @@ class TestNotANumber:
         run, (log, save) = tmp_path / "run", every
         script = (
             "import sys, runpy, torch\n"
-            "from cs324dist.training import lstm\n"
+            "from cs324dist.tasks import lstm\n"
             "honest = lstm.LSTMTask.step\n"
             "def step(task, step):\n"
             "    metrics = honest(task, step)\n"
@@ -248,7 +248,7 @@ class TestOneOfTwoProcesses:
     @pytest.mark.parametrize("rank", [0, 1])
     def test_all_end_and_it_is_said(self, start_python, tmp_path, number, rank):
         run = tmp_path / "run"
-        process = start_python(*self.TWO, *LSTM, *self.LONG, "--hung-after", "5", "--run-dir", run)
+        process = start_python(*self.TWO, *LSTM, *self.LONG, "--peer-timeout", "5", "--run-dir", run)
         wait_for_line(process, "step 20/")
         children = psutil.Process(process.pid).children(recursive=True)
         workers = {child.environ()["RANK"]: child for child in children if "LOCAL_RANK" in child.environ()}
@@ -259,7 +259,8 @@ class TestOneOfTwoProcesses:
         assert not alive
         if number == signal.SIGSTOP:
             assert (
-                f"error on rank {1 - rank}: another process did not answer within 5 s (--hung-after)" in said
+                f"error on rank {1 - rank}: another process did not answer within 5 s (--peer-timeout)"
+                in said
             )
         if rank == 1:
             assert status(run)["state"] == "failed"
@@ -268,7 +269,7 @@ class TestOneOfTwoProcesses:
     def test_the_launchers_signal_after_a_crash_is_no_request_to_stop(self, start_python, tmp_path):
         run = tmp_path / "run"
         script = REPOSITORY / "tests" / "training" / "dies_beside_a_busy_one.py"
-        process = start_python(*self.TWO, script, *LSTM[1:], "--hung-after", "60", "--run-dir", run)
+        process = start_python(*self.TWO, script, *LSTM[1:], "--peer-timeout", "60", "--run-dir", run)
         said = process.stderr.read()
         assert process.wait() == 1
         assert status(run)["state"] == "failed"

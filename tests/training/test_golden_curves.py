@@ -11,15 +11,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from cs324dist.training import classifier, gan, lstm
+from cs324dist.tasks import classifier, gan, lstm
 
 STORED = Path(__file__).with_name("golden_curves.json")
 STEPS = 8
 RECIPES = {
-    "lstm, preset report": (lstm.LSTMTask, replace(lstm.PRESETS["report"], length=10)),
+    "lstm, preset course": (lstm.LSTMTask, replace(lstm.PRESETS["course"], length=10)),
     "lstm, preset fast": (lstm.LSTMTask, replace(lstm.PRESETS["fast"], length=10)),
-    "rnn": (lstm.LSTMTask, replace(lstm.PRESETS["report"], length=5, model="rnn")),
-    "gan, preset report": (gan.GANTask, replace(gan.PRESETS["report"], dataset="fake", batch_size=8)),
+    "rnn": (lstm.LSTMTask, replace(lstm.PRESETS["course"], length=5, model="rnn")),
+    "gan, preset course": (gan.GANTask, replace(gan.PRESETS["course"], dataset="fake", batch_size=8)),
     "gan, preset fast": (gan.GANTask, replace(gan.PRESETS["fast"], dataset="fake", batch_size=8)),
     "classifier": (
         classifier.ClassifierTask,
@@ -43,7 +43,7 @@ def test_the_losses_are_those_that_were_stored(recipe: str) -> None:
 
 
 def test_the_lstm_as_its_equations_learns_as_the_fused_one() -> None:
-    assert_stored(curves("lstm, preset report", kernel="equations"), "lstm, preset report")
+    assert_stored(curves("lstm, preset course", kernel="equations"), "lstm, preset course")
 
 
 def assert_stored(found: dict[str, list[float]], recipe: str) -> None:

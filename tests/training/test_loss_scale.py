@@ -2,7 +2,7 @@
 
 import torch
 
-from cs324dist.training.loss_scale import SkippedSteps
+from cs324dist.loss_scale import SkippedSteps
 
 
 def test_each_step_with_an_overflow_is_counted_once():

@@ -23,7 +23,7 @@ from launched import (
 
 from cs324dist.models.gan import Generator
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
-from cs324dist.runs.folder import RunFolder
+from cs324dist.runs.run_dir import RunDir
 
 pytestmark = pytest.mark.slow  # real processes, signals and faults: minutes
 
@@ -55,7 +55,7 @@ def whole(launch, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gan_run(tmp_path_factory):
-    run = RunFolder(tmp_path_factory.mktemp("gan") / "run")
+    run = RunDir(tmp_path_factory.mktemp("gan") / "run")
     run.open("gan", {})
     write_checkpoint(run.checkpoint(1), {"generator": Generator(input_dim=8)}, {}, TrainerState(1, 1))
     return run.path
@@ -252,7 +252,7 @@ import pathlib, sys
 sys.stdin.read()
 came_so_far = pathlib.Path(sys.argv[1])
 came_so_far.write_text("began")
-from cs324dist.training.process import prepare_process
+from cs324dist.distributed.process import prepare_process
 prepare_process(on_cpu=True)
 came_so_far.write_text("began, went on")
 """

@@ -6,8 +6,8 @@ import signal
 import pytest
 from launched import wait_until
 
-from cs324dist.training import preemption
-from cs324dist.training.preemption import StopRequest
+from cs324dist.distributed.stop import StopRequest
+from cs324dist.tasks import preemption
 
 
 def send(stop: StopRequest, number: int) -> None:
@@ -51,16 +51,16 @@ def test_signals_within_a_second_count_as_one_and_the_third_ends_the_process(mon
 def test_long_work_ends_after_its_first_part_and_that_is_said_once():
     with StopRequest(1) as stop:
         stop.listen()
-        assert list(stop.watching("abc")) == ["a", "b", "c"]
-        assert not stop.cut_short()
-        parts = stop.watching("abc")
+        assert list(stop.until_stopped("abc")) == ["a", "b", "c"]
+        assert not stop.interrupted()
+        parts = stop.until_stopped("abc")
         assert next(parts) == "a"
         send(stop, signal.SIGTERM)
         assert list(parts) == []
-        assert list(stop.watching("abc")) == ["a"]
-        assert list(stop.watching("a")) == ["a"]
-        assert stop.cut_short()
-        assert not stop.cut_short()
+        assert list(stop.until_stopped("abc")) == ["a"]
+        assert list(stop.until_stopped("a")) == ["a"]
+        assert stop.interrupted()
+        assert not stop.interrupted()
 
 
 def test_signals_of_another_meaning_are_no_requests(monkeypatch):

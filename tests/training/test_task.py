@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cs324dist.distributed.process import start_accelerator
 from cs324dist.models.lstm import LSTM
-from cs324dist.runs.folder import RunFolder
-from cs324dist.training.loop import resume
-from cs324dist.training.process import start_accelerator
-from cs324dist.training.settings import RunSettings
-from cs324dist.training.task import Evaluation, create_state, optimizer_tensors
+from cs324dist.runs.run_dir import RunDir
+from cs324dist.settings import RunSettings
+from cs324dist.tasks.base import Evaluation, create_state, optimizer_tensors
+from cs324dist.trainer import resume
 
 MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "fused Adam": lambda parameters: torch.optim.Adam(parameters, 1e-2, (0.0, 0.99), fused=True),
@@ -131,7 +131,7 @@ def test_a_run_begins_with_all_of_the_state_though_its_first_steps_use_less(kind
     module = model()
     optimizer = MAKERS[kind](module.parameters())
     toy = Toy({"lstm": module}, {"lstm": optimizer})
-    resume(toy, RunFolder(tmp_path / "new"), start_accelerator())
+    resume(toy, RunDir(tmp_path / "new"), start_accelerator())
     module.output.weight.square().sum().backward()
     optimizer.step()
     assert all(KEYS[kind] <= optimizer.state[parameter].keys() for parameter in module.parameters())

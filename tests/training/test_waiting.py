@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cs324dist.training import classifier, gan, lstm
-from cs324dist.training.process import start_accelerator
+from cs324dist.distributed.process import start_accelerator
+from cs324dist.tasks import classifier, gan, lstm
 
 aten = torch.ops.aten
 TASKS = {
     "LSTM": lambda: lstm.LSTMTask(replace(lstm.PRESETS["smoke"], curriculum=1.0), start_accelerator()),
     "GAN": lambda: gan.GANTask(replace(gan.PRESETS["smoke"], dataset="fake"), start_accelerator()),
-    "GAN, report": lambda: gan.GANTask(replace(gan.PRESETS["report"], dataset="fake"), start_accelerator()),
+    "GAN, report": lambda: gan.GANTask(replace(gan.PRESETS["course"], dataset="fake"), start_accelerator()),
     "classifier": lambda: classifier.ClassifierTask(
         replace(classifier.PRESETS["smoke"], dataset="fake"), start_accelerator()
     ),

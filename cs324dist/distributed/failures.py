@@ -1,0 +1,57 @@
+"""What goes wrong below the project, in the user's words."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from cs324dist.command_line import option
+from cs324dist.errors import RunFailed
+from cs324dist.settings import RunSettings
+
+NO_MEMORY = ("can't allocate memory", "out of memory", "bad allocation")
+PEER_SILENT = ("timed out", "timeout")
+PEER_GONE = ("connection closed by peer", "connection reset", "broken pipe", "connection refused")
+
+
+class OneProcessFailed(RunFailed):
+    """Something that this process met alone; the others cannot say it for it."""
+
+    alike_on_all_ranks = False
+
+
+class ProcessLost(OneProcessFailed):
+    """Another process of the run does not answer."""
+
+
+@contextmanager
+def translate_errors(settings: RunSettings) -> Iterator[None]:
+    """Turn errors of torch and the system into `RunFailed`: memory, disks, other processes.
+
+    Raises:
+        RunFailed: saying what happened and which option helps.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        text = str(error).lower()
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(text, NO_MEMORY):
+            ways = ", ".join(
+                f"{option(name)} (now {getattr(settings, name)})" for name in settings.memory_options
+            )
+            raise OneProcessFailed(f"out of memory: lower {ways}") from error
+        if isinstance(error, OSError) and error.strerror:
+            raise OneProcessFailed(f"{error.filename or 'a file'}: {error.strerror}") from error
+        if dist.is_initialized() and _says(text, PEER_SILENT):
+            raise ProcessLost(
+                f"another process did not answer within {settings.peer_timeout} s (--peer-timeout): "
+                f"find out what holds it up, then run the same command again"
+            ) from error
+        if dist.is_initialized() and _says(text, PEER_GONE):
+            raise ProcessLost("another process of the run has ended: see what it said") from error
+        raise
+
+
+def _says(text: str, words: tuple[str, ...]) -> bool:
+    return any(word in text for word in words)

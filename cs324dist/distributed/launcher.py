@@ -1,0 +1,56 @@
+"""What the launcher or Slurm was asked for, and what came of it."""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+import psutil
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+from cs324dist.errors import UserError
+
+
+def check_launcher(world_size: int, is_main_process: bool) -> None:
+    """Name a default config that the user may have forgotten; refuse fewer processes than were asked for.
+
+    `accelerate launch --cpu --num_processes 2` starts one process and says nothing (accelerate #2741).
+    """
+    _check_slurm(world_size)
+    try:
+        parent = psutil.Process().parent()
+        command = parent.cmdline() if parent else []
+    except psutil.Error:  # of another user
+        return
+    if not any(re.fullmatch(r"(.*/)?accelerate([-_]launch(\.py)?)?|accelerate\..*", w) for w in command[:3]):
+        return
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_processes", "--num-processes", type=int)
+    parser.add_argument("--config_file", "--config-file")
+    parser.add_argument("--cpu", action="store_true")
+    asked, _ = parser.parse_known_args(command)
+    config_file = asked.config_file
+    if config_file is None and not asked.cpu and Path(default_config_file).is_file():
+        config_file = default_config_file
+        if is_main_process:
+            print(f"accelerate launch took its settings from {config_file}", file=sys.stderr)
+    config = load_config_from_file(str(config_file)) if config_file else None
+    processes = asked.num_processes or (config.num_processes if config else 1) or 1
+    if world_size < processes:
+        raise UserError(
+            f"{processes} processes were asked for, and accelerate launch started {world_size}: "
+            f"give --config_file accelerate_configs/cpu_ddp.yaml, or multi_gpu.yaml"
+        )
+
+
+def _check_slurm(world_size: int) -> None:
+    """Refuse to train apart on each node of a Slurm job, or in each task of a step."""
+    nodes = int(os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_JOB_NUM_NODES") or 1)
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or nodes)
+    nodes_used = world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if world_size < tasks or nodes_used < nodes:
+        raise UserError(
+            f"Slurm started {tasks} tasks on {nodes} nodes, and here {world_size} would train alone: "
+            f"submit slurm/gan.sbatch or slurm/lstm.sbatch, or start one with srun --nodes 1 --ntasks 1"
+        )

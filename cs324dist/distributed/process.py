@@ -1,0 +1,160 @@
+"""What a training process sets up once: the processor, the process group, Accelerate."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+import psutil
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+
+from cs324dist import PARENT
+from cs324dist.data.counter_rng import stream_keys
+from cs324dist.data.streams import Shard
+from cs324dist.distributed.launcher import check_launcher
+from cs324dist.errors import UserError
+from cs324dist.runs.environment import has_gpu
+
+Answer = TypeVar("Answer")
+
+
+def start_accelerator(batch_size: int | None = None, peer_timeout: int = 600) -> Accelerator:
+    """Join the process group that the launcher described, or stand alone.
+
+    Raises:
+        UserError: fp16 on a CPU, fewer processes than the launcher or Slurm was asked for, or a global batch
+            that cannot be shared out evenly.
+    """
+    on_gpu = has_gpu()
+    prepare_process(on_cpu=not on_gpu)
+    if not on_gpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        raise UserError("--mixed_precision fp16 would silently run as float32 on a CPU: give bf16, or no")
+    timeout = timedelta(seconds=peer_timeout)
+    rejoin_after_restart("nccl" if on_gpu else "gloo", timeout)
+    # torch 2.13 has another name for the argument, which Accelerate does not know yet.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    accelerator = Accelerator(
+        cpu=not on_gpu,
+        kwargs_handlers=[
+            # Synchronised BatchNorm keeps the buffers equal on all ranks: nothing to broadcast.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timeout),
+        ],
+    )
+    world_size = accelerator.num_processes
+    check_launcher(world_size, accelerator.is_main_process)
+    if batch_size is not None and batch_size % world_size:
+        raise UserError(
+            f"--batch-size {batch_size} cannot be shared out evenly over {world_size} processes: "
+            f"give a multiple of {world_size}, such as {-(-batch_size // world_size) * world_size}"
+        )
+    return accelerator
+
+
+def rejoin_after_restart(backend: str, timeout: timedelta) -> None:
+    """Form the process group under a name of its own, if `--max_restarts` has restarted the workers.
+
+    The store still has the addresses of the dead processes: half of the restarts fail (pytorch #135712).
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if restarts:
+        store, rank, world_size = next(rendezvous("env://"))
+        store = dist.PrefixStore(f"restart {restarts}", store)
+        dist.init_process_group(backend, timeout=timeout, world_size=world_size, rank=rank, store=store)
+
+
+def prepare_process(on_cpu: bool) -> None:
+    """Settings of the process that must stand before its first tensor operation."""
+    # A long backward pass makes denormal numbers, ten times slower; threads started earlier would keep them.
+    torch.set_flush_denormal(True)
+    if on_cpu:
+        torch.set_num_threads(threads := _threads())
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # or Accelerate sets a number of its own
+    else:
+        torch.set_float32_matmul_precision("high")  # TF32, as torch's convolutions have it anyway
+    keep_large_memory()
+    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if sys.platform == "linux" and launched:
+        # A launcher that is killed would leave its workers running.
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        if _launcher_has_died():  # before this was set
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def keep_large_memory() -> None:
+    """Keep large tensors' memory in the process, instead of giving it back to the kernel at every step."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # musl has no mallopt
+            m_trim_threshold, m_mmap_threshold = -1, -3
+            libc = ctypes.CDLL(None)
+            libc.mallopt(m_mmap_threshold, 1 << 30)
+            libc.mallopt(m_trim_threshold, 1 << 30)
+
+
+def _launcher_has_died() -> bool:
+    if os.getppid() != PARENT:
+        return True
+    try:
+        parent = psutil.Process(PARENT)
+        # It may have died before Python came to ask, and an init process adopted this one. In a container the
+        # launcher can be the first process itself.
+        adopted_by_first = PARENT == 1 and parent.exe() != psutil.Process().exe()
+        return adopted_by_first or parent.name() == "systemd"
+    except psutil.Error:  # of another user
+        return True
+
+
+def _threads() -> int:
+    """CS324DIST_THREADS, or this process's share of the cores.
+
+    OMP_NUM_THREADS cannot be asked: a launcher sets it to 1 where the user said nothing.
+    """
+    if (asked := os.environ.get("CS324DIST_THREADS", "")).isdecimal() and int(asked) > 0:
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def in_full_precision(model: nn.Module, inputs: Tensor) -> Tensor:
+    """The model's output without the autocast that Accelerate puts into the instance's `forward`."""
+    return type(model).forward(model, inputs)
+
+
+def shard(accelerator: Accelerator) -> Shard:
+    """This process's place among all."""
+    return Shard(accelerator.process_index, accelerator.num_processes, accelerator.device)
+
+
+def on_main_process(accelerator: Accelerator, work: Callable[[], Answer]) -> Answer:
+    """Have the main process do `work`; every process gets its answer, or the `UserError` that it raised."""
+    answer: Answer | None = None
+    refusal: UserError | None = None
+    if accelerator.is_main_process:
+        try:
+            answer = work()
+        except UserError as raised:
+            refusal = raised
+    if accelerator.num_processes > 1:
+        answer, refusal = broadcast_object_list([answer, refusal])
+    if refusal is not None:
+        raise refusal
+    return answer  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def seeded(seed: int, stream: str) -> Iterator[None]:
+    """Inside, torch's own initialisers draw from (seed, stream), alike on every rank."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_keys(seed, stream)[0])
+        yield

@@ -1,0 +1,342 @@
+"""One owner a run: a live one is waited for and named, a dead one is known at once, the later one wins."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cs324dist.errors import UserError
+from cs324dist.runs import lease
+from cs324dist.runs.checkpoints import LARGEST_GENERATION
+from cs324dist.runs.lease import Ownership, Superseded, newest_generation
+from cs324dist.runs.run_dir import RunDir
+
+FOREVER = 3600  # seconds: whoever waits for it, waits longer than a test may take
+OWNER = """
+import sys
+from pathlib import Path
+from cs324dist.errors import UserError
+from cs324dist.runs import lease
+from cs324dist.runs.checkpoints import LARGEST_GENERATION
+lease.PATIENCE = float(sys.argv[2])
+try:
+    mine = lease.Ownership(Path(sys.argv[1]))
+except UserError as refusal:
+    print("refused:", refusal, flush=True)
+    sys.exit(2)
+print("owns", mine.generation, flush=True)
+sys.stdin.readline()
+mine.release()
+"""
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return tmp_path
+
+
+@pytest.fixture
+def start(run) -> Iterator[Start]:
+    """Start a real process that claims the run, and ends when it is told to."""
+    started = []
+
+    def owner(patience: float = 0, **environment: str) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            [sys.executable, "-c", OWNER, str(run), str(patience)],
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield owner
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def other(start) -> "subprocess.Popen[str]":
+    """A live process that owns the run."""
+    process = start()
+    assert process.stdout.readline() == "owns 1\n"
+    return process
+
+
+def waits(monkeypatch, **seconds: float) -> None:
+    """How long a new owner waits; for what is not named, longer than a test may take."""
+    for name in ("PATIENCE", "SILENCE"):
+        monkeypatch.setattr(lease, name, seconds.get(name, FOREVER))
+    monkeypatch.setattr(lease, "HEARTBEAT", 0.05)
+
+
+def left_by(run: Path, **about: object) -> Path:
+    """What the first owner has left, changed."""
+    Ownership(run).release()
+    path = run / "owners" / "1.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **about}))
+    return path
+
+
+def on_another_machine(run: Path, **about: object) -> Path:
+    return left_by(run, **{"machine": "another", "host": "node17", "pid": 4711, "ended": False, **about})
+
+
+def test_a_live_process_is_waited_for_and_then_named(run, other, monkeypatch, capsys):
+    waits(monkeypatch, PATIENCE=0.3)
+    with pytest.raises(UserError) as caught:
+        Ownership(run)
+    (line,) = caught.value.lines
+    assert line.startswith(f"{run} is in use by process {other.pid} on ")
+    assert "give another --run-dir" in line
+    assert f"in use by process {other.pid}" in capsys.readouterr().err
+    assert newest_generation(run / "owners") == 1
+
+
+def test_a_process_on_its_way_out_is_waited_for(start, other):
+    second = start(patience=FOREVER)
+    assert f"in use by process {other.pid}" in second.stderr.readline()
+    other.communicate("end\n")
+    assert second.stdout.readline() == "owns 2\n"
+
+
+def test_a_killed_owner_is_recognised_at_once(run, other, monkeypatch, capsys):
+    waits(monkeypatch)
+    other.kill()
+    other.wait()
+    assert Ownership(run).generation == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_stopped_owner_is_alive(run, other, monkeypatch):
+    waits(monkeypatch, PATIENCE=0.3)
+    other.send_signal(signal.SIGSTOP)
+    with pytest.raises(UserError, match="in use"):
+        Ownership(run)
+
+
+def test_a_silent_owner_on_another_machine_is_watched_and_then_taken_over(run, monkeypatch, capsys):
+    waits(monkeypatch, SILENCE=0.3)
+    on_another_machine(run)
+    assert Ownership(run).generation == 2
+    assert f"{run} was left by process 4711 on node17" in capsys.readouterr().err
+
+
+def test_an_owner_on_another_machine_that_gives_signs_of_life_is_refused(run, monkeypatch):
+    waits(monkeypatch)
+    path = on_another_machine(run)
+    done = threading.Event()
+
+    def live() -> None:
+        while not done.wait(0.02):
+            os.utime(path)
+
+    with ThreadPoolExecutor() as pool:
+        pool.submit(live)
+        try:
+            with pytest.raises(UserError, match="in use by process 4711 on node17"):
+                Ownership(run)
+        finally:
+            done.set()
+    assert newest_generation(run / "owners") == 1
+
+
+def test_an_owner_on_another_machine_that_has_ended_is_not_watched(run, monkeypatch):
+    waits(monkeypatch)
+    Ownership(run).release()
+    ended = json.loads((run / "owners" / "1.json").read_text())["ended"]
+    on_another_machine(run, ended=ended)
+    assert Ownership(run).generation == 3
+
+
+def test_what_the_run_said_before_its_owner_came_does_not_end_that(run, monkeypatch, capsys):
+    """Until an owner has opened the run, its status is that of the one before."""
+    waits(monkeypatch, SILENCE=0.3)
+    RunDir(run).write_status("stopped", 7)
+    on_another_machine(run)
+    Ownership(run)
+    assert f"{run} was left by process 4711 on node17" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["owners", "checkpoints"])
+def test_a_generation_that_leaves_no_room_for_the_next_is_refused(run, where):
+    last = LARGEST_GENERATION
+    (run / "owners").mkdir()
+    if where == "owners":
+        (run / "owners" / f"{last}.json").write_text("{}")
+    with pytest.raises(UserError, match="delete it"):
+        Ownership(run, after=last if where == "checkpoints" else 0)
+    mine = Ownership(run, after=last - 1) if where == "checkpoints" else None
+    assert mine is None or mine.generation == last
+
+
+def test_an_owner_gives_signs_of_life_until_it_releases(run, monkeypatch):
+    waits(monkeypatch)
+    others = set(threading.enumerate())
+    mine = Ownership(run)
+    path = run / "owners" / "1.json"
+    seen = path.stat().st_mtime_ns
+    while path.stat().st_mtime_ns == seen:  # or the test's time limit strikes
+        pass
+    mine.release()
+    for thread in set(threading.enumerate()) - others:
+        thread.join()
+    os.utime(path, ns=(1, 1))
+    assert not threading.Event().wait(5 * lease.HEARTBEAT)
+    assert path.stat().st_mtime_ns == 1
+
+
+class TestSlurm:
+    """A job that was put back into the queue: Slurm has ended its earlier start, or cut it off."""
+
+    def test_the_next_start_of_the_job_takes_over_though_the_old_one_lives(self, run, start, monkeypatch):
+        old = start(SLURM_JOB_ID="42", SLURM_RESTART_COUNT="1")
+        assert old.stdout.readline() == "owns 1\n"
+        waits(monkeypatch)
+        monkeypatch.setenv("SLURM_JOB_ID", "42")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+        assert Ownership(run).generation == 2
+        assert old.poll() is None
+
+    @pytest.mark.parametrize(("job", "restarts"), [("42", "1"), ("42", "0"), ("43", "2"), (None, "2")])
+    def test_any_other_start_is_refused(self, run, start, monkeypatch, job, restarts):
+        old = start(SLURM_JOB_ID="42", SLURM_RESTART_COUNT="1")
+        assert old.stdout.readline() == "owns 1\n"
+        waits(monkeypatch, PATIENCE=0.1)
+        if job:
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        with pytest.raises(UserError, match="Slurm job 42"):
+            Ownership(run)
+
+
+class TestTheSameMoment:
+    def test_of_many_threads_one_wins(self, run, monkeypatch):
+        waits(monkeypatch, PATIENCE=0)
+        claimants, rounds = 6, 25
+        barrier = threading.Barrier(claimants)
+
+        def generations(_: int) -> list[int]:
+            won = []
+            for _ in range(rounds):
+                barrier.wait()
+                try:
+                    owner = Ownership(run)
+                except UserError:
+                    owner = None
+                barrier.wait()
+                if owner is not None:
+                    won.append(owner.generation)
+                    owner.release()
+            return won
+
+        with ThreadPoolExecutor(claimants) as pool:
+            won = [generation for each in pool.map(generations, range(claimants)) for generation in each]
+        assert sorted(won) == list(range(1, rounds + 1))
+
+    def test_where_locks_do_not_reach_the_other_machine_one_wins(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(lease, "FileLock", lambda path: threading.Semaphore())
+        newest = lease.newest_generation
+        claimants = 4
+        barrier = threading.Barrier(claimants)
+
+        def seen_by_all_at_once(owners: Path) -> int:
+            found = newest(owners)
+            barrier.wait()
+            return found
+
+        monkeypatch.setattr(lease, "newest_generation", seen_by_all_at_once)
+
+        def wins(_: int) -> bool:
+            try:
+                Ownership(tmp_path)
+            except UserError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(claimants) as pool:
+            assert sum(pool.map(wins, range(claimants))) == 1
+
+    def test_of_four_processes_one_wins(self, run, start):
+        processes = [start() for _ in range(4)]
+        said = sorted(process.stdout.readline() for process in processes)
+        assert [line.split()[0] for line in said] == ["owns", "refused:", "refused:", "refused:"]
+        assert newest_generation(run / "owners") == 1
+
+
+class TestTakenOver:
+    def test_the_earlier_owner_learns_who_has_the_run(self, run, monkeypatch):
+        waits(monkeypatch)
+        monkeypatch.setenv("SLURM_JOB_ID", "42")
+        mine = Ownership(run)
+        mine.check()
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        theirs = Ownership(run)
+        theirs.check()
+        with pytest.raises(Superseded) as caught:
+            mine.check()
+        (line,) = caught.value.lines
+        assert line.startswith(f"{run} was taken over by process {os.getpid()} on ")
+
+    def test_it_writes_no_status_and_no_metrics_any_more(self, run, monkeypatch):
+        waits(monkeypatch)
+        monkeypatch.setenv("SLURM_JOB_ID", "42")
+        old, new = RunDir(run), RunDir(run)
+        old.open("lstm", {})
+        old.rewind(0, 0)
+        old.append_metrics(1, {"loss": 1.0})
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        new.open("lstm", {})
+        new.rewind(1, 1)
+        new.append_metrics(2, {"loss": 2.0})
+        new.write_status("running", 2)
+        for write in (
+            lambda: old.append_metrics(2, {"loss": 3.0}),
+            lambda: old.write_status("failed", 1),
+            lambda: old.rewind(0, 0),
+        ):
+            with pytest.raises(Superseded):
+                write()
+        assert [row["loss"] for row in new.read_metrics()] == [1.0, 2.0]
+        assert json.loads((run / "status.json").read_text())["state"] == "running"
+        old.release()
+        new.release()
+
+
+class TestWithdrawal:
+    def test_the_only_owner_leaves_no_trace(self, run):
+        Ownership(run).withdraw()
+        assert list(run.iterdir()) == []
+
+    def test_a_later_one_leaves_the_earlier_ones(self, run):
+        Ownership(run).release()
+        Ownership(run).withdraw()
+        assert newest_generation(run / "owners") == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"pid": "\\u001b[31m\\n"}', '{"machine": [1], "slurm_restarts": {}}', "x" * 2**21],
+)
+def test_what_an_earlier_owner_left_may_be_damaged(run, monkeypatch, capsys, content):
+    waits(monkeypatch, SILENCE=0.1)
+    left_by(run).write_text(content)
+    assert Ownership(run).generation == 2
+    assert all(line.isprintable() for line in capsys.readouterr().err.splitlines())
