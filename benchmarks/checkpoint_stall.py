@@ -2,117 +2,77 @@
 
     python benchmarks/checkpoint_stall.py
 
-Times the training step and `loop.save` (which checks that all is finite, copies, writes, syncs, hashes and
-renames) in turn, on one process with all cores, and takes medians. Beside them the parts of a save, by taking
-them one by one over the same tensors. Takes about two minutes on two cores.
+Times the training step and `trainer.save` (which checks that all is finite, copies, writes, syncs, hashes and
+renames) in turn, on one process with all cores, and takes medians. Takes about two minutes on two cores.
 """
 
-import argparse
-import dataclasses
-import json
 import os
-import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from cs324dist.distributed.process import start_accelerator
+import tyro
+from common import REPOSITORY, Row, gan_task, store
+
 from cs324dist.errors import exit_process
-from cs324dist.runs import checkpoints, models
-from cs324dist.runs.environment import environment
-from cs324dist.runs.files import sha256, sync
 from cs324dist.runs.run_dir import RunDir
-from cs324dist.tasks.base import optimizer_tensors
-from cs324dist.tasks.gan import PRESETS, GANTask
 from cs324dist.trainer import save
 
-REPOSITORY = Path(__file__).parents[1]
 WARM_UP = 5  # steps
 
 
-def seconds(work: Callable[[], object]) -> float:
-    before = time.perf_counter()
+def milliseconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
     work()
-    return time.perf_counter() - before
+    return 1000 * (time.perf_counter() - began)
 
 
-def parts(task: GANTask, folder: Path) -> dict[str, float]:
-    """The seconds of each part of a save, one after the other."""
-    tensors = {f"{n}/{k}": t for n, m in task.models.items() for k, t in m.state_dict().items()}
-    tensors |= optimizer_tensors(task)
-    path = folder / "all.safetensors"
-    taken = {
-        "finite check": seconds(lambda: checkpoints._all_finite(tensors.values())),
-        "copy and write": seconds(lambda: models.save_tensors(path, tensors)),
-        "sync": seconds(lambda: sync(path)),
-        "SHA-256": seconds(lambda: sha256(path)),
-    }
-    path.unlink()
-    return taken
-
-
-def measure(repeats: int, steps: int, dataset: str, folder: Path) -> dict:
-    run_dir = folder / "run"
-    settings = dataclasses.replace(PRESETS["fast"], dataset=dataset, run_dir=run_dir, keep_last=2)
-    accelerator = start_accelerator(settings.batch_size)
-    task, run = GANTask(settings, accelerator), RunDir(run_dir)
-    run.open("gan", settings.as_json())
+def measure(folder: Path, repeats: int, steps: int) -> Row:
+    run, dataset = RunDir(folder / "run"), "mnist" if Path("data/MNIST").is_dir() else "fake"
+    task, accelerator = gan_task("fast", dataset=dataset, run_dir=run.path, keep_last=2)
+    run.open("gan", task.settings.as_json())
     for step in range(WARM_UP):
         task.step(step)
-    step_times, save_times, part_times = [], [], []
-    for repeat in range(repeats):
-        first = WARM_UP + repeat * steps
-        step_times += [seconds(lambda step=step: task.step(step)) for step in range(first, first + steps)]
-        save_times.append(seconds(lambda done=first + steps: save(task, run, accelerator, done)))
-        part_times.append(parts(task, folder))
-    newest = run.newest()
-    size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+    step_times, save_times = [], []
+    for first in range(WARM_UP, WARM_UP + repeats * steps, steps):
+        last = first + steps
+        step_times += [milliseconds(lambda step=step: task.step(step)) for step in range(first, last)]
+        save_times.append(milliseconds(lambda last=last: save(task, run, accelerator, last)))
+    size = sum(path.stat().st_size for path in run.newest().rglob("*") if path.is_file())
     run.release()
     accelerator.end_training()
     step, stall = statistics.median(step_times), statistics.median(save_times)
-    interval = settings.checkpoint_every
+    interval = task.settings.checkpoint_every
     return {
-        "hardware": {**environment(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)},
         "dataset": dataset,
         "repeats": repeats,
         "megabytes": round(size / 1e6, 1),
-        "step_milliseconds": round(1000 * step, 1),
-        "save_milliseconds": round(1000 * stall),
-        "save_milliseconds_all": sorted(round(1000 * s) for s in save_times),
-        "parts_milliseconds": {
-            name: round(1000 * statistics.median(taken[name] for taken in part_times))
-            for name in part_times[0]
-        },
+        "step_milliseconds": round(step, 1),
+        "save_milliseconds": round(stall),
+        "save_milliseconds_all": sorted(map(round, save_times)),
         "interval_steps": interval,
         "share": round(stall / (stall + interval * step), 5),
     }
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--repeats", type=int, default=15, help="checkpoints written")
-    parser.add_argument("--steps", type=int, default=60, help="steps before each")
-    parser.add_argument(
-        "--folder", type=Path, default=REPOSITORY / "runs", help="where to write: the disk that counts"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=REPOSITORY / "benchmarks" / "results" / "checkpoint_stall.json"
-    )
-    arguments = parser.parse_args()
-    dataset = "mnist" if (REPOSITORY / "data" / "MNIST").is_dir() else "fake"
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="stall-", dir=arguments.folder))
-    try:
-        os.chdir(REPOSITORY)  # where data/ is
-        result = measure(arguments.repeats, arguments.steps, dataset, folder.resolve())
-    finally:
-        shutil.rmtree(folder)
-    print(
-        f"{result['megabytes']} MB in {result['save_milliseconds']} ms {result['parts_milliseconds']}, "
-        f"a step {result['step_milliseconds']} ms: {100 * result['share']:.2f} % of the loop's time "
-        f"at one checkpoint in {result['interval_steps']} steps"
-    )
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+def main(repeats: int = 15, steps: int = 60, folder: Path = REPOSITORY / "runs") -> None:
+    """Measure and store.
+
+    Args:
+        repeats: checkpoints written.
+        steps: steps before each.
+        folder: where to write them: the disk that counts.
+    """
+    os.chdir(REPOSITORY)  # where data/ is
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="stall-", dir=folder) as temporary:
+        result = measure(Path(temporary).resolve(), repeats, steps)
+    print(result)
+    store("checkpoint_stall", result, load=round(os.getloadavg()[0], 2))
     exit_process(0)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -1,10 +1,10 @@
 """The GAN's results: train, measure, and store what docs/results.md is written from.
 
     python benchmarks/gan_results.py               # everything: about four hours on two cores
-    python benchmarks/gan_results.py report fast   # some of it
+    python benchmarks/gan_results.py course fast   # some of it
 
 Each part is runs of `launch/gan.py` in `runs/results/`, measured by `launch/evaluate.py`; a part that was
-stopped goes on where it was. It writes `benchmarks/results/gan/PART.json`, and pictures to `docs/images/`;
+stopped continues where it was. It writes `benchmarks/results/gan/PART.json`, and pictures to `docs/images/`;
 `python benchmarks/results_page.py` then writes the page. Parts `fast`, `bf16`, `quick` and `pace` hold
 times: nothing else may run then.
 """
@@ -13,181 +13,150 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import parts
 import torch
+from common import IMAGES, REPOSITORY, Row, logged, run_parts, run_python
+from torch import Tensor
 
 from cs324dist.data.images import load_images, to_unit_range
 from cs324dist.metrics.digits import read_digits
-from cs324dist.runs.run_dir import RunDir
 from cs324dist.sampling.generators import generate, latents, load_generator
 from cs324dist.sampling.grids import grid, save_png
 
-REPOSITORY = Path(__file__).parents[1]
-RESULTS = REPOSITORY / "benchmarks" / "results" / "gan"
-IMAGES = REPOSITORY / "docs" / "images"
 RUNS = REPOSITORY / "runs" / "results"
-REPORTS_STEPS = 20_000
 COMPARED = 1000  # samples whose nearest training images are looked for
 
 
-def run(script: str, *arguments: str | Path, precision: str = "no") -> float:
-    """Run a script of launch/ as a user does; the seconds it took."""
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, f"launch/{script}.py", *map(str, arguments)],
-        cwd=REPOSITORY,
-        env={**os.environ, "ACCELERATE_MIXED_PRECISION": precision},
-        check=False,
-    )
-    if done.returncode:
-        sys.exit(f"launch/{script}.py {' '.join(map(str, arguments))} ended with exit code {done.returncode}")
-    return time.monotonic() - began
-
-
-def trained(name: str, options: str = "", script: str = "gan", precision: str = "no") -> RunDir:
+def trained(name: str, options: str = "", script: str = "gan", precision: str = "no") -> Path:
     """The finished run of these options; `seconds` of it, if it was made in one go, is stored beside it."""
-    folder = RunDir(RUNS / name)
-    new = not folder.exists
-    here = ("--wandb", "disabled", "--run-dir", folder.path)
-    seconds = run(script, *options.split(), *here, precision=precision)
+    run, began = RUNS / name, time.monotonic()
+    new = not run.exists()
+    arguments = (*options.split(), "--wandb", "disabled", "--run-dir", run)
+    run_python(f"launch/{script}.py", *arguments, ACCELERATE_MIXED_PRECISION=precision)
     if new:
-        (folder.path / "seconds").write_text(str(round(seconds)))
-    return folder
+        (run / "seconds").write_text(str(round(time.monotonic() - began)))
+    return run
 
 
-def measured(name: str, options: str = "", *evaluation: str | Path, precision: str = "no") -> dict[str, Any]:
+def config_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "config.json").read_text())
+
+
+def measured(name: str, options: str = "", *evaluation: str | Path, precision: str = "no") -> Row:
     """What a run of these options achieves, and its curve: steps, distance, sure share."""
-    folder = trained(name, options, precision=precision)
-    run("evaluate", folder.path, *evaluation)
-    config = folder.read_config()
+    run = trained(name, options, precision=precision)
+    run_python("launch/evaluate.py", run, *evaluation)
+    config, seconds = config_of(run), run / "seconds"
     curve = [
         [row["step"], round(row["eval/frechet_distance"], 2), round(row["eval/sure"], 4)]
-        for row in folder.read_metrics()
-        if "eval/frechet_distance" in row
+        for row in logged(run, "eval/frechet_distance")
     ]
-    whole = folder.path / "seconds"
     return {
         "options": options,
         "steps": config["settings"]["steps"],
-        "seconds": int(whole.read_text()) if whole.exists() else None,
+        "seconds": int(seconds.read_text()) if seconds.exists() else None,
         "environment": {**config["environment"], "cores": os.cpu_count()},
         "curve": curve,
-        **json.loads((folder.path / "evaluation.json").read_text()),
+        **json.loads((run / "evaluation.json").read_text()),
     }
+
+
+def seeds(name: str, count: int, options: str, precision: str = "no") -> list[Row]:
+    """Runs of preset `fast` that differ in their seed."""
+    return [
+        {"trial": seed, **measured(f"{name}-{seed}", f"--seed {seed} {options}", precision=precision)}
+        for seed in range(count)
+    ]
 
 
 def pictures(name: str, prefix: str, *steps: int) -> None:
     """The grids of some steps, and the walk from a 4 to a 1."""
-    folder = RunDir(RUNS / name)
     for step in steps:
-        shutil.copy(folder.sample(step), IMAGES / f"{prefix}-{step}.png")
-    walk = ("interpolate", folder.path, "--start-digit", 4, "--end-digit", 1)
-    run("sample", *map(str, walk), "--out", IMAGES / f"{prefix}-strip.png")
+        shutil.copy(RUNS / name / "samples" / f"{step:09d}.png", IMAGES / f"{prefix}-{step}.png")
+    walk = ("interpolate", RUNS / name, "--start-digit", 4, "--end-digit", 1)
+    run_python("launch/sample.py", *walk, "--out", IMAGES / f"{prefix}-strip.png")
 
 
-def report() -> list[dict[str, Any]]:
-    """The report's recipe in both readings of "every two epochs", and the one everyone copies."""
-    recipes = {
-        "every second step": "",
-        "every second epoch": "--discriminator-unit epoch",
-        "every step, Adam (0.5, 0.999)": "--discriminator-every 1 --beta1 0.5",
-    }
-    trials = []
-    for name, options in recipes.items():
-        folder = f"report {name}".replace(" ", "-").translate({ord(c): None for c in "(),"})
-        common = f"--preset course --steps {REPORTS_STEPS} --evaluate-every 500 --checkpoint-every 1000"
-        trials.append({"recipe": name, **measured(folder, f"{common} {options}")})
-        if name == "every second step":
-            pictures(folder, "gan-report", 500, 10_000, 20_000)
-    return trials
+def course() -> list[Row]:
+    """The course recipe in both readings of "every two epochs", and the one everyone copies."""
+    common = "--preset course --steps 20000 --evaluate-every 500 --checkpoint-every 1000"
+    rows = [
+        {"recipe": recipe, **measured(name, f"{common} {options}")}
+        for recipe, name, options in (
+            ("every second step", "course-steps", ""),
+            ("every second epoch", "course-epochs", "--discriminator-unit epoch"),
+            ("every step, Adam (0.5, 0.999)", "copied", "--discriminator-every 1 --beta1 0.5"),
+        )
+    ]
+    pictures("course-steps", "gan-report", 500, 10_000, 20_000)
+    return rows
 
 
-def fast() -> list[dict[str, Any]]:
+def fast() -> list[Row]:
     """Preset `fast`, five seeds."""
-    trials = []
-    for seed in range(5):
-        trials.append({"trial": seed, **measured(f"fast-{seed}", f"--seed {seed} --evaluate-every 250")})
-    pictures("fast-0", "gan-fast", trials[0]["steps"])
-    return trials
+    rows = seeds("fast", 5, "--evaluate-every 250")
+    pictures("fast-0", "gan-fast", rows[0]["steps"])
+    return rows
 
 
-def bf16() -> list[dict[str, Any]]:
+def bf16() -> list[Row]:
     """Preset `fast` in bf16, five seeds."""
-    return [
-        {"trial": seed, **measured(f"bf16-{seed}", f"--seed {seed} --evaluate-every 250", precision="bf16")}
-        for seed in range(5)
-    ]
+    return seeds("bf16", 5, "--evaluate-every 250", "bf16")
 
 
-def quick() -> list[dict[str, Any]]:
-    """Preset `fast` over 1 000 steps in bf16, 20 seeds: as near as the report's recipe ever comes."""
-    options = "--steps 1000 --evaluate-every 1000"
-    return [
-        {"trial": seed, **measured(f"quick-{seed}", f"--seed {seed} {options}", precision="bf16")}
-        for seed in range(20)
-    ]
+def quick() -> list[Row]:
+    """Preset `fast` over 1 000 steps in bf16, 20 seeds: as near as the course recipe ever comes."""
+    return seeds("quick", 20, "--steps 1000 --evaluate-every 1000", "bf16")
 
 
-def pace() -> list[dict[str, Any]]:
+def pace() -> list[Row]:
     """How long a step of each recipe takes."""
-    trials = []
-    for recipe in ("report", "fast"):
-        folder = trained(f"pace-{recipe}", f"--preset {recipe} --steps 400 --evaluate-every 1000")
-        config, rows = folder.read_config(), folder.read_metrics()
-        rates = [
-            row["throughput/samples_per_second"]
-            for row in rows
-            if row["step"] > 100 and "train/generator_loss" in row
-        ]
-        milliseconds = 1000 * config["settings"]["batch_size"] / statistics.median(rates)
-        trials.append({"recipe": recipe, "milliseconds": milliseconds, "environment": config["environment"]})
-    return trials
+    rows = []
+    for recipe in ("course", "fast"):
+        run = trained(f"pace-{recipe}", f"--preset {recipe} --steps 400 --evaluate-every 1000")
+        name, config = "throughput/samples_per_second", config_of(run)
+        rate = statistics.median(row[name] for row in logged(run, name) if row["step"] > 100)
+        milliseconds = 1000 * config["settings"]["batch_size"] / rate
+        rows.append({"recipe": recipe, "milliseconds": milliseconds, "environment": config["environment"]})
+    return rows
 
 
-def ablation() -> list[dict[str, Any]]:
+def ablation() -> list[Row]:
     """Preset `fast` at half its steps, each ingredient left out in turn, three seeds, in bf16."""
     variants = {
         "preset fast": "",
         "no averaging": "--ema-decay 0",
-        "no decay of the step sizes": "--lr-decay none",
-        "no penalty": "--gradient-penalty 0",
-        "equal step sizes, 1e-3": "--generator-lr 1e-3",
+        "constant learning rates": "--lr-decay none",
+        "no gradient penalty": "--gradient-penalty 0",
+        "equal learning rates, 1e-3": "--generator-lr 1e-3",
         "Adam's beta1 0.5": "--beta1 0.5",
     }
-    trials = []
-    for name, options in variants.items():
-        for seed in range(3):
-            folder = f"ablation-{options.replace(' ', '')}-{seed}"
-            found = measured(
-                folder, f"{options} --seed {seed} --steps 1250 --evaluate-every 1250", precision="bf16"
-            )
-            trials.append({"variant": name, **found, "options": options})
-    return trials
+    rows = []
+    for variant, options in variants.items():
+        name, short = f"ablation-{options.replace(' ', '')}", "--steps 1250 --evaluate-every 1250"
+        for row in seeds(name, 3, f"{options} {short}", "bf16"):
+            rows.append({"variant": variant, **row, "options": options})
+    return rows
 
 
-@torch.no_grad()
-def memorised() -> list[dict[str, Any]]:
+def memorised() -> list[Row]:
     """The surest sample of each digit above its nearest training image; how near samples are to those."""
-    generator = load_generator(trained("fast-0", "--seed 0 --evaluate-every 250").path)
-    train, test = (load_images("mnist", split, Path("data")).images for split in ("train", "test"))
+    generator = load_generator(trained("fast-0", "--seed 0 --evaluate-every 250"))
+    train, test = (load_images("mnist", split, REPOSITORY / "data").images for split in ("train", "test"))
     known = to_unit_range(train).flatten(1)
 
-    def nearest(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = [torch.cdist(part.flatten(1), known).min(1) for part in images.split(100)]
-        return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+    def nearest(images: Tensor) -> tuple[Tensor, Tensor]:
+        found = [torch.cdist(some.flatten(1), known).min(1) for some in images.split(100)]
+        return torch.cat([some.values for some in found]), torch.cat([some.indices for some in found])
 
-    images = generate(generator, latents(generator, 0, 0, 10_000))
-    read = [read_digits(part) for part in images.split(500)]
-    digits, confidence = (torch.cat(parts) for parts in list(zip(*read, strict=True))[:2])
-    surest = torch.stack(
-        [images[torch.where(digits == digit, confidence, 0).argmax()] for digit in range(10)]
-    )
+    with torch.no_grad():
+        images = generate(generator, latents(generator, 0, 0, 10_000))
+        read = [read_digits(some)[:2] for some in images.split(500)]
+    digits, confidence = (torch.cat(values) for values in zip(*read, strict=True))
+    surest = images[[int(torch.where(digits == digit, confidence, 0).argmax()) for digit in range(10)]]
     twins = known[nearest(surest)[1]].view_as(surest)
     save_png(grid(torch.cat([surest, twins]), 10), IMAGES / "gan-neighbours.png")
     return [
@@ -196,17 +165,16 @@ def memorised() -> list[dict[str, Any]]:
     ]
 
 
-def fashion() -> list[dict[str, Any]]:
+def fashion() -> list[Row]:
     """Preset `fast`, untouched, on Fashion-MNIST."""
     data = "--dataset fashion-mnist"
     classifier = trained("classifier-fashion-mnist", data, "classifier")
-    accuracy = [row["eval/accuracy"] for row in classifier.read_metrics() if "eval/accuracy" in row][-1]
-    found = measured("fashion-mnist-0", data, "--classifier", classifier.path)
-    run("sample", "grid", RUNS / "fashion-mnist-0", "--out", IMAGES / "gan-fashion-mnist.png")
-    return [{"classifier_accuracy": accuracy, **found}]
+    accuracy = logged(classifier, "eval/accuracy")[-1]["eval/accuracy"]
+    row = measured("fashion-mnist-0", data, "--classifier", classifier)
+    grid = ("grid", RUNS / "fashion-mnist-0", "--out", IMAGES / "gan-fashion-mnist.png")
+    run_python("launch/sample.py", *grid)
+    return [{"classifier_accuracy": accuracy, **row}]
 
-
-PARTS = {part.__name__: part for part in (report, fast, bf16, quick, pace, ablation, memorised, fashion)}
 
 if __name__ == "__main__":
-    parts.make(__doc__, PARTS, RESULTS)
+    run_parts(__doc__, "gan", course, fast, bf16, quick, pace, ablation, memorised, fashion)

@@ -6,174 +6,184 @@
 Each part writes `benchmarks/results/lstm/PART.json`; `python benchmarks/results_page.py` then writes the
 page. A model counts as solved at the first step after which every trial of the evaluation stream is right:
 all palindromes there are where those are at most 10 000 (up to 7 digits), 10 000 beyond, 1 000 beyond 2 000
-digits. Looked at is every second or twentieth step, if its batch was entirely right.
+digits. Every second or twentieth step is tried, if its batch was entirely right.
 """
 
 import os
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import parts
 import torch
-from jaxtyping import Int64
+from common import REPOSITORY, Row, logged, run_parts
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from cs324dist.data.palindromes import DIGITS, all_palindromes, encode, free_digits, palindromes
 from cs324dist.data.streams import Stream
 from cs324dist.distributed.process import start_accelerator
-from cs324dist.metrics.accuracy import LONG, TRIALS, TRIALS_WHEN_LONG
 from cs324dist.models.lstm import LSTM
-from cs324dist.runs.run_dir import RunDir
-from cs324dist.tasks.lstm import FAST, PRESETS, LSTMTask
+from cs324dist.tasks.lstm import PRESETS, LSTMSettings, LSTMTask
 
-REPOSITORY = Path(__file__).parents[1]
-RESULTS = REPOSITORY / "benchmarks" / "results" / "lstm"
-REPORT = PRESETS["course"]
-LENGTHS = (5, 10, 15, 20, 50)  # the report's
+FAST, COURSE = PRESETS["fast"], PRESETS["course"]
+LENGTHS = (5, 10, 15, 20, 50)  # the course report's
+UNSEEN_LENGTHS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 1500, 2000, 3000, 5000,
+                  10_000, 20_000, 50_000, 100_000)  # fmt: skip
 SEEDS = range(5)
 FIXED = 2048  # palindromes of a fixed training set
 CURVE_EVERY = 25  # steps
 SETTLING = 30  # steps watched after a curriculum has reached the full length
+TRY_EVERY = {"course": 20, "fast": 2}  # steps from one trial of a hopeful model to the next
+UNSEEN = Stream(0, "palindromes/generalisation")
+
+Change = Callable[[LSTM], object]  # of the weights
+Batches = Iterable[tuple[Tensor, Tensor]]  # of digits, and the last digit
 
 
 class FixedSet(Stream):
     """A training set of `FIXED` palindromes, over and over, in place of an endless stream."""
 
-    def integers(self, indices: Tensor, components: int, below: int) -> Int64[Tensor, "samples components"]:
+    def integers(self, indices: Tensor, components: int, below: int) -> Tensor:
         return super().integers(indices % FIXED, components, below)
 
 
-def train(task: LSTMTask, most: int, look_every: int, least: int = 0) -> dict[str, Any]:
-    """Train until solved, at least `least` and at most `most` steps."""
-    settings, solved, curve = task.settings, None, []
-    for step in tqdm(range(most), f"{settings.run_name()} seed {settings.seed}", leave=False, disable=None):
-        metrics = task.step(step)
-        if (step + 1) % CURVE_EVERY == 0:
-            loss, accuracy = (round(metrics[f"train/{name}"].item(), 4) for name in ("loss", "accuracy"))
-            curve.append([step + 1, loss, accuracy])
-        hopeful = task.counters["length"] == settings.length and metrics["train/accuracy"] == 1
-        if solved is None and hopeful and (step + 1) % look_every == 0 and accuracy_of(task) == 1:
-            solved = step + 1
-        if solved and step + 1 >= least:
-            break
-    accuracy = accuracy_of(task)
-    return {"seed": settings.seed, "solved": solved, "accuracy": accuracy, "steps": step + 1, "curve": curve}
+def new_task(preset: LSTMSettings, change: Change | None = None, **settings: Any) -> LSTMTask:
+    """A task of these settings; `change` changes its weights."""
+    task = LSTMTask(replace(preset, **settings), accelerator)
+    if change:
+        torch.manual_seed(task.settings.seed)
+        with torch.no_grad():
+            change(task.models["lstm"])
+    return task
+
+
+def has_full_length(task: LSTMTask) -> bool:
+    return task.counters["length"] == task.settings.length
 
 
 def accuracy_of(task: LSTMTask) -> float:
     return task.evaluate().metrics["eval/accuracy"]
 
 
+def train(task: LSTMTask, most: int, least: int = 0) -> Row:
+    """Train until solved, at least `least` and at most `most` steps."""
+    settings, solved, curve = task.settings, None, []
+    for step in tqdm(range(1, most + 1), f"{settings.run_name()} seed {settings.seed}", disable=None):
+        metrics = {name: value.item() for name, value in task.step(step - 1).items()}
+        right = metrics["train/accuracy"]
+        if step % CURVE_EVERY == 0:
+            curve.append([step, round(metrics["train/loss"], 4), round(right, 4)])
+        hopeful = right == 1 and step % TRY_EVERY[settings.preset] == 0 and has_full_length(task)
+        if solved is None and hopeful and accuracy_of(task) == 1:
+            solved = step
+        if solved and step >= least:
+            break
+    accuracy = accuracy_of(task)
+    return {"seed": settings.seed, "solved": solved, "accuracy": accuracy, "steps": step, "curve": curve}
+
+
+def compare(label: str, variants: dict[str, Row], preset: LSTMSettings, most: int, length: int) -> list[Row]:
+    """Train each variant (arguments of `new_task`) from every seed."""
+    return [
+        {label: name, **train(new_task(preset, length=length, seed=seed, **variant), most)}
+        for name, variant in variants.items()
+        for seed in SEEDS
+    ]
+
+
+def trained(length: int) -> nn.Module:
+    """A model of preset `fast`, after all its steps."""
+    task = new_task(FAST, length=length)
+    train(task, FAST.steps, least=FAST.steps)
+    return task.models["lstm"].eval()
+
+
 @torch.no_grad()
-def count_all(task: LSTMTask) -> tuple[int, int]:
-    """How many of all palindromes there are it gets right, and how many there are."""
-    settings = task.settings
-    model, length, trials = (
-        task.models["lstm"].eval(),
-        settings.length,
-        DIGITS ** free_digits(settings.length),
-    )
-    right = 0
-    for indices in tqdm(torch.arange(trials).split(1 << 14), f"all of length {length}", disable=None):
-        digits, last = all_palindromes(length, indices)
-        right += int((model(encode(digits, settings.encoding)).argmax(dim=1) == last).sum())
-    return right, trials
+def count(model: nn.Module, length: int, batches: Batches, encoding: str = FAST.encoding) -> Row:
+    """How many palindromes the model gets right, of how many."""
+    right = trials = 0
+    for digits, last in tqdm(batches, f"length {length}", disable=None):
+        right += int((model(encode(digits, encoding)).argmax(dim=1) == last).sum())
+        trials += len(last)
+    return {"length": length, "right": right, "trials": trials}
 
 
-def report() -> list[dict[str, Any]]:
-    """The report's lengths, by the LSTM and the Elman network, on endless data and on a fixed set."""
+def all_of(length: int) -> Batches:
+    """All palindromes there are."""
+    return (all_palindromes(length, i) for i in torch.arange(DIGITS ** free_digits(length)).split(1 << 14))
+
+
+def course() -> list[Row]:
+    """The course report's lengths, by the LSTM and the Elman network, on endless data and on a fixed set."""
     cells = [(model, length, "endless") for model in ("lstm", "rnn") for length in LENGTHS]
-    trials = []
-    for model, length, data in [*cells, ("lstm", 50, "fixed")]:
-        for seed in SEEDS:
-            task = LSTMTask(replace(REPORT, length=length, model=model, seed=seed), accelerator)
-            if data == "fixed":
-                task.data = FixedSet(**asdict(task.data))
-            most = 2500 if (model, length) == ("lstm", 50) else REPORT.steps
-            trial = train(task, most, look_every=20, least=REPORT.steps)
-            if length == 10 and model == "lstm":  # lengths beyond 7 are only sampled otherwise
-                trial["all"] = count_all(task)
-            trials.append({"model": model, "length": length, "data": data, **trial})
-    return trials
+    rows = []
+    for (model, length, data), seed in product([*cells, ("lstm", 50, "fixed")], SEEDS):
+        task = new_task(COURSE, length=length, model=model, seed=seed)
+        if data == "fixed":
+            task.data = FixedSet(**asdict(task.data))
+        most = 2500 if (model, length) == ("lstm", 50) else COURSE.steps
+        row = {"model": model, "length": length, "data": data, **train(task, most, least=COURSE.steps)}
+        if (model, length) == ("lstm", 10):  # lengths beyond 7 are only sampled otherwise
+            counted = count(task.models["lstm"].eval(), length, all_of(length), COURSE.encoding)
+            row["all"] = [counted["right"], counted["trials"]]
+        rows.append(row)
+    return rows
 
 
-def readings() -> list[dict[str, Any]]:
-    """The report's recipe at 50 digits, with what the report leaves open read in other ways."""
+def readings() -> list[Row]:
+    """The course recipe at 50 digits, with what the course report leaves open read in other ways."""
 
     def second_bias(model: LSTM) -> None:  # the hidden parts' own, were they an nn.Linear each
         bound = model.W_h.shape[1] ** -0.5
         model.b += torch.empty_like(model.b).uniform_(-bound, bound)
 
-    def no_bias(model: LSTM) -> None:
-        nn.init.zeros_(model.b)
-
-    def remembering(model: LSTM) -> None:
-        nn.init.ones_(model.gate("f")[2])
-
-    trials = []
-    for name, change, changes in (
-        ("a bias for the input's part and one for the hidden state's", second_bias, {}),
-        ("biases zero", no_bias, {}),
-        ("forget gate's bias 1", remembering, {}),
-        ("clipped at 1", None, {"max_grad_norm": 1.0}),
-    ):
-        for seed in SEEDS:
-            task = LSTMTask(replace(REPORT, length=50, seed=seed, **changes), accelerator)
-            torch.manual_seed(seed)
-            if change:
-                with torch.no_grad():
-                    change(task.models["lstm"])
-            trials.append({"reading": name, **train(task, REPORT.steps, look_every=20)})
-    return trials
+    variants = {
+        "separate biases for input and hidden state": {"change": second_bias},
+        "biases zero": {"change": lambda model: nn.init.zeros_(model.b)},
+        "forget gate's bias 1": {"change": lambda model: nn.init.ones_(model.gate("f")[2])},
+        "clipped at 1": {"max_grad_norm": 1.0},
+    }
+    return compare("reading", variants, COURSE, COURSE.steps, 50)
 
 
-def initialisation() -> list[dict[str, Any]]:
-    """The report's recipe at 20 digits, with other weights to begin with."""
+def initialisation() -> list[Row]:
+    """The course recipe at 20 digits, with other weights to begin with."""
 
     def like_torch(model: LSTM) -> None:
         for weight in (model.W_x, model.W_h, model.b):
             nn.init.uniform_(weight, -(model.W_h.shape[1] ** -0.5), model.W_h.shape[1] ** -0.5)
 
     def xavier(model: LSTM) -> None:
-        for weight in (model.W_x, model.W_h):
-            for gate in weight.chunk(4):
-                nn.init.xavier_uniform_(gate)
+        for gate in (*model.W_x.chunk(4), *model.W_h.chunk(4)):
+            nn.init.xavier_uniform_(gate)
         nn.init.zeros_(model.b)
 
-    trials = []
-    for name, initialise in (
-        ("nn.Linear's (the report's)", LSTM.initialise_as_linear),
-        ("nn.LSTM's", like_torch),
-        ("Xavier", xavier),
-        ("for the length", lambda model: model.initialise_for_length(20)),
-    ):
-        for seed in SEEDS:
-            task = LSTMTask(replace(REPORT, length=20, seed=seed), accelerator)
-            torch.manual_seed(seed)
-            with torch.no_grad():
-                initialise(task.models["lstm"])
-            trials.append({"initialisation": name, **train(task, REPORT.steps, look_every=20)})
-    return trials
+    variants = {
+        "nn.Linear's (the course recipe)": {"change": LSTM.initialise_as_linear},
+        "nn.LSTM's": {"change": like_torch},
+        "Xavier": {"change": xavier},
+        "for the length": {"change": lambda model: model.initialise_for_length(20)},
+    }
+    return compare("initialisation", variants, COURSE, COURSE.steps, 20)
 
 
-def fast() -> list[dict[str, Any]]:
+def fast() -> list[Row]:
     """Preset `fast` at 50 and at 1 000 digits."""
-    trials = []
-    for length, seeds in ((50, range(10)), (1000, range(3))):
-        for seed in seeds:
-            task = LSTMTask(replace(FAST, length=length, seed=seed), accelerator)
-            trials.append({"length": length, **train(task, FAST.steps, look_every=2)})
-    return trials
+    return [
+        {"length": length, **train(new_task(FAST, length=length, seed=seed), FAST.steps)}
+        for length, seeds in ((50, 10), (1000, 3))
+        for seed in range(seeds)
+    ]
 
 
-def ablation() -> list[dict[str, Any]]:
-    """Preset `fast` at 50 digits, each ingredient exchanged for the report's or left out."""
+def ablation() -> list[Row]:
+    """Preset `fast` at 50 digits, each ingredient exchanged for the course recipe's or left out."""
     variants = {
         "preset fast": {},
         "initialisation as nn.Linear": {"initialisation": "linear"},
@@ -185,134 +195,78 @@ def ablation() -> list[dict[str, Any]]:
         "clipped at 1": {"max_grad_norm": 1.0},
         "no clipping": {"max_grad_norm": 1e6},
     }
-    trials = []
-    for name, changes in variants.items():
-        for seed in SEEDS:
-            task = LSTMTask(replace(FAST, seed=seed, **changes), accelerator)
-            trials.append({"variant": name, **train(task, 1000, look_every=2)})
-    return trials
+    return compare("variant", variants, FAST, 1000, 50)
 
 
-def settled() -> list[dict[str, Any]]:
+def settled() -> list[Row]:
     """With either initialisation at 1 000 digits: is a batch still wrong once the full length is reached?"""
-    trials = []
-    for initialisation in ("length", "linear"):
-        for seed in range(3):
-            settings = replace(FAST, length=1000, initialisation=initialisation, seed=seed)
-            task, reached, wrong = LSTMTask(settings, accelerator), None, 0
-            for step in range(FAST.steps):
-                if reached is None and task.counters["length"] == settings.length:
-                    reached = step
-                if reached is not None and step == reached + SETTLING:
-                    break
-                metrics = task.step(step)
-                wrong += reached is not None and metrics["train/accuracy"].item() < 1
-            trials.append(
-                {"initialisation": initialisation, "seed": seed, "reached": reached, "wrong": wrong}
-            )
-    return trials
+    rows = []
+    for (name, option), seed in product((("for the length", "length"), ("as nn.Linear", "linear")), range(3)):
+        task, reached = new_task(FAST, length=1000, initialisation=option, seed=seed), 0
+        while not has_full_length(task):
+            task.step(reached)
+            reached += 1
+        steps = range(reached, reached + SETTLING)
+        wrong = sum(int(task.step(step)["train/accuracy"] < 1) for step in steps)
+        rows.append({"initialisation": name, "seed": seed, "reached": reached, "wrong": wrong})
+    return rows
 
 
-def generalisation() -> list[dict[str, Any]]:
+def generalisation() -> list[Row]:
     """One model trained to 1 000 digits, on lengths it never saw."""
-    task = LSTMTask(replace(FAST, length=1000), accelerator)
-    train(task, FAST.steps, look_every=2, least=FAST.steps)
-    model, counted = task.models["lstm"].eval(), []
-    for length in (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 1500, 2000, 3000, 5000, 10_000, 20_000,
-                   50_000, 100_000):  # fmt: skip
-        there_are = DIGITS ** free_digits(length)
-        right, trials = 0, min(there_are, 1000 if length <= 10_000 else 200)
-        for indices in torch.arange(trials).split(200):
-            digits, last = (
-                all_palindromes(length, indices)
-                if there_are <= 1000
-                else palindromes(Stream(0, "palindromes/generalisation"), indices, length)
-            )
-            with torch.no_grad():
-                right += int((model(encode(digits, "onehot")).argmax(dim=1) == last).sum())
-        counted.append({"length": length, "right": right, "trials": trials})
-    return counted
+    model, rows = trained(1000), []
+    for length in UNSEEN_LENGTHS:
+        trials = 1000 if length <= 10_000 else 200
+        sampled = (palindromes(UNSEEN, some, length) for some in torch.arange(trials).split(200))
+        few = DIGITS ** free_digits(length) <= trials
+        rows.append(count(model, length, all_of(length) if few else sampled))
+    return rows
 
 
-def held() -> list[dict[str, Any]]:
+def held() -> list[Row]:
     """What the states of that model do over the length, for 100 palindromes."""
-    task = LSTMTask(replace(FAST, length=1000), accelerator)
-    train(task, FAST.steps, look_every=2, least=FAST.steps)
-    model, measured = task.models["lstm"].eval(), []
-    digits, _ = palindromes(Stream(0, "palindromes/generalisation"), torch.arange(100), 20_000)
-    x, first = encode(digits, "onehot"), digits[:, 0]
-    state, before = None, 0
+    model = trained(1000).requires_grad_(False)
+    digits, _ = palindromes(UNSEEN, torch.arange(100), 20_000)
+    x, first = encode(digits, FAST.encoding), digits[:, 0]
+    state, before, rows = None, 0, []
     for steps in (10, 100, 1000, 10_000, 20_000):
-        with torch.no_grad():
-            _, state = model.scan(x[before:steps], state)
-        h, c, before = *state, steps
+        _, state = model.scan(x[before:steps], state)
+        h, c = state
         centres = torch.stack([h[first == digit].mean(0) for digit in range(DIGITS)])
-        measured.append(
-            {
-                "steps": steps,
-                "within": (h - centres[first]).norm(dim=1).mean().item(),
-                "between": torch.pdist(centres).min().item(),
-                "largest_cell": c.abs().max().item(),
-            }
-        )
-    return measured
+        within, between = (h - centres[first]).norm(dim=1).mean().item(), torch.pdist(centres).min().item()
+        row = {"steps": steps, "within": within, "between": between, "largest_cell": c.abs().max().item()}
+        rows.append(row)
+        before = steps
+    return rows
 
 
-def certain() -> list[dict[str, Any]]:
+def certain() -> list[Row]:
     """All palindromes there are, up to 12 digits, by models of preset `fast`."""
-    counted = []
-    for length in range(1, 13):
-        task = LSTMTask(replace(FAST, length=length), accelerator)
-        train(task, FAST.steps, look_every=2, least=FAST.steps)
-        right, trials = count_all(task)
-        counted.append({"length": length, "right": right, "trials": trials})
-    return counted
+    return [count(trained(length), length, all_of(length)) for length in range(1, 13)]
 
 
-def long() -> list[dict[str, Any]]:
+def long() -> list[Row]:
     """Time, memory and accuracy of whole runs, as a user starts them."""
-    trials = []
-    for length, steps in ((1000, 150), (10_000, 100), (100_000, 100)):
-        options = f"--length {length} --steps {steps} --evaluate-every {steps}"
-        with tempfile.TemporaryDirectory() as folder:
-            command = f"launch/lstm.py {options}"
-            quiet = ("--wandb", "disabled", "--log-every", "1", "--run-dir", f"{folder}/run")
-            began = time.monotonic()
-            process = subprocess.Popen([sys.executable, *command.split(), *quiet], cwd=REPOSITORY)
+    rows = []
+    for length, steps, trials in ((1000, 150, 10_000), (10_000, 100, 1000), (100_000, 100, 1000)):
+        command = f"launch/lstm.py --length {length} --steps {steps} --evaluate-every {steps}"
+        with TemporaryDirectory() as folder:
+            run, began = Path(folder) / "run", time.monotonic()
+            arguments = [sys.executable, *command.split(), "--wandb", "disabled", "--run-dir", str(run)]
+            process = subprocess.Popen(arguments, cwd=REPOSITORY)
             _, status, used = os.wait4(process.pid, 0)
-            if code := os.waitstatus_to_exitcode(status):
-                sys.exit(f"{command} ended with exit code {code}")
-            rows = RunDir(Path(folder) / "run").read_metrics()
-        trials.append(
-            {
-                "length": length,
-                "command": f"python {command}",
-                "seconds": round(time.monotonic() - began),
-                "peak_gib": round(used.ru_maxrss / 2**20, 2),
-                "accuracy": [row["eval/accuracy"] for row in rows if "eval/accuracy" in row][-1],
-                "trials": TRIALS if length <= LONG else TRIALS_WHEN_LONG,
-                "train_accuracy": [row["train/accuracy"] for row in rows if "train/accuracy" in row],
-            }
-        )
-    return trials
+            seconds = time.monotonic() - began
+            if status:
+                sys.exit(f"{command} ended with exit code {os.waitstatus_to_exitcode(status)}")
+            accuracy = logged(run, "eval/accuracy")[-1]["eval/accuracy"]
+        row = {"length": length, "command": f"python {command}", "seconds": round(seconds)}
+        row |= {"peak_gib": round(used.ru_maxrss / 2**20, 2), "accuracy": accuracy, "trials": trials}
+        rows.append(row)
+    return rows
 
 
-PARTS = {
-    part.__name__: part
-    for part in (
-        report,
-        readings,
-        initialisation,
-        fast,
-        ablation,
-        settled,
-        generalisation,
-        held,
-        certain,
-        long,
-    )
-}
+PARTS = (course, readings, initialisation, fast, ablation, settled, generalisation, held, certain, long)
 
 if __name__ == "__main__":
     accelerator = start_accelerator(FAST.batch_size)
-    parts.make(__doc__, PARTS, RESULTS)
+    run_parts(__doc__, "lstm", *PARTS)

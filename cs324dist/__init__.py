@@ -1,19 +1,50 @@
-"""Two small classics, an LSTM and a GAN, trained the same at any world size."""
+"""Train the same on any number of processes: a loop, three tasks, and tasks of your own."""
 
+import importlib
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
-PARENT = os.getppid()  # at the start, before the seconds that torch's import takes
+PARENT = os.getppid()  # at the start, before the seconds that importing torch takes
 
 if TYPE_CHECKING:
-    from cs324dist.models.gan import Generator
+    from cs324dist.config import MUTABLE, BatchSize, Config, Count, Fraction, Positive
+    from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream, seeded
+    from cs324dist.errors import UserError
+    from cs324dist.metrics.accuracy import accuracy, count_correct
+    from cs324dist.runs.trained import load_generator, load_network
+    from cs324dist.tasks.base import Evaluation, Task
+
+_PLACES = {
+    "config": ("MUTABLE", "BatchSize", "Config", "Count", "Fraction", "Positive"),
+    "data.streams": ("MicroBatch", "ShuffledEpochs", "Stream", "seeded"),
+    "errors": ("UserError",),
+    "metrics.accuracy": ("accuracy", "count_correct"),
+    "runs.trained": ("load_generator", "load_network"),
+    "tasks.base": ("Evaluation", "Task"),
+}
+_MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
+__all__ = ["main", *_MODULE_OF]
 
 
-def load_generator(
-    run_or_checkpoint: str | Path, weights: Literal["averaged", "raw"] = "averaged"
-) -> "Generator":
-    """A trained generator, in eval mode on the CPU; see `cs324dist.sampling.generators`."""
-    from cs324dist.sampling.generators import load_generator
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: a script that only reads JSON need not wait for torch."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 
-    return load_generator(run_or_checkpoint, weights)
+
+def main(task: "str | type[Task[Any]]", description: str | None) -> None:
+    """Train a task as the command line says: what a training script calls.
+
+    Exits with 0 when done, 1 when the run failed, 2 when the input was refused, 75 when it was stopped early.
+
+    Args:
+        task: a `Task`, or the name of one: lstm, gan, classifier, path/file.py:Class, package.module:Class.
+        description: shown by `--help`, such as the script's `__doc__`.
+    """
+    from cs324dist.errors import errors_as_exit_codes
+
+    with errors_as_exit_codes():
+        from cs324dist.trainer import main
+
+        main(task, description)

@@ -1,12 +1,12 @@
-"""How the project says no: one line for each thing the user must know, once for all ranks."""
+"""User-facing errors: one line each, printed once across ranks, and the exit codes."""
 
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NoReturn
+from contextlib import contextmanager, suppress
+from typing import NoReturn, TextIO
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -14,14 +14,14 @@ EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: run the same command again to conti
 
 RANK = os.environ.get("RANK", "0")
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
-SECONDS_FOR_THE_FIRST_RANK = 10
+FIRST_RANK_SECONDS = 10  # that other ranks leave the first to print an error
 
 
-class UserError(Exception):
-    """Input that cannot be used. Each line says what was given, what is allowed and what to do."""
+class ReportedError(Exception):
+    """An error that the user sees as lines, without a traceback."""
 
-    exit_code = EXIT_REFUSED
-    alike_on_all_ranks = True  # as far as is known, and so said by the first
+    exit_code: int
+    same_on_all_ranks = True  # then only the first rank prints it
 
     def __init__(self, *lines: str) -> None:
         super().__init__(*lines)
@@ -31,45 +31,65 @@ class UserError(Exception):
         return "\n".join(self.lines)
 
 
-class RunFailed(UserError):
-    """Work that cannot go on, through no fault of the input's form. Each line says why and what to do."""
+class UserError(ReportedError):
+    """Input that cannot be used. Each line says what was given, what is allowed and what to do."""
+
+    exit_code = EXIT_REFUSED
+
+
+class RunFailed(ReportedError):
+    """A run that cannot go on although its input is valid. Each line says why and what to do."""
 
     exit_code = EXIT_FAILED
 
 
 def printable(value: object) -> str:
-    """A value from a file that anybody may have written, as part of a line."""
+    """A value from an untrusted file as part of a line: printable characters only, at most 200."""
     return "".join(character for character in str(value)[:200] if character.isprintable())
+
+
+def say(text: str) -> None:
+    """Print a line to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning to stderr."""
+    say(f"warning: {text}")
 
 
 @contextmanager
 def errors_as_exit_codes() -> Iterator[None]:
-    """Turn `UserError`, `RunFailed` and Ctrl-C into lines on stderr and an exit code, without a traceback."""
+    """Turn `ReportedError` and Ctrl-C into lines on stderr and an exit code, without a traceback."""
+    stderr = sys.stderr
+    sys.stderr = _StderrThatMayClose(stderr)
     try:
         yield
         sys.stdout.flush()
-    except UserError as refusal:
-        if refusal.alike_on_all_ranks:
-            _let_the_first_rank_speak()
+    except ReportedError as error:
+        if error.same_on_all_ranks:
+            _wait_for_the_first_rank()
             place = "" if RANK == "0" else f" on rank {RANK}"
         else:
             place = f" on rank {RANK}" if WORLD_SIZE > 1 else ""
-        sys.stderr.writelines(f"error{place}: {line}\n" for line in refusal.lines)
-        exit_process(refusal.exit_code)
+        sys.stderr.writelines(f"error{place}: {line}\n" for line in error.lines)
+        exit_process(error.exit_code)
     except KeyboardInterrupt:
         if RANK == "0":
-            print("stopped by a signal", file=sys.stderr)
+            say("stopped by a signal")
         exit_process(EXIT_STOPPED)
-    except BrokenPipeError:  # who read the output, such as `head`, has enough
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         exit_process(EXIT_FAILED)
+    finally:
+        sys.stderr = stderr
 
 
 def exit_process(exit_code: int) -> NoReturn:
     """End the process.
 
-    Gloo's threads live on while anything refers to the process group, and one that lets go of a tensor while
-    the interpreter shuts down aborts the process (pytorch #179291): one of several leaves without a shutdown.
+    With several processes, skip the interpreter's shutdown: gloo's threads live as long as anything refers to
+    the process group, and abort the process if they release a tensor during shutdown (pytorch #179291).
     """
     if WORLD_SIZE > 1:
         sys.stdout.flush()
@@ -78,11 +98,33 @@ def exit_process(exit_code: int) -> NoReturn:
     sys.exit(exit_code)
 
 
-def _let_the_first_rank_speak() -> None:
-    """The launcher ends all ranks as soon as one has left: the first must not be ended in mid-word.
+def _wait_for_the_first_rank() -> None:
+    """Give rank 0 time to print: the launcher ends all ranks as soon as one exits.
 
-    Who is still there after a while met something that the first did not.
+    A rank that is still there afterwards met an error that rank 0 did not, and prints it.
     """
     if RANK != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(SECONDS_FOR_THE_FIRST_RANK)
+        time.sleep(FIRST_RANK_SECONDS)
+
+
+class _StderrThatMayClose:
+    """A run goes on when the reader of its messages, such as `head`, has gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(BrokenPipeError):
+            self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Iterator[str]) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        with suppress(BrokenPipeError):
+            self._stream.flush()

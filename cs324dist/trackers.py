@@ -1,22 +1,24 @@
-"""Where metrics go: the run's `metrics.jsonl`, and the same values to Weights & Biases."""
+"""Where metrics go: the terminal, the run's `metrics.jsonl`, and the same values to Weights & Biases."""
 
 import netrc
 import os
 import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from cs324dist.errors import printable
+from cs324dist.config import Config, as_json
+from cs324dist.errors import printable, say, warn
 from cs324dist.runs.run_dir import RunDir
 from cs324dist.sampling.grids import save_png
-from cs324dist.settings import RunSettings
 from cs324dist.tasks.base import Evaluation
 
 PROJECT = "cs324dist"
@@ -24,100 +26,139 @@ CONNECT_TIMEOUT = 5  # seconds
 LOGIN_TIMEOUT = 10  # seconds
 
 
-class Logbook:
-    """Writes on the main process; every rank may call it."""
+class Trackers:
+    """Writes on the main process; every process may call it."""
 
-    def __init__(self, run: RunDir, accelerator: Accelerator) -> None:
-        self._run, self._accelerator = run, accelerator
+    def __init__(self, run: RunDir, accelerator: Accelerator, config: Config, start: int) -> None:
+        self._run, self._accelerator, self._config = run, accelerator, config
+        self._last_step, self._last_time = start, time.perf_counter()
+        self._in_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=config.steps,
+            initial=start,
+            unit="step",
+            disable=not (accelerator.is_main_process and self._in_terminal),
+        )
 
-    def log(self, completed: int, metrics: Mapping[str, float]) -> None:
-        """One line of metrics after `completed` steps."""
-        if self._accelerator.is_main_process:
-            try:
-                self._run.append_metrics(completed, metrics)
-            except OSError as error:
-                print(
-                    f"warning: {self._run}/metrics.jsonl: {error.strerror}; trying again later",
-                    file=sys.stderr,
-                )
-            self._track(partial(self._accelerator.log, dict(metrics), step=completed))
+    def __enter__(self) -> "Trackers":
+        open_wandb(self._accelerator, self._config, self._run)
+        self._last_time = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what is done inside out of the throughput."""
+        before = time.perf_counter()
+        yield
+        self._last_time += time.perf_counter() - before
+
+    def log_step(self, completed: int, values: Mapping[str, float]) -> None:
+        """Log a step's metrics and the throughput since the last call, and show both."""
+        now = time.perf_counter()
+        rate = (completed - self._last_step) / max(now - self._last_time, 1e-9)
+        self._last_time = now
+        self._show(completed, values, rate)
+        self._last_step = completed
+        self._log(completed, {**values, "throughput/samples_per_second": rate * self._config.batch_size})
+
+    def _show(self, completed: int, values: Mapping[str, float], rate: float) -> None:
+        brief = {name.removeprefix("train/"): f"{value:.4f}" for name, value in values.items()}
+        if self._in_terminal:
+            self._bar.set_postfix(brief, refresh=False)
+            self._bar.update(completed - self._last_step)
+        elif self._accelerator.is_main_process:
+            minutes = (self._config.steps - completed) / rate / 60
+            words = [f"step {completed}/{self._config.steps}", *(f"{n} {v}" for n, v in brief.items())]
+            say("  ".join([*words, f"{rate:.1f} steps/s", f"{minutes:.1f} min left"]))
 
     def log_evaluation(self, completed: int, evaluation: Evaluation) -> None:
-        """An evaluation's metrics and pictures."""
-        self.log(completed, evaluation.metrics)
+        """Log an evaluation's metrics and pictures."""
+        metrics = {f"eval/{name}": value for name, value in evaluation.metrics.items()}
+        self._log(completed, metrics)
         if not self._accelerator.is_main_process:
             return
-        brief = [f"{name} {value:.4f}" for name, value in evaluation.metrics.items() if "share" not in name]
+        brief = [f"{name} {value:.4f}" for name, value in metrics.items() if "share" not in name]
         tqdm.write("  ".join([f"evaluation after {completed} steps", *brief]), file=sys.stderr)
         if evaluation.picture is not None:
             try:
                 save_png(evaluation.picture, self._run.sample(completed))
             except OSError as error:
-                print(f"warning: no picture of step {completed}: {error.strerror}", file=sys.stderr)
+                warn(f"no picture of step {completed}: {error.strerror}")
         if self._accelerator.trackers:
             drawn = {"samples": evaluation.picture, "strip": evaluation.strip and evaluation.strip()}
             images = {name: [p.permute(1, 2, 0).numpy()] for name, p in drawn.items() if p is not None}
             for tracker in self._accelerator.trackers:
                 self._track(partial(tracker.log_images, images, step=completed))
 
+    def _log(self, completed: int, metrics: Mapping[str, float]) -> None:
+        if self._accelerator.is_main_process:
+            try:
+                self._run.append_metrics(completed, metrics)
+            except OSError as error:
+                warn(f"{self._run}/metrics.jsonl: {error.strerror}; trying again later")
+            self._track(partial(self._accelerator.log, dict(metrics), step=completed))
+
     def _track(self, log: Callable[[], object]) -> None:
         try:
             log()
         except Exception as error:  # whatever its client raises, training goes on
-            print(
-                f"warning: Weights & Biases: {printable(error)}; nothing more is recorded there",
-                file=sys.stderr,
-            )
+            _warn(f"{printable(error)}; nothing more is recorded there")
             self._accelerator.trackers = []
+
+    @staticmethod
+    def close(accelerator: Accelerator, *, leave_group: bool = True) -> None:
+        """Finish the Weights & Biases run, and leave the process group."""
+        try:
+            if leave_group:
+                accelerator.end_training()
+            for tracker in () if leave_group else accelerator.trackers:
+                tracker.finish()
+        except Exception as error:
+            _warn(printable(error))
 
 
 def _warn(text: str) -> None:
-    print(f"warning: Weights & Biases: {text}", file=sys.stderr)
+    warn(f"Weights & Biases: {text}")
 
 
-def end_tracking(accelerator: Accelerator) -> None:
-    """Close the Weights & Biases run and the process group; what its client raises is said, no more."""
-    try:
-        accelerator.end_training()
-    except Exception as error:
-        _warn(printable(error))
-
-
-def start_tracking(accelerator: Accelerator, settings: RunSettings, run: RunDir) -> None:
+def open_wandb(accelerator: Accelerator, config: Config, run: RunDir) -> None:
     """Open the run's own Weights & Biases run through Accelerate, on the main process.
 
-    Falls back to an offline run, and says so in one line, where there is no login or no network. Whatever its
-    client raises, training goes on.
+    Without a login or a network, it records offline and says so in one line. Whatever its client raises, training
+    goes on.
     """
-    if settings.wandb == "disabled" or not accelerator.is_main_process:
+    if config.wandb == "disabled" or not accelerator.is_main_process:
         return
     # Its client records all of SLURM_*, of which this one is a token.
     os.environ.pop("SLURM_JWT", None)
     os.environ.setdefault("WANDB_SILENT", "true")
     why: object = ""
     try:
-        mode, why = ("offline", "") if settings.wandb == "offline" else _possible_mode()
+        mode, why = ("offline", "") if config.wandb == "offline" else _possible_mode()
         if mode == "online":
-            _init(accelerator, settings, run, mode)
+            _init(accelerator, config, run, mode)
     except Exception as error:
         mode, why = "offline", error
     if mode != "offline":
         return
     if why:
-        print(f"Weights & Biases: {printable(why)}; recording offline in {run}/wandb", file=sys.stderr)
+        say(f"Weights & Biases: {printable(why)}; recording offline in {run}/wandb")
     try:
-        _init(accelerator, settings, run, mode)
+        _init(accelerator, config, run, mode)
         _log_again(accelerator, run)
     except Exception as error:
         _warn(f"{printable(error)}; nothing is recorded there")
         accelerator.trackers = []
 
 
-def _init(accelerator: Accelerator, settings: RunSettings, run: RunDir, mode: str) -> None:
+def _init(accelerator: Accelerator, config: Config, run: RunDir, mode: str) -> None:
     import wandb
 
     wandb_run = {
-        "id": run.read_config()["tracker_run_id"],
+        "id": run.read_record().tracker_run_id,
         "name": run.path.name,
         "dir": str(run),
         "mode": mode,
@@ -127,7 +168,7 @@ def _init(accelerator: Accelerator, settings: RunSettings, run: RunDir, mode: st
     if accelerator.trackers:  # of an attempt that failed; its client holds the run's id
         wandb.teardown()
     accelerator.log_with, accelerator.trackers = ["wandb"], []
-    accelerator.init_trackers(PROJECT, settings.as_json(), {"wandb": wandb_run})
+    accelerator.init_trackers(PROJECT, as_json(config), {"wandb": wandb_run})
 
 
 def _log_again(accelerator: Accelerator, run: RunDir) -> None:

@@ -1,153 +1,445 @@
-"""The one loop: step, log, evaluate, checkpoint, stop."""
+"""Training: the one place that knows backward passes, reduction, clipping, schedules, saving and stopping."""
 
+import json
 import math
 import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
-from cs324dist.distributed.process import on_main_process
+from cs324dist.config import Config, as_json, from_command_line
+from cs324dist.data.streams import MicroBatch
+from cs324dist.distributed.batch_norm import convert_sync_batchnorm, freeze_cancelled_biases
+from cs324dist.distributed.collectives import SumOver, add_in_order, gather_rows
+from cs324dist.distributed.failures import ProcessLost, translate_errors
+from cs324dist.distributed.process import on_main_process, start_accelerator
 from cs324dist.distributed.stop import StopRequest
-from cs324dist.errors import RunFailed, UserError, printable
-from cs324dist.loss_scale import SkippedSteps
-from cs324dist.progress import Progress
+from cs324dist.errors import EXIT_STOPPED, ReportedError, RunFailed, UserError, exit_process, say, warn
 from cs324dist.runs.checkpoints import (
     TrainerState,
+    check_names,
     read_checkpoint,
     rewrite_state,
     write_checkpoint,
 )
-from cs324dist.runs.run_dir import RunDir
-from cs324dist.tasks.base import Task, optimizer_tensors
-from cs324dist.trackers import Logbook
+from cs324dist.runs.environment import Environment, environment
+from cs324dist.runs.files import clear
+from cs324dist.runs.lease import Superseded
+from cs324dist.runs.optimizers import each, optimizers_of, with_full_state
+from cs324dist.runs.run_dir import RunDir, RunRecord
+from cs324dist.tasks import find_task
+from cs324dist.tasks.base import Loss, Metrics, Task
+from cs324dist.trackers import Trackers
 
 
-def train(
-    task: Task, run: RunDir, accelerator: Accelerator, stop: StopRequest, start: TrainerState
-) -> int | None:
-    """Take the steps after `start`; returns the step that a signal stopped it after, None if none did.
+class Trainer:
+    """Takes the steps of a task."""
 
-    Raises:
-        RunFailed: a metric or a weight is not finite, or the last checkpoint could not be written.
+    def __init__(self, task: Task[Any], accelerator: Accelerator) -> None:
+        """Prepare the networks that are trained: their place, precision, BatchNorm and reduction.
+
+        Raises:
+            UserError: an optimizer holds a parameter of no network, or networks are shared in part.
+        """
+        self.task, self.accelerator, self.config = task, accelerator, task.config
+        self._trained = {name: self._networks_of(name) for name in task.optimizers}
+        networks = dict.fromkeys(network for some in self._trained.values() for network in some)
+        plugin = accelerator.state.dynamo_plugin
+        self.compiled = None if plugin.backend.value == "NO" else plugin.backend.value.lower()
+        for network in networks:
+            freeze_cancelled_biases(network)
+            if accelerator.num_processes > 1 and task.sync_batch_norm:
+                convert_sync_batchnorm(network)
+            accelerator.prepare_model(network, evaluation_mode=True)  # place and precision, not yet DDP
+            if self.compiled:
+                network.compile(**plugin.to_kwargs())
+        reducers = {some: self._reducer(some) for some in dict.fromkeys(self._trained.values())}
+        self._reducers = {name: reducers[some] for name, some in self._trained.items()}
+        for _, optimizer in each(task.optimizers):
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+        self._step, self._is_logged = 0, False
+        self._metrics: dict[str, dict[int, Tensor]] = {}
+        self._skipped = SkippedSteps(accelerator)
+
+    def _networks_of(self, name: str) -> tuple[nn.Module, ...]:
+        """The networks that the optimizers `name` train."""
+        optimizers = optimizers_of(self.task.optimizers, name)
+        parameters = {p for one in optimizers for group in one.param_groups for p in group["params"]}
+        networks = tuple(
+            network for network in self.task.networks.values() if parameters & set(network.parameters())
+        )
+        if foreign := parameters - {p for network in networks for p in network.parameters()}:
+            raise UserError(f"optimizer {name!r} holds {len(foreign)} parameters of no network of the task")
+        return networks
+
+    def _reducer(self, networks: tuple[nn.Module, ...]) -> nn.Module:
+        """A module that computes a loss and, in its backward pass, averages gradients over processes."""
+        losses = _Losses(networks)
+        if self.accelerator.num_processes == 1:
+            return losses
+        place = [self.accelerator.local_process_index] if self.accelerator.device.type == "cuda" else None
+        with warnings.catch_warnings():  # torch 2.13 has another name for `broadcast_buffers`
+            warnings.simplefilter("ignore", FutureWarning)
+            # BatchNorm over all ranks keeps the buffers equal: nothing to broadcast.
+            return DistributedDataParallel(
+                losses, place, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def step(self, step: int, *, is_logged: bool) -> None:
+        """Take step `step`, counted from 0; see `read_metrics` for what it logs."""
+        self._step, self._is_logged, self._metrics = step, is_logged, {}
+        self.task.step(step, self)
+        self._skipped.observe()
+
+    @property
+    def _batches(self) -> Iterator[MicroBatch]:
+        """The micro-batches of this process."""
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        yield MicroBatch(self._step, self.config.batch_size, rank, world_size, self.accelerator.device)
+
+    def update(self, name: str, loss: Loss) -> None:
+        """See `Updater`."""
+        networks, reducer, scaler = self._trained[name], self._reducers[name], self.accelerator.scaler
+        optimizers = optimizers_of(self.task.optimizers, name)
+        for batch in self._batches:
+            value, metrics = reducer(loss, batch)
+            self._record(batch, metrics)
+            (scaler.scale(value) if scaler else value).backward()
+        if self.config.max_grad_norm is not None:
+            for optimizer in optimizers if scaler else ():
+                scaler.unscale_(optimizer)
+            parameters = [p for network in networks for p in network.parameters()]
+            clip_grad_norm_(parameters, self.config.max_grad_norm)
+        factor = self.config.learning_rate_factor(self._step)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            scaler.step(optimizer) if scaler else optimizer.step()
+            optimizer.zero_grad()
+        if scaler:
+            scaler.update()
+
+    def measure(self, loss: Loss) -> None:
+        """See `Updater`."""
+        if self._is_logged:
+            with torch.no_grad():
+                for batch in self._batches:
+                    self._record(batch, loss(batch)[1])
+
+    def sum(self, values: Mapping[int, Tensor]) -> Tensor:
+        """See `Updater`."""
+        return add_in_order(gather_rows(values, self.accelerator.num_processes))[0]
+
+    def _record(self, batch: MicroBatch, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            self._metrics.setdefault(f"train/{name}", {})[batch.index] = value.detach()
+
+    def read_metrics(self) -> dict[str, float]:
+        """The metrics of the last step, averaged over its micro-batches; waits for the device."""
+        found = {name: dict(by_batch) for name, by_batch in self._metrics.items()}
+        if not found:
+            return self._skipped.read()
+        own = next(iter(found.values()))
+        rows = {index: torch.stack([found[name][index].double() for name in found]) for index in own}
+        count = self.accelerator.num_processes
+        means = add_in_order(gather_rows(rows, count)) / count
+        return {**dict(zip(found, means.tolist(), strict=True)), **self._skipped.read()}
+
+    def environment(self) -> Environment:
+        """What the bits of its steps depend on."""
+        accelerator = self.accelerator
+        return environment(accelerator.num_processes, accelerator.mixed_precision, self.compiled)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, networks are in eval mode and compute in full precision, uncompiled, without gradients."""
+        networks = self.task.networks.values()
+        training = [network.training for network in networks]
+        # Instances hold Accelerate's forward, with autocast, and a compiled call.
+        replaced = ("forward", "_compiled_call_impl")
+        held = [{name: vars(n).pop(name) for name in replaced if name in vars(n)} for n in networks]
+        try:
+            for network in networks:
+                network.eval()
+            with torch.no_grad():
+                yield
+        finally:
+            for network, was_training, own in zip(networks, training, held, strict=True):
+                network.train(was_training)
+                vars(network).update(own)
+
+    def restore(self, checkpoint: Path) -> TrainerState:
+        """Read a checkpoint into the task.
+
+        Raises:
+            UserError: it is damaged, or another task's.
+        """
+        state = read_checkpoint(checkpoint, self.task)
+        if state.loss_scale and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(dict(state.loss_scale))
+        return state
+
+
+class _Losses(nn.Module):
+    """What DDP wraps: networks, and in place of a forward pass the loss that is computed with them."""
+
+    def __init__(self, networks: tuple[nn.Module, ...]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, loss: Loss, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+        return loss(batch)
+
+
+class SkippedSteps:
+    """Counts, on the device, the steps in which an fp16 gradient overflowed, so that an optimizer did not move.
+
+    The scaler halves its scale after each; Accelerate's `step_was_skipped` misses them with fused Adam.
     """
-    settings, logbook = task.settings, Logbook(run, accelerator)
-    skipped = SkippedSteps(accelerator.scaler, accelerator.device)
 
-    with Progress(start.step, settings, accelerator) as progress:
+    def __init__(self, accelerator: Accelerator) -> None:
+        scaler = accelerator.scaler
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        if self._scaler is not None:
+            self._scale = torch.tensor(self._scaler.get_scale(), device=accelerator.device)
+            self._count = torch.zeros((), device=accelerator.device)
 
-        def evaluated(completed: int) -> bool:
-            with progress.paused():
-                evaluation = task.evaluate(stop.until_stopped)
-                if whole := not stop.interrupted():
-                    logbook.log_evaluation(completed, evaluation)
-            return whole
+    def observe(self) -> None:
+        """Look at the scale after a step."""
+        if self._scaler is not None:
+            scale = self._scaler._get_scale_async().clone()  # the public `get_scale` waits for the device
+            self._count = self._count + (scale < self._scale)
+            self._scale = scale
 
-        if start.evaluation_owed:
-            if not evaluated(start.step):
-                return start.step
-            on_main_process(accelerator, lambda: _settle(run, start))
-        for completed in range(start.step + 1, settings.steps + 1):
-            metrics = {**task.step(completed - 1), **skipped.observe()}
-            if settings.is_due(completed, settings.log_every):
-                values = progress.read(completed, metrics)
-                logbook.log(completed, values)
-                for name, value in values.items():
-                    if not math.isfinite(value):
-                        raise _diverged(run, f"{name} is {value} after step {completed}")
-            owed = settings.is_due(completed, settings.evaluate_every) and not evaluated(completed)
-            stopping = stop.agreed() or owed
-            if stopping or settings.is_due(completed, settings.checkpoint_every):
-                with progress.paused():
-                    save(task, run, accelerator, completed, evaluation_owed=owed)
-            if stopping and (owed or completed < settings.steps):
-                return completed
-    return None
+    def read(self) -> dict[str, float]:
+        """The count since this process started; nothing without a scaler."""
+        return {} if self._scaler is None else {"train/skipped_steps": self._count.item()}
 
 
-def save(
-    task: Task, run: RunDir, accelerator: Accelerator, completed: int, *, evaluation_owed: bool = False
-) -> None:
-    """Write a checkpoint: every rank enters, the main process writes, all wait.
+class Run:
+    """Trains a task in a run folder: step, log, evaluate, checkpoint, stop."""
 
-    Raises:
-        RunFailed: something is not finite, or it is the last checkpoint and cannot be written.
-    """
-    scaler = accelerator.scaler
+    def __init__(self, trainer: Trainer, run: RunDir, stop: StopRequest) -> None:
+        self.trainer, self.run, self.stop = trainer, run, stop
+        self.task, self.config, self.accelerator = trainer.task, trainer.config, trainer.accelerator
+        self.on_main = partial(on_main_process, self.accelerator)
 
-    def write() -> None:
+    def resume(self) -> TrainerState:
+        """Read the newest valid checkpoint, if there is one; returns where it stands.
+
+        Raises:
+            UserError: no checkpoint is valid, or it is another task's, or metrics before it are damaged.
+        """
+        newest = self.on_main(self.run.newest_checkpoint)
+        if newest is None:
+            self.on_main(self._check_that_it_can_be_saved)
+            return TrainerState(0)
+        state = self.trainer.restore(newest)
+        self.on_main(lambda: self.run.check_metrics(state.metrics_lines))
+        return state
+
+    def _check_that_it_can_be_saved(self) -> None:
+        scratch = self.run.path / ".scratch"
+        clear(scratch)
+        try:
+            with with_full_state(self.task.optimizers):
+                write_checkpoint(scratch / "0", self.task, TrainerState(0))
+                read_checkpoint(scratch / "0", self.task)
+        finally:
+            clear(scratch)
+
+    def train(self, start: TrainerState) -> int | None:
+        """Take the steps after `start`; returns the step that a signal stopped it after, None if none did.
+
+        Raises:
+            RunFailed: a metric or a weight is not finite, or the last checkpoint could not be written.
+        """
+        config, trainer = self.config, self.trainer
+        with Trackers(self.run, self.accelerator, config, start.step) as trackers:
+            if start.evaluation_owed:
+                if not self._evaluate(trackers, start.step):
+                    return start.step
+                self.on_main(lambda: self._settle(start))
+            for completed in range(start.step + 1, config.steps + 1):
+                is_logged = config.is_due(completed, config.log_every)
+                trainer.step(completed - 1, is_logged=is_logged)
+                if is_logged:
+                    values = trainer.read_metrics()
+                    trackers.log_step(completed, values)
+                    for name, value in values.items():
+                        if not math.isfinite(value):
+                            raise self._diverged(f"{name} is {value} after step {completed}")
+                owed = config.is_due(completed, config.evaluate_every) and not self._evaluate(
+                    trackers, completed
+                )
+                stopping = self.stop.agreed() or owed
+                if stopping or config.is_due(completed, config.checkpoint_every):
+                    with trackers.paused():
+                        self.save(completed, evaluation_owed=owed)
+                if stopping and (owed or completed < config.steps):
+                    return completed
+        return None
+
+    def _evaluate(self, trackers: Trackers, completed: int) -> bool:
+        """Evaluate and log; False if a signal interrupted it."""
+        with trackers.paused(), self.trainer.evaluating():
+            evaluation = self.task.evaluate(SumOver(self.accelerator, self.stop.until_stopped))
+            if is_complete := not self.stop.interrupted():
+                trackers.log_evaluation(completed, evaluation)
+        return is_complete
+
+    def save(self, completed: int, *, evaluation_owed: bool = False) -> None:
+        """Write a checkpoint: every process enters, the main process writes, all wait.
+
+        Raises:
+            RunFailed: something is not finite, or it is the last checkpoint and cannot be written.
+        """
+        self.on_main(lambda: self._save(completed, evaluation_owed))
+
+    def _save(self, completed: int, evaluation_owed: bool) -> None:
+        run, scaler = self.run, self.accelerator.scaler
         try:
             state = TrainerState(
                 step=completed,
-                world_size=accelerator.num_processes,
-                generation=run.generation,
-                counters=task.counters,
+                processes=self.accelerator.num_processes,
                 loss_scale=scaler.state_dict() if scaler is not None and scaler.is_enabled() else {},
+                generation=run.generation,
                 metrics_lines=run.write_metrics(sync=True),
                 evaluation_owed=evaluation_owed,
             )
-            write_checkpoint(run.checkpoint(completed), task.models, optimizer_tensors(task), state)
+            write_checkpoint(run.checkpoint(completed), self.task, state)
         except OSError as error:
-            text = f"no checkpoint of step {completed}: {error.strerror}; {_last_good(run)}"
-            if completed == task.settings.steps:
+            text = f"no checkpoint of step {completed}: {error.strerror}; {self._last_good()}"
+            if completed == self.config.steps:
                 raise RunFailed(f"{text}; make room, then run the same command again") from None
-            print(f"warning: {text}", file=sys.stderr)
+            warn(text)
         except RunFailed as failure:
-            raise _diverged(run, str(failure)) from None
+            raise self._diverged(str(failure)) from None
         else:
             run.write_status("running", completed)
-            run.keep_newest(task.settings.keep_last)
+            run.keep_newest(self.config.keep_last)
 
-    on_main_process(accelerator, write)
+    def _settle(self, start: TrainerState) -> None:
+        """Record that the evaluation is no longer owed; if that fails, the next start evaluates once more."""
+        checkpoint = self.run.checkpoint(start.step)
+        try:
+            lines, generation = self.run.write_metrics(sync=True), self.run.generation
+            state = replace(start, evaluation_owed=False, metrics_lines=lines, generation=generation)
+            rewrite_state(checkpoint, state)
+        except OSError as error:
+            warn(f"{checkpoint} stays as it is: {error.strerror}")
+
+    def _diverged(self, what: str) -> RunFailed:
+        return RunFailed(
+            f"{what}; {self._last_good()}",
+            "for another outcome, lower the learning rate in a new --run-dir",
+        )
+
+    def _last_good(self) -> str:
+        newest = self.run.newest()
+        return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+
+    def train_and_record(self, start: TrainerState) -> bool:
+        """Train, and write to `status.json` how it ended; returns False if a signal stopped it early."""
+        run = self.run
+        try:
+            with translate_errors(self.config):
+                stopped_at = self.train(start)
+        except Superseded:
+            raise
+        except BaseException as error:
+            # A signal to stop all, which others obeyed sooner; not the launcher's, that follows a failure.
+            stopped = self.stop.received_before_the_last_vote and isinstance(error, ProcessLost)
+            if self.accelerator.is_main_process:
+                why = str(error) if isinstance(error, ReportedError) else f"{type(error).__name__}: {error}"
+                run.write_status("stopped" if stopped else "failed", run.newest_step(), why)
+            if stopped:
+                return False
+            raise
+        if stopped_at is None:
+            self.on_main(lambda: run.write_status("finished", self.config.steps))
+            self.say(f"{run}: finished after {self.config.steps} steps")
+            return True
+        self.on_main(lambda: run.write_status("stopped", run.newest_step(), "a signal asked for it"))
+        self.say(f"{run}: stopped after {stopped_at} steps; run the same command to go on")
+        return False
+
+    def say(self, text: str) -> None:
+        """Print a line, on the main process."""
+        if self.accelerator.is_main_process:
+            say(text)
 
 
-def _settle(run: RunDir, start: TrainerState) -> None:
-    """Write down that the evaluation is no longer owed; if that fails, the next start evaluates once more."""
-    try:
-        lines, generation = run.write_metrics(sync=True), run.generation
-        state = replace(start, evaluation_owed=False, metrics_lines=lines, generation=generation)
-        rewrite_state(run.checkpoint(start.step), state)
-    except OSError as error:
-        print(f"warning: {run.checkpoint(start.step)} stays as it is: {error.strerror}", file=sys.stderr)
+def main(task: str | type[Task[Any]], description: str | None) -> None:
+    """Train a task as the command line says; exits with 0 when done, 1 failed, 2 refused, 75 stopped early.
+
+    Args:
+        task: a `Task`, or the name of one; see `find_task`.
+        description: shown by `--help`.
+    """
+    task_type = find_task(task) if isinstance(task, str) else task
+    config = from_command_line(task_type.presets, description or "", task_type.run_name)
+    if config.dry_run:
+        print(json.dumps(as_json(config), indent=2))
+        return
+    accelerator = start_accelerator(config.batch_size, config.peer_timeout)
+    with StopRequest(accelerator.num_processes, config.peer_timeout) as stop:
+        try:
+            with translate_errors(config):
+                done = run_task(task_type, config, accelerator, stop)
+        except BaseException:
+            # The process group stays: to leave it while others wait in a collective hangs (torchtitan #1342).
+            Trackers.close(accelerator, leave_group=False)
+            raise
+        Trackers.close(accelerator)
+    exit_process(0 if done else EXIT_STOPPED)
 
 
-def resume(task: Task, run: RunDir, accelerator: Accelerator) -> TrainerState:
-    """Read the newest valid checkpoint, if there is one, into `task`; returns where it stands.
+def run_task(task_type: type[Task[Any]], config: Config, accelerator: Accelerator, stop: StopRequest) -> bool:
+    """Start or continue the run in `config.folder`; returns False if a signal stopped it early.
 
     Raises:
-        UserError: no checkpoint is valid, or the newest is another model's, or metrics before it are damaged.
+        UserError: the folder belongs to another task, other options or a live process, or is damaged, or
+            cannot be written to.
+        RunFailed: the run cannot go on.
     """
-    optimizer_tensors(task)  # all of the state, before a first step makes that of the parameters it uses
-    newest = on_main_process(accelerator, run.newest_checkpoint)
-    if newest is None:
-        return TrainerState(0, accelerator.num_processes)
-    state = restore(task, newest, accelerator)
-    on_main_process(accelerator, lambda: run.check_metrics(state.metrics_lines))
-    return state
+    run_dir = RunDir(config.folder)
+    on_main = partial(on_main_process, accelerator)
+    with run_dir.claimed(lambda: run_dir.check_fits(task_type.name, config), on_main):
+        task = task_type(config, accelerator.device)
+        check_names(task.networks)
+        trainer = Trainer(task, accelerator)
+        run = Run(trainer, run_dir, stop)
+        start = run.resume()
+        if start.step >= config.steps and not start.evaluation_owed:
+            on_main(lambda: run_dir.finish(start.step, config.keep_last))
+            run.say(f"{run_dir} is finished, {start.step} steps: for more, give --steps or another --run-dir")
+            return True
+        stop.listen()
+        record = run_record(task_type, config)
+        on_main(lambda: run_dir.start(record, trainer.environment(), start.step, start.metrics_lines))
+        run.say(
+            f"{run_dir}: {'continuing from' if start.step else 'starting at'} step {start.step} "
+            f"of {config.steps}, processes: {accelerator.num_processes}, device: {accelerator.device.type}, "
+            f"precision: {accelerator.mixed_precision}"
+        )
+        return run.train_and_record(start)
 
 
-def restore(task: Task, checkpoint: Path, accelerator: Accelerator) -> TrainerState:
-    """Read a checkpoint into `task`.
-
-    Raises:
-        UserError: it is damaged, or another model's.
-    """
-    state = read_checkpoint(checkpoint, task.models, optimizer_tensors(task))
-    limits = task.counter_limits
-    if state.counters.keys() != limits.keys() or any(n not in limits[k] for k, n in state.counters.items()):
-        raise UserError(f"{checkpoint} has counters that this run cannot reach: {printable(state.counters)}")
-    task.counters.update(state.counters)
-    if state.loss_scale and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(dict(state.loss_scale))
-    return state
-
-
-def _diverged(run: RunDir, what: str) -> RunFailed:
-    return RunFailed(
-        f"{what}; {_last_good(run)}", "for another outcome, lower the learning rate in a new --run-dir"
-    )
-
-
-def _last_good(run: RunDir) -> str:
-    newest = run.newest()
-    return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+def run_record(task_type: type[Task[Any]], config: Config) -> RunRecord:
+    """What `config.json` is to hold."""
+    values, usual = as_json(config), as_json(task_type.presets[config.preset])
+    differing = (name for name, value in values.items() if usual[name] != value)
+    changed = {name: usual[name] for name in differing if name not in ("preset", "run_dir")}
+    return RunRecord(task_type.name, sys.argv[0], values, changed)

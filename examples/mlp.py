@@ -7,28 +7,31 @@ accelerate launch --config_file accelerate_configs/cpu_ddp.yaml examples/mlp.py 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cs324dist.command_line import POSITIVE, Count
-from cs324dist.data.streams import ShuffledEpochs
-from cs324dist.distributed.process import in_full_precision, seeded, shard
-from cs324dist.errors import UserError
-from cs324dist.metrics.accuracy import share_right
-from cs324dist.settings import MUTABLE, RunSettings
-from cs324dist.tasks.base import Evaluation, UntilStopped
-from cs324dist.training_run import main
+from cs324dist import (
+    MUTABLE,
+    Config,
+    Count,
+    Evaluation,
+    MicroBatch,
+    Positive,
+    ShuffledEpochs,
+    Task,
+    UserError,
+)
+from cs324dist import accuracy, count_correct, main, seeded
 
 HELD_OUT = 5  # every fifth row is not trained on
 
 
 @dataclass(frozen=True)
-class MLPSettings(RunSettings):
+class MLPConfig(Config):
     """Train an MLP on a table."""
 
     steps: Annotated[Count, MUTABLE] = 1000
@@ -40,12 +43,8 @@ class MLPSettings(RunSettings):
     hidden_size: Count = 64
     """Width of the hidden layers."""
 
-    learning_rate: Annotated[float, POSITIVE] = 1e-2
-    """Adam's step size."""
-
-    def run_name(self) -> str:
-        """The default run folder's name."""
-        return f"mlp-{self.data.stem}-{self.seed}"
+    learning_rate: Positive = 1e-2
+    """Adam's learning rate."""
 
 
 class MLP(nn.Module):
@@ -67,40 +66,39 @@ class MLP(nn.Module):
         return self.net(x)
 
 
-class MLPTask:
-    """One step: a batch of rows, cross-entropy, one Adam step."""
+class MLPTask(Task[MLPConfig]):
+    """One step: a batch of rows, cross-entropy."""
 
-    def __init__(self, settings: MLPSettings, accelerator: Accelerator) -> None:
-        self.settings, self.accelerator, self.shard = settings, accelerator, shard(accelerator)
-        self.x, self.y = read_table(settings.data, self.shard.device)
-        held_out = torch.arange(len(self.y), device=self.shard.device) % HELD_OUT == 0
+    name = "mlp"
+    presets: ClassVar = {"fast": MLPConfig()}
+
+    def __init__(self, config: MLPConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+        self.x, self.y = read_table(config.data, device)
+        held_out = torch.arange(len(self.y), device=device) % HELD_OUT == 0
         self.train_rows, self.test_rows = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
-        self.order = ShuffledEpochs(settings.seed, "rows/train", len(self.train_rows))
-        with seeded(settings.seed, "weights"):
-            model = MLP(self.x.shape[1], settings.hidden_size, int(self.y.max()) + 1)
-        optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.models, self.optimizers = {"mlp": model}, {"mlp": optimizer}
-        self.counters: dict[str, int] = {}
-        self.counter_limits: dict[str, range] = {}
+        self.order = ShuffledEpochs(config.seed, "rows/train", len(self.train_rows))
+        with seeded(config.seed, "weights"):
+            self.mlp = MLP(self.x.shape[1], config.hidden_size, int(self.y.max()) + 1).to(device)
+        self.networks = {"mlp": self.mlp}
+        self.optimizers = {"mlp": torch.optim.Adam(self.mlp.parameters(), config.learning_rate)}
 
-    def step(self, step: int) -> dict[str, Tensor]:
-        """See `Task.step`."""
-        rows = self.train_rows[self.order.batch(self.shard, step, self.settings.batch_size)]
-        logits = self.model(self.x[rows])
+    def loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of the rows of a micro-batch."""
+        rows = self.train_rows[self.order.items(batch)]
+        logits = self.mlp(self.x[rows])
         loss = F.cross_entropy(logits, self.y[rows])
-        self.accelerator.backward(loss)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return {"train/loss": loss, "train/accuracy": share_right(logits, self.y[rows])}
+        return loss, {"loss": loss, "accuracy": accuracy(logits, self.y[rows])}
 
-    @torch.no_grad()
-    def evaluate(self, until_stopped: UntilStopped = iter) -> Evaluation:
-        """Accuracy on the rows held out; each rank counts its share."""
-        rows = self.test_rows[self.shard.samples(0, len(self.test_rows))]
-        logits = in_full_precision(self.models["mlp"], self.x[rows])
-        right = self.accelerator.reduce((logits.argmax(1) == self.y[rows]).sum(), "sum")
-        return Evaluation({"eval/accuracy": right.item() / len(self.test_rows)})
+    def evaluate(self, sum_over) -> Evaluation:
+        """Accuracy on the rows held out."""
+
+        def count_right(indices: Tensor) -> dict[str, Tensor]:
+            rows = self.test_rows[indices]
+            return {"right": count_correct(self.mlp(self.x[rows]), self.y[rows])}
+
+        right = sum_over(count_right, len(self.test_rows))["right"].item()
+        return Evaluation({"accuracy": right / len(self.test_rows)})
 
 
 def read_table(path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -113,4 +111,4 @@ def read_table(path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 if __name__ == "__main__":
-    main("mlp", MLPTask, {"fast": MLPSettings()}, __doc__)
+    main(MLPTask, __doc__)

@@ -3,11 +3,7 @@
 python launch/classifier.py
 """
 
-from cs324dist.errors import errors_as_exit_codes
+from cs324dist import main
 
 if __name__ == "__main__":
-    with errors_as_exit_codes():
-        from cs324dist.tasks.classifier import PRESETS, ClassifierTask
-        from cs324dist.training_run import main
-
-        main("classifier", ClassifierTask, PRESETS, __doc__)
+    main("classifier", __doc__)

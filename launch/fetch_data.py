@@ -1,22 +1,23 @@
-"""Fetch a data set before a run, say where the compute nodes have no network."""
+"""Fetch a data set before a run, for example if the compute nodes have no network."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Literal
 
-from cs324dist.command_line import OneOf, parse
-from cs324dist.data.images import SHA256, fetch
+from cs324dist.config import parse
+from cs324dist.data.fetch import fetch
+from cs324dist.data.images import SHA256
 from cs324dist.errors import errors_as_exit_codes
 
 
 @dataclass(frozen=True)
 class FetchData:
-    """Fetch a data set into torchvision's folder layout, or verify the files that are there."""
+    """Fetch the missing files of a data set, in torchvision's folder layout, and verify all of them."""
 
-    dataset: Annotated[str, OneOf(*SHA256)] = "mnist"
-    """mnist or fashion-mnist"""
+    dataset: Literal["mnist", "fashion-mnist"] = "mnist"
+    """Data set to fetch."""
     data_root: Path = Path("data")
-    """Folder of the data sets; an existing one of torchvision's will do"""
+    """Folder of the data sets; one made by torchvision works too."""
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from cs324dist.data.images import fetch
+from cs324dist.data.fetch import fetch
 
 # A test does not depend on the machine's speed.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])

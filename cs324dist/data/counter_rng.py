@@ -1,11 +1,11 @@
 """A counter-based random generator: every number is an integer hash of its own address.
 
-The address is (seed, stream name, sample index, component). Nothing is carried from one number to the next,
-so any slice of a stream can be computed anywhere, in any order, by any number of processes. The hash is
-computed in torch's int64 arithmetic, which wraps alike on CPU and GPU: the integers are the same on both.
+The address is (seed, stream name, sample index, component). There is no state, so any slice of a stream can
+be computed anywhere, in any order, by any number of processes. The hash uses torch's int64 arithmetic, which
+wraps around in the same way on CPU and GPU, so both give the same integers.
 
-The mixing function is SplitMix64's (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
-generators", with Stafford's constants "Mix13").
+The mixing function is that of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+generators", with Stafford's "Mix13" constants).
 """
 
 import hashlib
@@ -14,6 +14,9 @@ import math
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
+
+Keys = tuple[int, int]
+Indices = Int64[Tensor, " samples"]
 
 
 def _signed(value: int) -> int:
@@ -27,7 +30,7 @@ _MIX_2 = _signed(0x94D049BB133111EB)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's own `>>` copies the sign bit."""
+    """Logical shift; torch's `>>` copies the sign bit."""
     return (x >> bits) & (2 ** (64 - bits) - 1)
 
 
@@ -37,15 +40,13 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def stream_keys(seed: int, stream: str) -> tuple[int, int]:
-    """Two 64-bit keys for one stream; SHA-256 keeps neighbouring seeds and similar names apart."""
+def stream_keys(seed: int, stream: str) -> Keys:
+    """Two 64-bit keys for one stream, by SHA-256: neighbouring seeds and similar names are unrelated."""
     digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
     return _signed(int.from_bytes(digest[:8], "little")), _signed(int.from_bytes(digest[8:16], "little"))
 
 
-def random_bits(
-    keys: tuple[int, int], indices: Int64[Tensor, " samples"], components: int
-) -> Int64[Tensor, "samples components"]:
+def random_bits(keys: Keys, indices: Indices, components: int) -> Int64[Tensor, "samples components"]:
     """64 random bits for each component of each sample."""
     sample = _mix(indices * _GOLDEN + keys[0]) ^ keys[1]
     component = torch.arange(1, components + 1, device=indices.device) * _GOLDEN
@@ -53,26 +54,22 @@ def random_bits(
 
 
 def random_integers(
-    keys: tuple[int, int], indices: Int64[Tensor, " samples"], components: int, below: int
+    keys: Keys, indices: Indices, components: int, below: int
 ) -> Int64[Tensor, "samples components"]:
-    """Integers uniform in [0, below); the bias of the remainder is at most below / 2^63."""
+    """Uniform integers in [0, below), as remainders; their bias is at most below / 2^63."""
     return _shift_right(random_bits(keys, indices, components), 1) % below
 
 
-def random_normals(
-    keys: tuple[int, int], indices: Int64[Tensor, " samples"], components: int
-) -> Float64[Tensor, "samples components"]:
+def random_normals(keys: Keys, indices: Indices, components: int) -> Float64[Tensor, "samples components"]:
     """Standard normals (Box and Muller 1958): radius from the upper 32 bits, angle from the lower 32."""
     bits = random_bits(keys, indices, components)
-    uniform = (_shift_right(bits, 32).double() + 0.5) / 2**32  # in (0, 1): the logarithm is finite
+    uniform = (_shift_right(bits, 32).double() + 0.5) / 2**32  # in (0, 1), so that the logarithm is finite
     angle = (bits & 0xFFFFFFFF).double() * (2 * math.pi / 2**32)
     return (-2 * uniform.log()).sqrt() * angle.cos()
 
 
-def random_signs(
-    keys: tuple[int, int], indices: Int64[Tensor, " samples"], components: int
-) -> Int64[Tensor, "samples components"]:
-    """-1 or 1, one bit each: 64 for the price of one hash."""
+def random_signs(keys: Keys, indices: Indices, components: int) -> Int64[Tensor, "samples components"]:
+    """-1 or 1; each hash gives 64 of them, one per bit."""
     words = random_bits(keys, indices, -(-components // 64))
     bits = (words[:, :, None] >> torch.arange(64, device=indices.device)) & 1
     return bits.flatten(1)[:, :components] * 2 - 1

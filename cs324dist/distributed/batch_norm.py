@@ -1,7 +1,6 @@
-"""BatchNorm over the global batch, on CPU as on GPU.
+"""BatchNorm over the global batch, on CPUs and GPUs, so that N processes train as one does.
 
-torch's SyncBatchNorm refuses CPU tensors; this is the same mathematics for them, so that N processes on CPUs
-train as one does.
+torch's SyncBatchNorm refuses CPU tensors, and waits for the GPU (pytorch #78549).
 """
 
 from itertools import pairwise
@@ -9,29 +8,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def convert_sync_batchnorm(model: nn.Module, accelerator: Accelerator) -> None:
-    """Have the BatchNorm layers inside `model` take their statistics over all ranks; names stay."""
-    if accelerator.num_processes == 1:
-        return
-    if accelerator.device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return
+def convert_sync_batchnorm(model: nn.Module) -> None:
+    """Let the BatchNorm layers inside `model` take their statistics over all ranks; their names stay."""
     for layer in model.modules():
         if isinstance(layer, _BatchNorm):
-            layer.__class__ = _SyncedOnCPU
+            layer.__class__ = _SyncBatchNorm
 
 
 def freeze_cancelled_biases(model: nn.Module) -> None:
-    """Leave untrained the biases that a BatchNorm right behind them subtracts again with the mean.
+    """Do not train biases directly before a BatchNorm, which subtracts them again with the mean.
 
-    Their gradient is zero but for rounding, and Adam would scale that rounding up to whole steps: a walk
-    without effect on the output, yet another one for every number of processes.
+    Their gradient is zero except for rounding, and Adam scales that rounding up to whole steps: they would wander
+    without effect on the output, differently for every number of processes.
     """
     for chain in model.modules():
         if isinstance(chain, nn.Sequential):
@@ -41,9 +34,9 @@ def freeze_cancelled_biases(model: nn.Module) -> None:
                     bias.requires_grad_(False)
 
 
-class _SyncedOnCPU(_BatchNorm):
+class _SyncBatchNorm(_BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
-        pass  # the class that this layer had before did it for the one-process run
+        pass  # of the class that this layer had before
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:

@@ -1,4 +1,4 @@
-"""What goes wrong below the project, in the user's words."""
+"""Errors of torch and the system in the user's words."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,9 +6,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from cs324dist.command_line import option
+from cs324dist.config import Config, option
 from cs324dist.errors import RunFailed
-from cs324dist.settings import RunSettings
 
 NO_MEMORY = ("can't allocate memory", "out of memory", "bad allocation")
 PEER_SILENT = ("timed out", "timeout")
@@ -16,9 +15,9 @@ PEER_GONE = ("connection closed by peer", "connection reset", "broken pipe", "co
 
 
 class OneProcessFailed(RunFailed):
-    """Something that this process met alone; the others cannot say it for it."""
+    """An error of this process alone: the first rank cannot report it."""
 
-    alike_on_all_ranks = False
+    same_on_all_ranks = False
 
 
 class ProcessLost(OneProcessFailed):
@@ -26,7 +25,7 @@ class ProcessLost(OneProcessFailed):
 
 
 @contextmanager
-def translate_errors(settings: RunSettings) -> Iterator[None]:
+def translate_errors(config: Config) -> Iterator[None]:
     """Turn errors of torch and the system into `RunFailed`: memory, disks, other processes.
 
     Raises:
@@ -38,14 +37,14 @@ def translate_errors(settings: RunSettings) -> Iterator[None]:
         text = str(error).lower()
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(text, NO_MEMORY):
             ways = ", ".join(
-                f"{option(name)} (now {getattr(settings, name)})" for name in settings.memory_options
+                f"{option(name)} (now {getattr(config, name)})" for name in config.memory_options
             )
             raise OneProcessFailed(f"out of memory: lower {ways}") from error
         if isinstance(error, OSError) and error.strerror:
             raise OneProcessFailed(f"{error.filename or 'a file'}: {error.strerror}") from error
         if dist.is_initialized() and _says(text, PEER_SILENT):
             raise ProcessLost(
-                f"another process did not answer within {settings.peer_timeout} s (--peer-timeout): "
+                f"another process did not answer within {config.peer_timeout} s (--peer-timeout): "
                 f"find out what holds it up, then run the same command again"
             ) from error
         if dist.is_initialized() and _says(text, PEER_GONE):

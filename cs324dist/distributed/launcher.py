@@ -3,13 +3,33 @@
 import argparse
 import os
 import re
-import sys
 from pathlib import Path
 
 import psutil
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 
-from cs324dist.errors import UserError
+from cs324dist.errors import UserError, say
+
+
+def check_environment() -> None:
+    """Refuse what the launcher was asked for and this toolkit would ignore."""
+    plugins = {
+        "FSDP": "FSDP",
+        "DEEPSPEED": "DeepSpeed",
+        "MEGATRON_LM": "Megatron-LM",
+        "PARALLELISM_CONFIG": "Parallelism",
+    }
+    for name, title in plugins.items():
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
+            raise UserError(
+                f"accelerate launch was asked for {title}, and this toolkit trains with DDP: leave it out of the "
+                f"launcher's options and configuration"
+            )
+    if (steps := os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) not in ("", "1"):
+        raise UserError(
+            f"--gradient_accumulation_steps {steps} of accelerate launch would change nothing: "
+            f"give the script the global --batch-size that you want"
+        )
 
 
 def check_launcher(world_size: int, is_main_process: bool) -> None:
@@ -34,7 +54,7 @@ def check_launcher(world_size: int, is_main_process: bool) -> None:
     if config_file is None and not asked.cpu and Path(default_config_file).is_file():
         config_file = default_config_file
         if is_main_process:
-            print(f"accelerate launch took its settings from {config_file}", file=sys.stderr)
+            say(f"accelerate launch took its settings from {config_file}")
     config = load_config_from_file(str(config_file)) if config_file else None
     processes = asked.num_processes or (config.num_processes if config else 1) or 1
     if world_size < processes:

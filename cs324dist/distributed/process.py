@@ -5,58 +5,46 @@ import ctypes
 import os
 import signal
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from cs324dist import PARENT
-from cs324dist.data.counter_rng import stream_keys
-from cs324dist.data.streams import Shard
-from cs324dist.distributed.launcher import check_launcher
-from cs324dist.errors import UserError
+from cs324dist.distributed.launcher import check_environment, check_launcher
+from cs324dist.errors import ReportedError, RunFailed, UserError
 from cs324dist.runs.environment import has_gpu
 
 Answer = TypeVar("Answer")
 
 
 def start_accelerator(batch_size: int | None = None, peer_timeout: int = 600) -> Accelerator:
-    """Join the process group that the launcher described, or stand alone.
+    """Join the process group that the launcher described, or run alone.
 
     Raises:
-        UserError: fp16 on a CPU, fewer processes than the launcher or Slurm was asked for, or a global batch
-            that cannot be shared out evenly.
+        UserError: fp16 on a CPU, fewer processes than the launcher or Slurm was asked for, a batch that they
+            cannot share equally, or something the launcher was asked for that would be ignored.
     """
     on_gpu = has_gpu()
+    check_environment()
     prepare_process(on_cpu=not on_gpu)
     if not on_gpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         raise UserError("--mixed_precision fp16 would silently run as float32 on a CPU: give bf16, or no")
     timeout = timedelta(seconds=peer_timeout)
     rejoin_after_restart("nccl" if on_gpu else "gloo", timeout)
-    # torch 2.13 has another name for the argument, which Accelerate does not know yet.
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-    accelerator = Accelerator(
-        cpu=not on_gpu,
-        kwargs_handlers=[
-            # Synchronised BatchNorm keeps the buffers equal on all ranks: nothing to broadcast.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timeout),
-        ],
-    )
+    accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
     world_size = accelerator.num_processes
     check_launcher(world_size, accelerator.is_main_process)
     if batch_size is not None and batch_size % world_size:
         raise UserError(
-            f"--batch-size {batch_size} cannot be shared out evenly over {world_size} processes: "
-            f"give a multiple of {world_size}, such as {-(-batch_size // world_size) * world_size}"
+            f"--batch-size {batch_size} is not divisible by the number of processes, {world_size}: "
+            f"give a multiple, such as {-(-batch_size // world_size) * world_size}"
         )
     return accelerator
 
@@ -126,35 +114,19 @@ def _threads() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def in_full_precision(model: nn.Module, inputs: Tensor) -> Tensor:
-    """The model's output without the autocast that Accelerate puts into the instance's `forward`."""
-    return type(model).forward(model, inputs)
-
-
-def shard(accelerator: Accelerator) -> Shard:
-    """This process's place among all."""
-    return Shard(accelerator.process_index, accelerator.num_processes, accelerator.device)
-
-
 def on_main_process(accelerator: Accelerator, work: Callable[[], Answer]) -> Answer:
-    """Have the main process do `work`; every process gets its answer, or the `UserError` that it raised."""
+    """Have the main process do `work`; every process gets its answer, or the error that it raised."""
     answer: Answer | None = None
-    refusal: UserError | None = None
+    error: ReportedError | None = None
     if accelerator.is_main_process:
         try:
             answer = work()
-        except UserError as raised:
-            refusal = raised
+        except ReportedError as raised:
+            error = raised
+        except OSError as raised:
+            error = RunFailed(f"{raised.filename or 'a file'}: {raised.strerror}")
     if accelerator.num_processes > 1:
-        answer, refusal = broadcast_object_list([answer, refusal])
-    if refusal is not None:
-        raise refusal
+        answer, error = broadcast_object_list([answer, error])
+    if error is not None:
+        raise error
     return answer  # type: ignore[return-value]
-
-
-@contextlib.contextmanager
-def seeded(seed: int, stream: str) -> Iterator[None]:
-    """Inside, torch's own initialisers draw from (seed, stream), alike on every rank."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_keys(seed, stream)[0])
-        yield

@@ -30,7 +30,7 @@ class StopRequest:
         self._world_size, self._hung_after = world_size, peer_timeout
         self.received_before_the_last_vote = False
         self._signals, self._last_signal = 0, -TOGETHER
-        self._cut_short = False
+        self._interrupted = False
         self._previous: dict[signal.Signals, Any] = {}
         self._group: dist.ProcessGroup | None = None
         self._ballot: tuple[bool, torch.Tensor, dist.Work] | None = None
@@ -102,20 +102,20 @@ class StopRequest:
         return agreed
 
     def until_stopped(self, parts: Iterable[Part]) -> Iterator[Part]:
-        """The parts of a long piece of work, of which only the first is given once a signal has come.
+        """The parts of a long piece of work, until a signal arrives; the first is always given.
 
-        What was cut short on any rank must be thrown away on all: see `interrupted`.
+        A result that was interrupted on any rank must be thrown away on all: see `interrupted`.
         """
         for number, part in enumerate(parts):
             if number and self.received:
-                self._cut_short = True
+                self._interrupted = True
                 return
             yield part
 
     def interrupted(self) -> bool:
-        """Whether `until_stopped` has left out parts on any rank since the last call; every rank calls it."""
-        vote = torch.tensor([self._cut_short], dtype=torch.int32)
+        """Whether `until_stopped` left out parts on any rank since the last call; every rank calls it."""
+        vote = torch.tensor([self._interrupted], dtype=torch.int32)
         if self._group is not None:
             dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._group)
-        self._cut_short = False
+        self._interrupted = False
         return bool(vote.item())

@@ -1,6 +1,6 @@
-"""What a classifier says of images: of digits the one that the project ships."""
+"""What a classifier says of images; for digits, the project ships one."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from cs324dist.distributed.collectives import SumOver
 from cs324dist.metrics.frechet import Moments, frechet_distance
 from cs324dist.models.digit_classifier import DigitClassifier
 from cs324dist.runs.models import read_tensors
@@ -42,7 +43,7 @@ def read_digits(
 
 @dataclass(frozen=True)
 class DigitStatistics:
-    """Sums over images, in float64 on the device; `reduce` adds up those of all ranks."""
+    """What the classifier says of many images, as float64 sums on the device."""
 
     sure: Float64[Tensor, ""]
     counts: Float64[Tensor, " 10"]
@@ -51,19 +52,23 @@ class DigitStatistics:
     @classmethod
     def of(
         cls,
-        batches: Iterable[Float[Tensor, "batch 1 28 28"]],
-        reduce: Callable[[Tensor], Tensor],
+        draw: Callable[[Int64[Tensor, " indices"]], Float[Tensor, "indices 1 28 28"]],
+        count: int,
+        sum_over: SumOver,
         classifier: DigitClassifier | None = None,
     ) -> "DigitStatistics":
-        """Of this rank's batches of images in [-1, 1], put together by `reduce`, a sum over ranks."""
-        read = [read_digits(images, classifier) for images in batches]
-        digits, confidence, features = (torch.cat(parts) for parts in zip(*read, strict=True))
-        moments = Moments.of(features)
-        return cls(
-            reduce((confidence > SURE).sum(dtype=torch.float64)),
-            reduce(digits.bincount(minlength=10).double()),
-            Moments(reduce(moments.count), reduce(moments.total), reduce(moments.outer)),
-        )
+        """Of the images in [-1, 1] that `draw` makes for the indices [0, count), over all processes."""
+
+        def measure(indices: Int64[Tensor, " indices"]) -> dict[str, Tensor]:
+            digits, confidence, features = read_digits(draw(indices), classifier)
+            return {
+                "sure": (confidence > SURE).sum(),
+                "counts": digits.bincount(minlength=10),
+                **vars(Moments.of(features)),
+            }
+
+        sums = sum_over(measure, count)
+        return cls(sums.pop("sure"), sums.pop("counts"), Moments(**sums))
 
     def compared_with(self, reference: "DigitStatistics") -> dict[str, float]:
         """The Fréchet distance to `reference`, the share that can be read, and the share of each digit."""

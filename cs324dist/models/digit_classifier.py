@@ -1,11 +1,11 @@
-"""A small convolutional network that reads digits: it labels samples and measures distances between them."""
+"""A small convolutional classifier of digits, used to label samples and to compute Fréchet distances."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 
 class DigitClassifier(nn.Module):
-    """Two convolutions and a hidden layer whose 128 outputs are the features distances are measured in."""
+    """Two convolutions and a hidden layer of 128 units, whose activations are the features."""
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class DigitClassifier(nn.Module):
         self.output = nn.Linear(128, classes)
 
     def features(self, images: Float[Tensor, "batch 1 28 28"]) -> Float[Tensor, "batch 128"]:
-        """Penultimate activations."""
+        """Activations of the hidden layer for images in [-1, 1]."""
         return self.hidden(self.convolutions(images))
 
     def forward(self, images: Float[Tensor, "batch 1 28 28"]) -> Float[Tensor, "batch classes"]:

@@ -1,7 +1,7 @@
-"""Generator and discriminator of the report's Part II, with its parameter names.
+"""The generator and the discriminator of Part II of the course report, with the same parameter names.
 
-State dicts saved by the report's own classes load strictly. The one change: the discriminator returns logits,
-and the report's final sigmoid lives in the loss (binary cross-entropy with logits, the same mathematics).
+State dicts of the course report's classes load strictly. One difference: the discriminator returns logits,
+and its final sigmoid is part of the loss (binary cross-entropy with logits), which computes the same.
 """
 
 from jaxtyping import Float
@@ -9,11 +9,7 @@ from torch import Tensor, nn
 
 
 class Generator(nn.Module):
-    """Latent vectors to images in [-1, 1].
-
-    Args:
-        input_dim: width of the latent vector.
-    """
+    """Maps latent vectors with `input_dim` components to images in [-1, 1]."""
 
     def __init__(self, input_dim: int = 100) -> None:
         super().__init__()
@@ -35,15 +31,15 @@ class Generator(nn.Module):
         )
 
     def forward(self, z: Float[Tensor, "batch latent"]) -> Float[Tensor, "batch 1 28 28"]:
-        """Images for standard normal latents."""
+        """Images for latents, standard normal in training."""
         return self.upconv(self.fc(z).reshape(-1, 128, 7, 7))
 
 
 class Discriminator(nn.Module):
-    """Images in [-1, 1] to logits: positive for real.
+    """Maps images in [-1, 1] to logits, positive for real images.
 
-    Pooling stands before the LeakyReLU, not behind it as in the report: LeakyReLU rises everywhere, so that
-    the values and gradients are the same to the last bit, for a quarter of its work.
+    Pooling comes before LeakyReLU, not after it as in the course report. LeakyReLU is strictly increasing, so
+    values and gradients are the same to the last bit, at a quarter of its cost.
     """
 
     def __init__(self) -> None:
@@ -63,5 +59,5 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, images: Float[Tensor, "batch 1 28 28"]) -> Float[Tensor, "batch 1"]:
-        """Logits of being real."""
+        """Logits of the probability that an image is real."""
         return self.net(images)

@@ -1,4 +1,4 @@
-"""The LSTM of the report's Part I, written from its equations."""
+"""The LSTM of Part I of the course report, implemented from its equations."""
 
 import torch
 from jaxtyping import Float
@@ -6,12 +6,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 State = tuple[Float[Tensor, "batch hidden"], Float[Tensor, "batch hidden"]]
-SAMPLE_STEPS_AT_ONCE = 1 << 18  # whose gates a backward pass holds: about 2 GB at 128 hidden
-GATES = ("i", "f", "g", "o")  # torch's order, so that its kernel takes the weights as they are
+SAMPLE_STEPS_AT_ONCE = 1 << 18  # samples times steps with gates in memory: about 2 GB at hidden size 128
+GATES = ("i", "f", "g", "o")  # in torch's order, so that its kernel takes the weights as they are
 
 
 class LSTM(nn.Module):
-    """One layer, and a linear read-out of the last hidden state.
+    """An LSTM with one layer, and a linear read-out of the last hidden state.
 
         g_t = tanh(W_gx x_t + W_gh h_{t-1} + b_g)        c_t = g_t ⊙ i_t + c_{t-1} ⊙ f_t
         i_t = σ(W_ix x_t + W_ih h_{t-1} + b_i)           h_t = tanh(c_t) ⊙ o_t
@@ -21,19 +21,15 @@ class LSTM(nn.Module):
     The four gates' weights are stacked in `W_x`, `W_h`, `b`; `gate("g")` gives W_gx, W_gh, b_g as views.
 
     Args:
-        input_size: features of one x_t.
-        hidden_size: width of h and c.
-        classes: width of the logits p.
-        kernel: `equations` runs the code below; `fused` runs the same parameters through torch's kernel
-            (cuDNN's on a GPU). The results agree to rounding.
+        input_size: components of x_t.
+        hidden_size: components of h and c.
+        classes: components of the logits p.
+        kernel: `equations` for the code below, or `fused` for torch's kernel (cuDNN's on a GPU) with the same
+            parameters. The results agree up to rounding.
     """
 
     def __init__(
-        self,
-        input_size: int,
-        hidden_size: int = 128,
-        classes: int = 10,
-        kernel: str = "fused",
+        self, input_size: int, hidden_size: int = 128, classes: int = 10, kernel: str = "fused"
     ) -> None:
         super().__init__()
         self.config = {"input_size": input_size, "hidden_size": hidden_size, "classes": classes}
@@ -47,8 +43,8 @@ class LSTM(nn.Module):
     def forward(self, x: Float[Tensor, "time batch input"]) -> Float[Tensor, "batch classes"]:
         """Logits after the last time step.
 
-        Of a long sequence only the states between its parts are kept; a backward pass takes each part
-        again: only the input's memory grows with the length, and the gradient is still that of every step.
+        Long sequences are computed in parts. Only the states between parts are kept, and the backward pass
+        computes each part again, so only the input's memory grows with the length. The gradient is exact.
         """
         parts = x.split(max(1, SAMPLE_STEPS_AT_ONCE // max(1, x.shape[1])))
         if len(parts) == 1:
@@ -56,20 +52,18 @@ class LSTM(nn.Module):
             return self.output(hidden[-1])
         h = c = x.new_zeros(x.shape[1], self.W_h.shape[1])
         for part in parts:
-            h, c = checkpoint(
-                lambda x, h, c: self.scan(x, (h, c))[1],
-                *(part, h, c),
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
+            h, c = checkpoint(self._last_state, part, h, c, use_reentrant=False, preserve_rng_state=False)
         return self.output(h)
 
     def scan(
         self, x: Float[Tensor, "time batch input"], state: State | None = None
     ) -> tuple[Float[Tensor, "time batch hidden"], State]:
-        """All hidden states, and the last state (h, c); the first is zero unless `state` is given."""
+        """All hidden states, and the last state (h, c), starting from `state` or zeros."""
         h, c = state or (x.new_zeros(x.shape[1], self.W_h.shape[1]),) * 2
         return (self._scan_fused if self.kernel == "fused" else self._scan_equations)(x, h, c)
+
+    def _last_state(self, x: Tensor, h: Tensor, c: Tensor) -> State:
+        return self.scan(x, (h, c))[1]
 
     def _scan_equations(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, State]:
         hidden = []
@@ -81,33 +75,36 @@ class LSTM(nn.Module):
         return torch.stack(hidden), (h, c)
 
     def _scan_fused(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, State]:
-        weights = (self.W_x, self.W_h, self.b, torch.zeros_like(self.b))  # torch has a second bias: none here
+        weights = (
+            self.W_x,
+            self.W_h,
+            self.b,
+            torch.zeros_like(self.b),
+        )  # torch has a second bias; ours is zero
         hidden, h_last, c_last = torch.lstm(
             x, (h[None], c[None]), weights, True, 1, 0.0, self.training, False, False
         )
         return hidden, (h_last[0], c_last[0])
 
     def gate(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of one gate's weights, e.g. W_gx (hidden, input), W_gh (hidden, hidden), b_g (hidden)."""
+        """Views of one gate's weights, such as W_gx [hidden, input], W_gh [hidden, hidden], b_g [hidden]."""
         index = GATES.index(name)
         W_x, W_h, b = (stacked.chunk(4)[index] for stacked in (self.W_x, self.W_h, self.b))
         return W_x, W_h, b
 
     @torch.no_grad()
     def initialise_as_linear(self) -> None:
-        """Each gate's input and hidden parts drawn as `nn.Linear` does: uniform in ±1/sqrt(fan-in)."""
-        for weight, fan_in in (
-            (self.W_x, self.W_x.shape[1]),
-            (self.W_h, self.W_h.shape[1]),
-            (self.b, self.W_x.shape[1]),
-        ):
+        """Draw each gate's two matrices and bias as `nn.Linear` does: uniform in ±1/sqrt(fan-in)."""
+        input_size, hidden_size = self.W_x.shape[1], self.W_h.shape[1]
+        for weight, fan_in in ((self.W_x, input_size), (self.W_h, hidden_size), (self.b, input_size)):
             weight.uniform_(-(fan_in**-0.5), fan_in**-0.5)
 
     @torch.no_grad()
     def initialise_for_length(self, length: int) -> None:
-        """Forget and input gate biases for memories of up to `length` steps (Tallec and Ollivier 2018).
+        """Draw the biases of the forget and input gates for dependencies of up to `length` steps.
 
-        b_f = log u with u uniform in [1, length], b_i = -b_f; the other biases are zero.
+        b_f = log u with u uniform in [1, length], b_i = -b_f, and the other biases are zero: the chrono
+        initialisation of Tallec and Ollivier (2018).
         """
         _, _, b_f = self.gate("f")
         _, _, b_i = self.gate("i")

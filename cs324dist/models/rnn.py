@@ -1,4 +1,4 @@
-"""The Elman network that the report compares its LSTM with."""
+"""The Elman network that the course report compares with its LSTM."""
 
 import torch
 from jaxtyping import Float
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class RNN(nn.Module):
-    """h_t = tanh(W_hx x_t + W_hh h_{t-1} + b_h), p = W_ph h_T + b_p; the arguments are those of `LSTM`."""
+    """h_t = tanh(W_hx x_t + W_hh h_{t-1} + b_h), p = W_ph h_T + b_p; arguments as in `LSTM`."""
 
     def __init__(self, input_size: int, hidden_size: int = 128, classes: int = 10) -> None:
         super().__init__()

@@ -3,7 +3,8 @@
 checkpoints/000001000/
     generator/{config.json,model.safetensors}  …
     optimizers.safetensors
-    trainer.json    step, generation, world size, counters, …, SHA-256 of every file
+    task.safetensors   the tensors of the task's own state; only if it has any
+    trainer.json       step, generation, the task's other state, …, SHA-256 of every file
 """
 
 import hashlib
@@ -12,78 +13,103 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
+from cs324dist.config import as_json, from_json
 from cs324dist.errors import RunFailed, UserError
-from cs324dist.runs.files import clear, is_number, read_json, sha256, sync, write_json
-from cs324dist.runs.models import copy_into, read_tensors, save_model, save_tensors
+from cs324dist.runs.files import clear, read_json, sha256, sync, write_json
+from cs324dist.runs.models import copy_into, model_tensors, read_tensors, save_model, save_tensors
+from cs324dist.runs.optimizers import Optimizers, load_optimizers, optimizer_tensors, read_optimizers
 
 TRAINER = "trainer.json"
 OPTIMIZERS = "optimizers.safetensors"
+TASK = "task.safetensors"
 WEIGHTS = "model.safetensors"
 LARGEST_GENERATION = 999_999_990
-NAME = r"\w{1,99}"  # of a model
+NAME = r"\w{1,99}"  # of a network
+Number = Annotated[int, Interval(ge=0, le=1 << 53)]
+Generation = Annotated[int, Interval(ge=1, le=LARGEST_GENERATION)]
+
+
+class Trained(Protocol):
+    """What a checkpoint holds: a task, as far as this module knows it."""
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """Networks by name."""
+
+    @property
+    def optimizers(self) -> Optimizers:
+        """Optimizers by name."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, words and tensors, nested in dictionaries and lists."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
 
 
 @dataclass(frozen=True)
 class TrainerState:
     """What a checkpoint knows beside tensors."""
 
-    step: int
+    step: Number
     """Completed steps."""
 
-    world_size: int
+    processes: Annotated[int, Interval(ge=1, le=1 << 53)] = 1
     """Processes that wrote it; another number may read it."""
 
-    counters: Mapping[str, int] = field(default_factory=dict)
-    """A task's own integers, such as a curriculum's length."""
+    task: dict[str, Any] = field(default_factory=dict)
+    """The task's own state, such as a curriculum's length; `{"$tensor": NAME}` stands for a tensor."""
 
-    loss_scale: Mapping[str, float] = field(default_factory=dict)
+    loss_scale: dict[str, float] = field(default_factory=dict)
     """State of the fp16 gradient scaler; empty otherwise."""
 
-    generation: int = 1
-    """The owner that wrote it; see `ownership`."""
+    generation: Generation = 1
+    """The owner that wrote it; see `lease`."""
 
-    metrics_lines: int = 0
+    metrics_lines: Number = 0
     """Lines of `metrics.jsonl` that belong to the completed steps."""
 
     evaluation_owed: bool = False
-    """Whether a signal cut this step's evaluation short."""
+    """Whether a signal interrupted this step's evaluation."""
+
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Digests of the other files, by path."""
+
+    format: Literal[2] = 2
 
 
-def check_names(models: Iterable[str]) -> None:
-    """Find that a checkpoint can hold models of these names.
+def check_names(networks: Iterable[str]) -> None:
+    """Check that a checkpoint can hold networks of these names.
 
     Raises:
         UserError: it cannot.
     """
-    for name in models:
+    for name in networks:
         if not re.fullmatch(NAME, name, re.ASCII):
-            raise UserError(f"a model cannot be called {name!r}: give letters, digits and underscores")
+            raise UserError(f"a network cannot be called {name!r}: give letters, digits and underscores")
 
 
-def write_checkpoint(
-    folder: Path, models: Mapping[str, nn.Module], optimizers: Mapping[str, Tensor], state: TrainerState
-) -> None:
+def write_checkpoint(folder: Path, trained: Trained, state: TrainerState) -> None:
     """Write a checkpoint under a temporary name beside `folder`, sync it, and rename it to `folder`.
 
     Raises:
         RunFailed: a tensor is not finite.
+        UserError: something that no checkpoint can hold.
         OSError: it cannot be written, or a later owner has written it; nothing of it is left.
     """
-    for file, tensors in tensors_by_file(models, optimizers).items():
-        if not _all_finite(tensors.values()):
-            name = "optimizer" if file == OPTIMIZERS else file.partition("/")[0]
-            raise RunFailed(f"after step {state.step}, the {name} holds values that are not finite")
+    _check_finite(trained, state.step)
     temporary = folder.with_name(f".{folder.name}.{state.generation}.tmp")
     clear(temporary)
     try:
-        _write_files(temporary, models, optimizers, state)
+        _write_files(temporary, trained, state)
         if _generation(folder) <= state.generation:
             _delete(folder)  # damaged, or left by an owner that was cut off
         temporary.rename(folder)
@@ -92,35 +118,71 @@ def write_checkpoint(
     sync(folder.parent)
 
 
-def _write_files(
-    folder: Path, models: Mapping[str, nn.Module], optimizers: Mapping[str, Tensor], state: TrainerState
-) -> None:
+def _write_files(folder: Path, trained: Trained, state: TrainerState) -> None:
     folder.mkdir(parents=True)
-    for name, model in models.items():
-        save_model(folder / name, model)
-    save_tensors(folder / OPTIMIZERS, optimizers)
+    for name, network in trained.networks.items():
+        save_model(folder / name, network)
+    save_tensors(folder / OPTIMIZERS, optimizer_tensors(trained.optimizers, trained.networks))
+    task, tensors = _split(trained.state_dict())
+    if tensors:
+        save_tensors(folder / TASK, tensors)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
+    for path in (*files, *(folder / name for name in trained.networks)):
         sync(path)
-    for name in models:
-        sync(folder / name)
-    _write_trainer(folder, state, {str(path.relative_to(folder)): sha256(path) for path in files})
+    digests = {str(path.relative_to(folder)): sha256(path) for path in files}
+    _write_trainer(folder, replace(state, task=task, sha256=digests))
 
 
 @torch.no_grad()
-def _all_finite(tensors: Iterable[Tensor]) -> bool:
-    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
-    largest = torch._foreach_norm(floats, math.inf) if floats else ()  # NaN, if there is one
-    return all(math.isfinite(x) for x in largest)
+def _check_finite(trained: Trained, step: int) -> None:
+    parts: dict[str, tuple[list[Tensor], list[Tensor]]] = {
+        name: (list(network.parameters()), list(network.buffers()))
+        for name, network in trained.networks.items()
+    }
+    parts["optimizer"] = (list(optimizer_tensors(trained.optimizers, trained.networks).values()), [])
+    for name, (finite, not_nan) in parts.items():
+        floats = [tensor for tensor in finite if tensor.is_floating_point()]
+        largest = torch._foreach_norm(floats, math.inf) if floats else ()  # NaN, if there is one
+        if not all(math.isfinite(x) for x in largest) or any(t.isnan().any() for t in not_nan):
+            raise RunFailed(f"after step {step}, the {name} holds values that are not finite")
+
+
+def _split(tree: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """A nested state as JSON, and the tensors in it by their place, such as `history.3`.
+
+    Raises:
+        UserError: something in it is neither.
+    """
+    if isinstance(tree, Tensor):
+        return {"$tensor": prefix}, {prefix: tree}
+    if isinstance(tree, dict | list | tuple):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        parts = {key: _split(part, f"{prefix}.{key}" if prefix else str(key)) for key, part in items}
+        tensors = {name: tensor for _, found in parts.values() for name, tensor in found.items()}
+        if isinstance(tree, dict) and all(isinstance(key, str) for key in tree):
+            return {key: plain for key, (plain, _) in parts.items()}, tensors
+        if not isinstance(tree, dict):
+            return [plain for plain, _ in parts.values()], tensors
+    elif tree is None or type(tree) in (bool, int, str) or (type(tree) is float and math.isfinite(tree)):
+        return tree, {}
+    raise UserError(f"the task's state holds {prefix} = {tree!r:.99}: give tensors, numbers and words")
+
+
+def _join(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(plain, dict):
+        if set(plain) == {"$tensor"}:
+            return tensors[plain["$tensor"]]
+        return {key: _join(part, tensors) for key, part in plain.items()}
+    return [_join(part, tensors) for part in plain] if isinstance(plain, list) else plain
 
 
 def rewrite_state(folder: Path, state: TrainerState) -> None:
     """Replace what a checkpoint knows beside tensors."""
-    _write_trainer(folder, state, read_json(folder / TRAINER)["sha256"])
+    _write_trainer(folder, state)
 
 
-def _write_trainer(folder: Path, state: TrainerState, digests: Mapping[str, str]) -> None:
-    content = {**asdict(state), "sha256": digests}
+def _write_trainer(folder: Path, state: TrainerState) -> None:
+    content = as_json(state)
     write_json(folder / TRAINER, {**content, "own_sha256": _digest(content)})
     sync(folder)
 
@@ -134,10 +196,10 @@ def verify_checkpoint(folder: Path, needed: Iterable[str] = ()) -> TrainerState:
     content = read_json(folder / TRAINER)
     if content.pop("own_sha256", None) != _digest(content):
         raise UserError(f"{folder / TRAINER} is damaged: its content is not what its digest says")
-    digests = content.pop("sha256", None)
-    if not isinstance(digests, dict) or OPTIMIZERS not in digests:
+    state = from_json(TrainerState, content, str(folder / TRAINER))
+    if OPTIMIZERS not in state.sha256:
         raise UserError(f"{folder / TRAINER} lists no files: it is damaged, or not a file of this project")
-    for name, expected in digests.items():
+    for name, expected in state.sha256.items():
         if not re.fullmatch(rf"({NAME}/)?{NAME}\.(json|safetensors)", name, re.ASCII):
             raise UserError(f"{folder / TRAINER} names {name[:200]!r}, which is no file of a checkpoint")
         path = folder / name
@@ -152,38 +214,47 @@ def verify_checkpoint(folder: Path, needed: Iterable[str] = ()) -> TrainerState:
         if found != expected:
             raise UserError(f"{path} is damaged: its SHA-256 is not the one in {TRAINER}")
     for name in needed:
-        if name not in digests:
+        if name not in state.sha256:
             raise UserError(f"{folder} holds no {name}: it is a checkpoint of another task")
-    state = _trainer_state(folder, content)
     if folder.name.isdecimal() and int(folder.name) != state.step:
         raise UserError(f"{folder / TRAINER} is of step {state.step}: it was moved here, or is damaged")
     return state
 
 
-def read_checkpoint(
-    folder: Path, models: Mapping[str, nn.Module], optimizers: Mapping[str, Tensor]
-) -> TrainerState:
-    """Check a checkpoint and copy it into models and optimizer state, in place.
+def read_checkpoint(folder: Path, trained: Trained) -> TrainerState:
+    """Check a checkpoint and copy it into networks, optimizers and the task's own state, in place.
 
     Raises:
-        UserError: damaged, or written for other models; nothing was copied then.
+        UserError: it is damaged, or of other networks, and nothing was copied; or the task refuses its state.
     """
-    targets = tensors_by_file(models, optimizers)
-    state = verify_checkpoint(folder, targets)
+    targets = {f"{name}/{WEIGHTS}": model_tensors(network) for name, network in trained.networks.items()}
+    if own := _split(trained.state_dict())[1]:
+        targets[TASK] = own
+    state = verify_checkpoint(folder, [*targets, OPTIMIZERS])
     tensors = {file: read_tensors(folder / file, expected) for file, expected in targets.items()}
-    for file, expected in targets.items():
-        copy_into(expected, tensors[file])
+    loaded = read_optimizers(folder / OPTIMIZERS, trained.optimizers, trained.networks)
+    own = tensors.pop(TASK, {})
+    for file, read in tensors.items():
+        copy_into(targets[file], read)
+    load_optimizers(loaded)
+    try:
+        trained.load_state_dict(_join(state.task, own))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{folder / TRAINER}: the task cannot take the state {state.task!r:.200}") from None
     return state
 
 
-def tensors_by_file(
-    models: Mapping[str, nn.Module], optimizers: Mapping[str, Tensor]
-) -> dict[str, Mapping[str, Tensor]]:
+def tensors_by_file(trained: Trained) -> dict[str, Mapping[str, Tensor]]:
     """The live tensors that a checkpoint is made of, by the file that holds them."""
     files: dict[str, Mapping[str, Tensor]] = {
-        f"{name}/{WEIGHTS}": model.state_dict() for name, model in models.items()
+        f"{name}/{WEIGHTS}": model_tensors(network) for name, network in trained.networks.items()
     }
-    return {**files, OPTIMIZERS: optimizers}
+    own = _split(trained.state_dict())[1]
+    return {
+        **files,
+        OPTIMIZERS: optimizer_tensors(trained.optimizers, trained.networks),
+        **({TASK: own} if own else {}),
+    }
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -242,24 +313,3 @@ def _generation(checkpoint: Path) -> int:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _trainer_state(folder: Path, content: Mapping[str, Any]) -> TrainerState:
-    try:
-        state = TrainerState(**content)
-        complete = len(content) == len(fields(state))
-        counts = [state.step, state.world_size, state.generation, state.metrics_lines]
-        well_formed = (
-            complete
-            and all(type(n) is int and is_number(n) for n in [*counts, *state.counters.values()])
-            and min(counts) >= 0
-            and state.world_size > 0
-            and 0 < state.generation <= LARGEST_GENERATION
-            and all(is_number(x) for x in state.loss_scale.values())
-            and type(state.evaluation_owed) is bool
-        )
-    except (TypeError, AttributeError):
-        well_formed = False
-    if not well_formed:
-        raise UserError(f"{folder / TRAINER} has values of the wrong type: it is damaged")
-    return state

@@ -1,43 +1,73 @@
-"""What the bits of a result may depend on."""
+"""The environment that bitwise results depend on."""
 
 import importlib.metadata
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 
+Precision = Literal["no", "fp16", "bf16", "fp8"]  # Accelerate's names
+
 
 def has_gpu() -> bool:
-    """Whether there is a GPU, and Accelerate's configuration does not say to leave it alone."""
+    """Whether there is a GPU that Accelerate's configuration does not leave unused."""
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes", "y", "on")
     return torch.cuda.is_available() and not use_cpu
 
 
-def environment() -> dict[str, Any]:
-    """Versions, commit, device and threads of this process."""
+@dataclass(frozen=True)
+class Environment:
+    """Versions, hardware and how it was used."""
+
+    python: str
+    packages: dict[str, str]
+    """Versions of the packages that compute."""
+
+    commit: str | None
+    """The checkout's commit, with `-dirty` if files differ from it; None for an installed package."""
+
+    device: str
+    """Name of the GPU, or of the processor."""
+
+    cuda: str | None
+    """Versions of CUDA and cuDNN; None on a CPU."""
+
+    threads: int
+    processes: int
+    precision: Precision
+    compiled: str | None
+    """The backend of torch.compile; None if the models are not compiled."""
+
+
+def environment(processes: int = 1, precision: Precision = "no", compiled: str | None = None) -> Environment:
+    """The environment of this process."""
     packages = ("cs324dist", "torch", "accelerate", "safetensors", "numpy")
-    return {
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in packages},
-        "commit": _commit(),
-        "device": torch.cuda.get_device_name() if has_gpu() else _processor(),
-        "threads": torch.get_num_threads(),
-    }
+    gpu = has_gpu()
+    return Environment(
+        python=platform.python_version(),
+        packages={name: importlib.metadata.version(name) for name in packages},
+        commit=_commit(),
+        device=torch.cuda.get_device_name() if gpu else _processor(),
+        cuda=f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if gpu else None,
+        threads=torch.get_num_threads(),
+        processes=processes,
+        precision=precision,
+        compiled=compiled,
+    )
 
 
 def _commit() -> str | None:
-    """The checkout's commit, `-dirty` if files differ from it; None for an installed package."""
-    # which may lie inside a checkout of something else
-    if not _git("ls-files", "--error-unmatch", Path(__file__).name):
+    if not _git("ls-files", "--error-unmatch", Path(__file__).name):  # another project's checkout
         return None
     return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def _git(*arguments: str) -> str | None:
-    """What it answers about the folder of this file; None where it does not."""
+    """Git's answer about the folder of this file; None if it has none."""
     command = ["git", *arguments]
     try:
         answer = subprocess.run(

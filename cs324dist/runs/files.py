@@ -8,11 +8,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from cs324dist.config import as_json, from_json
 from cs324dist.errors import UserError
 
-LARGEST_JSON = 1 << 20  # bytes; ours are a few hundred
+LARGEST_JSON = 1 << 20  # bytes; ours have a few hundred
+Record = TypeVar("Record")
 
 
 def sync(path: Path) -> None:
@@ -33,7 +35,7 @@ def clear(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Find that a file of this name can be made, before the work that it is to hold.
+    """Check that a file of this name can be made, before the work that it is to hold.
 
     Raises:
         UserError: it is a folder, or its folder does not exist.
@@ -82,6 +84,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object: it is damaged, or not a file of this project")
     return content
+
+
+def read_record(record_type: type[Record], path: Path) -> Record:
+    """A record from a JSON file.
+
+    Raises:
+        UserError: there is no such file, or not what the record's fields allow.
+    """
+    return from_json(record_type, read_json(path), str(path))
+
+
+def write_record(path: Path, record: Any) -> None:
+    """Replace `path` by a record."""
+    write_json(path, as_json(record))
 
 
 def parse_json(text: bytes) -> Any:

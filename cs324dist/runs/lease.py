@@ -1,42 +1,82 @@
-"""One owner a run: who may write into a run folder.
+"""One owner per run: who may write into a run folder.
 
-owners/2.json    the second process that ran it: host, process id, Slurm job, since when, from which step, and
-                 whether it has ended
+owners/2.json    the second process that ran it, in what environment and with which options, from which step
 owners/2.lock    locked while it lives
 
 Each owner has a generation and writes under it: its checkpoints carry it and replace none of a later one, and
-its metrics go to a file that the next owner replaces. Readers take the highest. So an owner that was cut off
-from the network and still runs can replace nothing that its successor wrote, however late it wakes up.
+its metrics go to a file that the next owner replaces. Readers take the highest. So an owner that was cut off from
+the network and still runs can replace nothing that its successor wrote, however late it wakes up.
 """
 
+import errno
 import os
 import re
+import secrets
 import socket
-import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Interval
 from filelock import FileLock, Timeout
 
-from cs324dist.errors import UserError, printable
+from cs324dist.errors import UserError, printable, say
 from cs324dist.runs.checkpoints import LARGEST_GENERATION
-from cs324dist.runs.files import clear, read_json, sync, write_json
+from cs324dist.runs.environment import Environment
+from cs324dist.runs.files import clear, read_record, sync, write_record
 
-PATIENCE = 10  # seconds that a new owner waits for one on its way out
-HEARTBEAT = 5  # seconds from one sign of life to the next
+PATIENCE = 10  # seconds that a new owner waits for one that is about to end
+HEARTBEAT = 5  # seconds between signs of life
 SILENCE = 20  # seconds without a sign of life after which an owner on another machine counts as dead
 BOOT = Path("/proc/sys/kernel/random/boot_id")
+Steps = Annotated[int, Interval(ge=0, le=1 << 53)]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process that ran it."""
+
+    host: str
+    machine: str
+    """Id of this boot of the machine."""
+
+    pid: int
+    nonce: str
+    """Tells it from an owner of the same number in another folder of this name."""
+
+    since: str
+    slurm_job: str | None = None
+    slurm_restarts: int = 0
+    seconds_since_previous: Annotated[float, Interval(ge=0, le=1e15)] | None = None
+    """From the last sign of life of the owner before."""
+
+    from_step: Steps | None = None
+    """The step that it went on from."""
+
+    lost_steps: Steps | None = None
+    """Steps past that one which had been logged, and are taken again."""
+
+    environment: Environment | None = None
+    config: dict[str, Any] | None = None
+    """Its options: those that may change along a run are as they were for its steps."""
+
+    ended: bool = False
+    """Whether it has let the run go."""
+
+    def __str__(self) -> str:
+        job = f", Slurm job {self.slurm_job}" if self.slurm_job else ""
+        return printable(f"process {self.pid} on {self.host}{job}, since {self.since}")
 
 
 class Superseded(UserError):
     """Another process owns the run by now."""
 
 
-class Ownership:
+class Lease:
     """The right to write into a run folder, held by one process."""
 
     def __init__(self, run: Path, after: int = 0) -> None:
@@ -46,7 +86,7 @@ class Ownership:
             UserError: a live process has it.
             OSError: the folder cannot be written to.
         """
-        self._folder = run / "owners"
+        self._run, self._folder = run, run / "owners"
         self._is_first = not self._folder.exists()
         self._folder.mkdir(exist_ok=True)
         before = newest_generation(self._folder)
@@ -55,57 +95,76 @@ class Ownership:
         if after >= LARGEST_GENERATION:
             raise UserError(f"{run}/checkpoints holds one that no owner of this run wrote: delete it")
         if before:
-            _wait_for_the_end_of(self._folder, before, run)
+            _wait_for_the_end_of(self._folder / f"{before}.json", run)
         last_sign = _last_sign(self._folder / f"{before}.json")
         self.generation = max(before, after) + 1
         self._path = self._folder / f"{self.generation}.json"
         self._lock = FileLock(self._path.with_suffix(".lock"))
+        self._owner = this_process()
         try:
             self._lock.acquire(blocking=False)
-            with self._path.open("x"):
-                pass
+            self._claim()
         except (Timeout, FileExistsError):
             raise UserError(f"{run} was just taken by another process: wait for it, or stop it") from None
-        self._facts = _this_process()
         now = _last_sign(self._path)  # by the clock of the file system, as the other one
         if last_sign and now:
-            self._facts["seconds_since_previous"] = round(max(now - last_sign, 0.0), 1)
-        write_json(self._path, self._facts)
+            self._update(seconds_since_previous=round(max(now - last_sign, 0.0), 1))
         sync(self._folder)
         for lock in self._folder.glob("*.lock"):
             if lock.name != f"{self.generation}.lock":
                 lock.unlink(missing_ok=True)
         for left_behind in self._folder.glob(".*.json.tmp"):
-            if left_behind.name != f".{self.generation}.json.tmp":
-                clear(left_behind)
+            clear(left_behind)
         self._released = threading.Event()
         threading.Thread(target=self._give_signs_of_life, daemon=True).start()
 
+    def _claim(self) -> None:
+        """Create the file of this owner, whole, unless there is one."""
+        draft = self._folder / f".{self._owner.nonce}.json.tmp"
+        write_record(draft, self._owner)
+        try:
+            os.link(draft, self._path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            with self._path.open("x"):  # a file system without hard links
+                draft.replace(self._path)
+        finally:
+            clear(draft)
+
+    def _update(self, **facts: Any) -> None:
+        self._owner = replace(self._owner, **facts)
+        write_record(self._path, self._owner)
+
     def check(self) -> None:
-        """Find that no other process has taken the run since.
+        """Check that this process still owns the run.
 
         Raises:
-            Superseded: one has.
+            Superseded: another one does, or the folder is no longer this run's.
         """
         newest = newest_generation(self._folder)
         if newest > self.generation:
-            owner = _read(self._folder / f"{newest}.json")
-            raise Superseded(
-                f"{self._folder.parent} was taken over by {_name(owner)}: this process writes nothing more"
-            )
+            owner = _read(self._folder / f"{newest}.json") or "another process"
+            raise Superseded(f"{self._run} was taken over by {owner}: this process writes nothing more")
+        with suppress(FileNotFoundError):
+            if self._owner.nonce in self._path.read_text():
+                return
+        raise Superseded(f"{self._run} was moved or replaced: this process writes nothing more")
 
-    def note(self, from_step: int, lost_steps: int) -> None:
-        """Write down where this process begins, and how many steps, of those logged, it has to take again."""
-        self._facts |= {"from_step": from_step, "lost_steps": lost_steps}
-        with suppress(OSError):  # on a full disk, the run is worth more than its story
-            write_json(self._path, self._facts)
+    def note(self, from_step: int, lost_steps: int, environment: Environment, config: dict[str, Any]) -> None:
+        """Record where this process begins, and how it trains.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._update(from_step=from_step, lost_steps=lost_steps, environment=environment, config=config)
 
     def release(self) -> None:
         """Let another process have it."""
         self._released.set()
         with suppress(OSError, Superseded):
             self.check()
-            write_json(self._path, {**self._facts, "ended": True})
+            self._update(ended=True)
         self._lock.release()
 
     def withdraw(self) -> None:
@@ -129,54 +188,57 @@ def newest_generation(owners: Path) -> int:
     return max((int(match[1]) for match in found if match), default=0)
 
 
-def _wait_for_the_end_of(owners: Path, generation: int, run: Path) -> None:
-    path = owners / f"{generation}.json"
-    owner, me = _read(path), _this_process()
-    in_use = UserError(f"{run} is in use by {_name(owner)}: wait for it, stop it, or give another --run-dir")
-    if _is_earlier_start_of(owner, me):
-        return  # Slurm has ended it, or cut it off
+def owner_of(run: Path, generation: int) -> Owner | None:
+    """What the owner of this generation wrote down; None if that cannot be read."""
+    return _read(run / "owners" / f"{generation}.json")
+
+
+def _wait_for_the_end_of(path: Path, run: Path) -> None:
+    owner, me = _read(path), this_process()
+    name = owner or "another process"
+    in_use = UserError(f"{run} is in use by {name}: wait for it, stop it, or give another --run-dir")
+    if owner and owner.slurm_job == me.slurm_job is not None and owner.slurm_restarts < me.slurm_restarts:
+        return  # an earlier start of this job, which Slurm has ended or cut off
     lock = FileLock(path.with_suffix(".lock"))
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        print(f"{run} is in use by {_name(owner)}; waiting {PATIENCE} s for its end", file=sys.stderr)
+        say(f"{run} is in use by {name}; waiting {PATIENCE} s for its end")
         try:
             lock.acquire(timeout=PATIENCE)
         except Timeout:
             raise in_use from None
     lock.release()
-    if owner.get("machine") == me["machine"] or owner.get("ended") is True:
+    if owner and (owner.machine == me.machine or owner.ended):
         return
     # Locks may not reach from one machine to another, and clocks may differ: watch for a sign of life.
-    print(f"{run} was left by {_name(owner)}; until_stopped it for {SILENCE} s", file=sys.stderr)
-    seen, until = _touched(path), time.monotonic() + SILENCE
-    while time.monotonic() < until:
-        time.sleep(HEARTBEAT / 5)
-        if _touched(path) != seen:
-            raise in_use
+    say(f"{run} was left by {name}; watching it for {SILENCE} s")
+    with suppress(FileNotFoundError):  # it has withdrawn
+        seen, until = _touched(path), time.monotonic() + SILENCE
+        while time.monotonic() < until:
+            time.sleep(HEARTBEAT / 5)
+            if _touched(path) != seen:
+                raise in_use
 
 
-def _this_process() -> dict[str, Any]:
-    return {
-        "host": socket.gethostname(),
-        "machine": BOOT.read_text().strip() if BOOT.exists() else socket.gethostname(),
-        "pid": os.getpid(),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        "since": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+def this_process() -> Owner:
+    """This process as an owner."""
+    return Owner(
+        host=socket.gethostname(),
+        machine=BOOT.read_text().strip() if BOOT.exists() else socket.gethostname(),
+        pid=os.getpid(),
+        nonce=secrets.token_hex(8),
+        slurm_job=os.environ.get("SLURM_JOB_ID"),
+        slurm_restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        since=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
-def _is_earlier_start_of(owner: dict[str, Any], me: dict[str, Any]) -> bool:
-    job, restarts = owner.get("slurm_job"), owner.get("slurm_restarts")
-    return job is not None and job == me["slurm_job"] and restarts in range(me["slurm_restarts"])
-
-
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Owner | None:
     try:
-        return read_json(path)
+        return read_record(Owner, path)
     except UserError:
-        return {}
+        return None
 
 
 def _last_sign(owner: Path) -> float | None:
@@ -187,10 +249,5 @@ def _last_sign(owner: Path) -> float | None:
 
 
 def _touched(path: Path) -> int:
-    with path.open() as file:  # opened, as network file systems look anew only then
+    with path.open() as file:  # opened, because network file systems only then look anew
         return os.fstat(file.fileno()).st_mtime_ns
-
-
-def _name(owner: dict[str, Any]) -> str:
-    job = f", Slurm job {owner['slurm_job']}" if owner.get("slurm_job") else ""
-    return printable(f"process {owner.get('pid')} on {owner.get('host')}{job}, since {owner.get('since')}")

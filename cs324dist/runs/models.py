@@ -1,14 +1,15 @@
 """One model in a folder: `config.json` (class and arguments) and `model.safetensors`, the Hub's file names.
 
-Read strictly: every tensor must be there, no other, each of the right shape and dtype, all of it finite. What
-a file claims to hold is compared with what is expected before any of it is read.
+Reading is strict: every tensor must be there and no other, each of the right shape and dtype. What a file claims
+to hold is compared with what is expected before any of it is read.
 """
 
+import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,64 +19,83 @@ from torch import Tensor, nn
 from cs324dist.errors import UserError, printable
 from cs324dist.runs.files import read_json, write_json
 
-LARGEST_SIZE = 65_536  # of any argument of a model
-LARGEST_HEADER = 1 << 20  # bytes of a safetensors file's list of tensors; ours are a few thousand
+LARGEST_SIZE = 1 << 20  # of an argument of a model
 DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 Model = TypeVar("Model", bound=nn.Module)
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The live tensors of a model by name, parameters as `nn.Parameter`; of tied ones only the first."""
+    named: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in reversed(named.items())}
+    return {name: tensor for name, tensor in named.items() if first[id(tensor)] == name}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, from whatever device, as safetensors.
 
     Raises:
-        OSError: it cannot be written.
+        UserError: safetensors has no name for the dtype of one.
+        OSError: the file cannot be written.
     """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise UserError(f"{name} is of {tensor.dtype}, which no checkpoint can hold")
+    path.touch()  # the mode that the umask gives, which safetensors replaces by 0600
+    mode = path.stat().st_mode
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:  # which says "… (os error 28)" for a full disk
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else 0
         raise OSError(code, os.strerror(code) if number else str(error), str(path)) from None
+    path.chmod(mode)
 
 
-def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file that holds exactly the names, shapes and dtypes of `expected`, all finite.
+def read_tensors(path: Path, expected: Mapping[str, Tensor], *, all_needed: bool = True) -> dict[str, Tensor]:
+    """The tensors of a file that holds exactly the names, shapes and dtypes of `expected`.
+
+    Unless `all_needed`, some of them may be absent.
 
     Raises:
-        UserError: it does not, or is missing or damaged.
+        UserError: it does not, is missing or damaged, or holds NaN, or a parameter that is infinite.
     """
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a file")  # a pipe would never end
     try:
-        with path.open("rb") as file:
-            if int.from_bytes(file.read(8), "little") > LARGEST_HEADER:
+        with path.open("rb") as file:  # the header, a list of the tensors, is read as a whole
+            if int.from_bytes(file.read(8), "little") > (1 << 20) + 1000 * len(expected):
                 raise UserError(f"{path} cannot be read as safetensors: its header is too large, or damaged")
         with safe_open(path, framework="pt") as stored:
-            _compare(path, stored, expected)
-            tensors = {name: stored.get_tensor(name) for name in expected}
+            present = set(stored.keys())
+            if all_needed and (absent := sorted(expected.keys() - present)):
+                raise UserError(f"{path} lacks {len(absent)} tensors, the first of them {absent[0]!r:.99}")
+            if foreign := sorted(present - expected.keys()):
+                raise UserError(
+                    f"{path} holds {len(foreign)} tensors too many, the first of them {foreign[0]!r:.99}"
+                )
+            _compare(path, stored, {name: expected[name] for name in present})
+            tensors = {name: stored.get_tensor(name) for name in expected if name in present}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as safetensors: {printable(error)}") from None
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if not is_sound(tensor, expected[name]):
             raise UserError(f"{path}: {name!r} holds values that are not finite: it is damaged")
     return tensors
 
 
+def is_sound(tensor: Tensor, like: Tensor) -> bool:
+    """Whether no value is NaN and, if `like` is a parameter, none infinite: a mask may hold -inf."""
+    if not tensor.is_floating_point():
+        return True
+    return bool((tensor.isfinite() if isinstance(like, nn.Parameter) else ~tensor.isnan()).all())
+
+
 def _compare(path: Path, stored: safe_open, expected: Mapping[str, Tensor]) -> None:
-    names = set(stored.keys())
-    if absent := sorted(expected.keys() - names):
-        raise UserError(f"{path} lacks {len(absent)} tensors, the first of them {absent[0]!r:.99}")
-    if foreign := sorted(names - expected.keys()):
-        raise UserError(f"{path} holds {len(foreign)} tensors too many, the first of them {foreign[0]!r:.99}")
     for name, tensor in expected.items():
         header = stored.get_slice(name)
         found = (header.get_dtype(), tuple(header.get_shape()))
@@ -93,11 +113,40 @@ def copy_into(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> N
 
 
 def save_model(folder: Path, model: nn.Module) -> None:
-    """Write a model that has its constructor's arguments in `model.config`, positive integers all."""
+    """Write a model; `model.config`, if there is one, holds the arguments of its constructor.
+
+    Raises:
+        UserError: an argument is no number, word or truth value.
+        OSError: a file cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = cast(dict[str, int], model.config)
-    write_json(folder / "config.json", {"class": type(model).__name__, **arguments})
-    save_tensors(folder / "model.safetensors", model.state_dict())
+    write_json(folder / "config.json", {"class": type(model).__name__, **model_arguments(model)})
+    save_tensors(folder / "model.safetensors", model_tensors(model))
+
+
+def model_arguments(model: nn.Module) -> dict[str, Any]:
+    """The arguments of a model's constructor, as far as it says them in `config`.
+
+    Raises:
+        UserError: `load_model` would not take one of them.
+    """
+    arguments = dict(getattr(model, "config", {}))
+    if wrong := [name for name, value in arguments.items() if not _is_argument(value)]:
+        raise UserError(
+            f"{type(model).__name__}.config[{wrong[0]!r}] is {printable(arguments[wrong[0]])}: give a string, a boolean, "
+            f"a finite number, or an integer of at most {LARGEST_SIZE}"
+        )
+    return arguments
+
+
+def _is_argument(value: object) -> bool:
+    if type(value) is int:
+        return abs(value) <= LARGEST_SIZE
+    return (
+        type(value) is bool
+        or (type(value) is str and len(value) < 1000)
+        or (type(value) is float and json.dumps(value) not in ("NaN", "Infinity", "-Infinity"))
+    )
 
 
 def load_model(folder: Path, expected: type[Model]) -> Model:
@@ -112,16 +161,18 @@ def load_model(folder: Path, expected: type[Model]) -> Model:
         raise UserError(
             f"{folder} holds a model of class {printable(repr(name))}, expected {expected.__name__!r}"
         )
-    if any(type(value) is not int or not 1 <= value <= LARGEST_SIZE for value in arguments.values()):
-        raise UserError(f"{folder / 'config.json'} has values that are no sizes: {printable(arguments)}")
+    if not all(map(_is_argument, arguments.values())):
+        raise UserError(f"{folder / 'config.json'} has values that no model takes: {printable(arguments)}")
+    weights = folder / "model.safetensors"
     try:
         with torch.device("meta"):  # shapes without memory, whatever sizes the file claims
-            model = expected(**arguments)
-    except TypeError:
+            tensors = read_tensors(weights, model_tensors(expected(**arguments)))
+    except (TypeError, ValueError, RuntimeError):
         raise UserError(
-            f"{folder / 'config.json'} has arguments that {name} does not take: {printable(sorted(arguments))}"
+            f"{folder / 'config.json'} has arguments that {name} does not take: "
+            f"{printable(sorted(arguments))}"
         ) from None
-    tensors = read_tensors(folder / "model.safetensors", model.state_dict())
-    # clones, as what safetensors gives is the file itself, mapped into memory
-    model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+    with torch.random.fork_rng(devices=[]):  # for initial weights, which are replaced
+        model = expected(**arguments)
+    copy_into(model_tensors(model), tensors)
     return model.eval()

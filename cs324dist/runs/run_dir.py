@@ -1,11 +1,11 @@
 """A run is a folder, and the folder is the truth.
 
-config.json       every setting, package versions, commit, threads, processor
+config.json       which task, and every option
 status.json       running | stopped | finished | failed, the step, and why
 metrics.jsonl     one JSON object a line
 samples/          pictures, named by step
 checkpoints/      see `checkpoints`
-owners/           see `ownership`
+owners/           the processes that ran it, and in what environment; see `lease`
 """
 
 import errno
@@ -13,28 +13,67 @@ import itertools
 import json
 import math
 import os
-import re
 import secrets
-import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from cs324dist.errors import UserError, printable
+from pydantic import StringConstraints
+
+from cs324dist.config import Config, conflicts, from_json
+from cs324dist.errors import UserError, printable, warn
 from cs324dist.runs.checkpoints import (
+    Number,
     checkpoints_in,
     keep_newest,
     newest_generation,
     verify_checkpoint,
 )
-from cs324dist.runs.environment import environment
-from cs324dist.runs.files import clear, is_number, parse_json, read_json, replaced, write_json
-from cs324dist.runs.lease import Ownership
+from cs324dist.runs.environment import Environment
+from cs324dist.runs.files import clear, is_number, parse_json, read_record, replaced, write_record
+from cs324dist.runs.lease import Lease, owner_of
 
+OnMain = Callable[[Callable[[], None]], None]
 State = Literal["running", "stopped", "finished", "failed"]
 FOLDERS = {"owners", "checkpoints", "samples"}
-LARGEST_LINE = 1 << 16  # bytes of a line of metrics; ours are a few hundred
+LEFTOVERS = {".config.json.tmp", ".scratch"}  # of a start that was killed
+LARGEST_LINE = 1 << 16  # bytes of a line of metrics; ours have a few hundred
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What `config.json` holds."""
+
+    task: str
+    script: str
+    """The script that trains it, as it was started."""
+
+    config: dict[str, Any]
+    """Every option."""
+
+    changed: dict[str, Any]
+    """Options whose value is not their preset's, with the preset's value."""
+
+    tracker_run_id: Annotated[str, StringConstraints(pattern="^[0-9a-f]{8}$")] = field(
+        default_factory=lambda: secrets.token_hex(4)
+    )
+    """Id of the run at Weights & Biases."""
+
+    format: Literal[2] = 2
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `status.json` holds: where the run stands, for batch scripts."""
+
+    state: State
+    step: Number
+    """Completed steps of which a checkpoint exists."""
+
+    why: str = ""
 
 
 class RunDir:
@@ -42,7 +81,8 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._owner: Ownership | None = None
+        self._lease: Lease | None = None
+        self._started = False
         self._metrics: FileIO | None = None
         self._metrics_lines = 0
         self._unwritten = b""
@@ -51,8 +91,8 @@ class RunDir:
     def __str__(self) -> str:
         return str(self.path)
 
-    def check_fits(self, task: str, conflicts: Callable[[Mapping[str, Any]], list[str]]) -> None:
-        """Find that the folder is new, empty, or a run of `task` whose settings have no `conflicts`.
+    def check_fits(self, task: str, config: Config) -> None:
+        """Check that the folder is new, empty, or a run of `task` that these options may continue.
 
         Raises:
             UserError: it is something else.
@@ -61,89 +101,83 @@ class RunDir:
             if name in FOLDERS and (self.path / name).exists() and not (self.path / name).is_dir():
                 raise UserError(f"{self.path / name} is no folder: it is damaged, or not of this project")
             if (self.path / name).is_symlink():
-                raise UserError(f"{self.path / name} is a link: a run writes nowhere but into its own folder")
+                raise UserError(f"{self.path / name} is a link: a run writes only into its own folder")
         if not self.exists:
             found = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-            if self.path.is_file() or found - FOLDERS - {".config.json.tmp"}:
-                raise UserError(
-                    f"--run-dir {self} holds something that is no run: give an empty or a new folder"
-                )
+            if self.path.is_file() or found - FOLDERS - LEFTOVERS:
+                raise UserError(f"--run-dir {self} is not a run folder: give an empty or a new one")
             return
-        stored = self.read_config()
-        if not isinstance(stored.get("settings"), dict):
-            raise UserError(f"{self.path / 'config.json'} is damaged, or not a file of this project")
-        if stored.get("task") != task:
-            raise UserError(
-                f"--run-dir {self} holds a run of {stored.get('task')!r:.99}: give another folder"
-            )
-        if lines := conflicts(stored["settings"]):
+        record = self.read_record()
+        if record.task != task:
+            raise UserError(f"--run-dir {self} holds a run of {record.task!r:.99}: give another folder")
+        if lines := conflicts(config, self.read_config(type(config))):
             raise UserError(*lines)
 
-    def claim(self) -> None:
-        """Own the folder, which is made if it is new.
+    @contextmanager
+    def claimed(self, check: Callable[[], None], on_main: OnMain) -> Iterator[None]:
+        """Own the folder inside. If nothing was started there, no trace of this process is left.
+
+        Args:
+            check: raises `UserError` if the folder does not fit.
+            on_main: has the main process do something, and raises on all what it raises.
 
         Raises:
             UserError: a live process owns it, or it cannot be written to.
         """
+        on_main(check)
+        try:
+            on_main(self._claim)
+            on_main(check)  # again: another process may have had it in the meantime
+            yield
+        finally:
+            if self._metrics is not None:
+                self._metrics.close()
+            if self._lease is not None:
+                self._lease.release() if self._started else self._lease.withdraw()
+                if not self._started:
+                    with suppress(OSError):  # it is not empty: it was there before
+                        self.path.rmdir()
+            self._lease = self._metrics = None
+
+    def _claim(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._owner = Ownership(self.path, after=newest_generation(self.checkpoints))
+            self._lease = Lease(self.path, after=newest_generation(self.checkpoints))
         except OSError as error:
             raise self._unwritable(error) from None
 
-    def release(self, *, unused: bool = False) -> None:
-        """Let another process own it; `unused` leaves no trace of this one."""
-        if self._metrics is not None:
-            self._metrics.close()
-        if self._owner is not None:
-            self._owner.withdraw() if unused else self._owner.release()
-        self._owner = self._metrics = None
-
-    def open(self, task: str, settings: Mapping[str, Any], precision: str = "no") -> None:
-        """Own the folder, and write down what is run and by what; a difference to what ran before is said.
+    def start(self, record: RunRecord, environment: Environment, step: int, metrics_lines: int) -> None:
+        """Write down what is about to run, and drop the metrics past the checkpoint of `step`.
 
         Raises:
-            UserError: see `claim`.
+            UserError: the folder cannot be written to.
         """
-        if self._owner is None:
-            self.claim()
-        stored = self.read_config() if self.exists else {}
-        environment = self.environment(precision)
-        tracker_id = stored.get("tracker_run_id")
-        if not (isinstance(tracker_id, str) and re.fullmatch("[0-9a-f]{8}", tracker_id)):
-            tracker_id = secrets.token_hex(4)
+        self.check_owned()
+        self._started = True
+        before = self._latest_environment()
+        for name, value in vars(environment).items():
+            if before and value != (old := getattr(before, name)):
+                warn(f"{self} was made with {name} {printable(old)}, now {value}: bits may differ")
+        if self.exists:
+            record = RunRecord(**{**vars(record), "tracker_run_id": self.read_record().tracker_run_id})
         try:
             for folder in FOLDERS:
                 (self.path / folder).mkdir(exist_ok=True)
-            write_json(
-                self.path / "config.json",
-                {
-                    "task": task,
-                    "settings": settings,
-                    "tracker_run_id": tracker_id,
-                    "environment": environment,
-                },
-            )
+            write_record(self.path / "config.json", record)
+            self.set_damaged_aside()
+            lost = self._rewind(step, metrics_lines)
+            if self._lease is not None:
+                self._lease.note(step, lost, environment, record.config)
         except OSError as error:
             raise self._unwritable(error) from None
+        self.write_status("running", step)
 
-    def environment(self, precision: str) -> dict[str, Any]:
-        """What a result's bits may depend on; what differs from what the run was made by so far is said."""
-        here = {**environment(), "precision": precision}
-        before = self.read_config().get("environment") if self.exists else None
-        for name, value in here.items():
-            if isinstance(before, dict) and value != before.get(name):
-                print(
-                    f"warning: {self} was made with {name} {printable(before.get(name))}, now {value}: "
-                    f"bits may differ",
-                    file=sys.stderr,
-                )
-        return here
+    def _latest_environment(self) -> Environment | None:
+        owners = (owner_of(self.path, number) for number in range(self.generation - 1, 0, -1))
+        return next((owner.environment for owner in owners if owner and owner.environment), None)
 
     def _unwritable(self, error: OSError) -> UserError:
-        return UserError(
-            f"--run-dir {self} cannot be written to ({error.strerror}): give a folder that can be"
-        )
+        return UserError(f"--run-dir {self} cannot be written to ({error.strerror}): give another folder")
 
     @property
     def exists(self) -> bool:
@@ -158,7 +192,7 @@ class RunDir:
     @property
     def generation(self) -> int:
         """Which owner this is, counted from 1."""
-        return self._owner.generation if self._owner else 1
+        return self._lease.generation if self._lease else 1
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint of one step."""
@@ -168,42 +202,58 @@ class RunDir:
         """The picture of one step."""
         return self.path / "samples" / f"{step:09d}.png"
 
-    def read_config(self) -> dict[str, Any]:
-        """Everything in `config.json`."""
-        return read_json(self.path / "config.json")
+    def read_record(self) -> RunRecord:
+        """What `config.json` holds.
+
+        Raises:
+            UserError: it is damaged, or of another format.
+        """
+        return read_record(RunRecord, self.path / "config.json")
+
+    def read_config(self, config_type: type[Any], values: Mapping[str, Any] | None = None) -> Any:
+        """The options of the run, or `values`, as `config_type`; raises as `read_record` does."""
+        stored = self.read_record().config if values is None else values
+        return from_json(config_type, stored, f"{self.path / 'config.json'}")
+
+    def read_status(self) -> Status:
+        """What `status.json` holds; raises as `read_record` does."""
+        return read_record(Status, self.path / "status.json")
 
     def check_owned(self) -> None:
-        """Find that no other process has taken the folder over; called before anything is written.
+        """Check that no other process has taken the folder over; called before anything is written.
 
         Raises:
             Superseded: one has.
         """
-        if self._owner is not None:
-            self._owner.check()
+        if self._lease is not None:
+            self._lease.check()
 
     def write_status(self, state: State, step: int, why: str = "") -> None:
-        """Say where the run stands: what a batch script reads. If that cannot be written, it is said."""
+        """Write where the run stands; warn if that cannot be written."""
         self.check_owned()
         try:
-            write_json(self.path / "status.json", {"state": state, "step": step, "why": why})
+            write_record(self.path / "status.json", Status(state, step, why))
         except OSError as error:
-            print(f"warning: {self}/status.json cannot be written: {error.strerror}", file=sys.stderr)
+            warn(f"{self}/status.json cannot be written: {error.strerror}")
 
     def finish(self, step: int, keep_last: int) -> None:
-        """Say of a run at its last step that it is finished, which a process killed at the end could not."""
-        if self._status().get("state") != "finished":
-            self.keep_newest(keep_last)
-            self.write_status("finished", step)
+        """Mark a complete run finished if a crash prevented it."""
+        with suppress(UserError):
+            if self.read_status().state == "finished":
+                return
+        self._started = True
+        self.keep_newest(keep_last)
+        self.write_status("finished", step)
 
     def keep_newest(self, count: int) -> None:
-        """Delete older checkpoints; one that cannot be deleted is named."""
+        """Delete all but the newest `count` checkpoints; warn of one that cannot be deleted."""
         try:
             keep_newest(self.checkpoints, count, self.generation)
         except OSError as error:  # somebody reads it over a network file system, perhaps
-            print(f"warning: an old checkpoint stays for now: {error}", file=sys.stderr)
+            warn(f"an old checkpoint stays for now: {error}")
 
     def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a line; `step` is the number of completed steps. What is not finite is written as null.
+        """Add a line; `step` is the number of completed steps. Values that are not finite become null.
 
         Raises:
             OSError: it cannot be written; it will be, together with the next.
@@ -214,7 +264,7 @@ class RunDir:
         self.write_metrics()
 
     def write_metrics(self, *, sync: bool = False) -> int:
-        """Write the lines that are still to be written, to the disk itself with `sync`.
+        """Write the lines that are not yet written, with `sync` to the disk itself.
 
         Returns:
             How many lines there are.
@@ -237,12 +287,12 @@ class RunDir:
             os.fsync(self._metrics.fileno())
         return self._metrics_lines
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The rows so far; lines that are none, such as one that is just being written, are passed over."""
-        return [row for line in self._lines_of_metrics() if (row := _row(line)) is not None]
+    def read_metrics(self) -> Iterator[dict[str, Any]]:
+        """The rows so far; lines that are none, such as one that is just being written, are skipped."""
+        return (row for line in self._lines_of_metrics() if (row := _row(line)) is not None)
 
     def check_metrics(self, lines: int) -> None:
-        """Find that the first lines are whole, as far as they are there.
+        """Check that the first lines are whole, as far as they are there.
 
         Raises:
             UserError: one is damaged.
@@ -263,24 +313,23 @@ class RunDir:
                 while (line := file.readline(LARGEST_LINE)).endswith(b"\n") or len(line) == LARGEST_LINE:
                     yield line
 
-    def rewind(self, step: int, metrics_lines: int) -> None:
-        """Drop the metrics past the checkpoint of `step`, after which steps are about to be taken again."""
-        self.check_owned()
-        self.set_damaged_aside()
-        last = max((row["step"] for line in self._lines_of_metrics() if (row := _row(line))), default=step)
-        first = itertools.islice(self._lines_of_metrics(), metrics_lines)
-        kept = [line for line in first if (row := _row(line)) and row["step"] <= step]
-        if (lacking := metrics_lines - len(kept)) > 0:
-            print(f"warning: {self}/metrics.jsonl lacks {lacking} lines up to step {step}", file=sys.stderr)
+    def _rewind(self, step: int, metrics_lines: int) -> int:
+        """Drop the metrics past the checkpoint of `step`; returns how many steps had been logged past it."""
+        last, kept = step, 0
         # A new file: an earlier owner that still runs has the old one open, and writes there.
-        with replaced(self.path / "metrics.jsonl") as temporary:
-            temporary.write_bytes(b"".join(kept))
+        with replaced(self.path / "metrics.jsonl") as temporary, temporary.open("wb") as file:
+            for number, line in enumerate(self._lines_of_metrics()):
+                row = _row(line)
+                last = max(last, row["step"] if row else 0)
+                if number < metrics_lines and row and row["step"] <= step:
+                    file.write(line)
+                    kept += 1
+        if kept < metrics_lines:
+            warn(f"{self}/metrics.jsonl lacks {metrics_lines - kept} lines up to step {step}")
         if self._metrics is not None:
             self._metrics.close()
-        self._metrics_lines, self._unwritten, self._metrics = len(kept), b"", None
-        if self._owner is not None:
-            self._owner.note(step, max(last - step, 0))
-        self.write_status("running", step)
+        self._metrics_lines, self._unwritten, self._metrics = kept, b"", None
+        return last - step
 
     def newest(self) -> Path | None:
         """The newest checkpoint, valid or not."""
@@ -295,7 +344,7 @@ class RunDir:
         """The newest valid checkpoint; None for a run that has none yet.
 
         Raises:
-            UserError: there are checkpoints, and all of them are damaged, or there were some.
+            UserError: all checkpoints are damaged, or there were some and none is left.
         """
         damaged = self._damaged = {}
         for folder in checkpoints_in(self.checkpoints):
@@ -305,30 +354,23 @@ class RunDir:
                 damaged[folder] = error
             else:
                 return folder
-        if damaged or self._saved_step():
+        saved = 0
+        with suppress(UserError):
+            saved = self.read_status().step
+        if damaged or saved:
             raise UserError(
-                *(str(refusal) for refusal in damaged.values()),
+                *(str(error) for error in damaged.values()),
                 f"no checkpoint of {self} can be used: bring one back, or give another --run-dir",
             )
         return None
 
-    def _saved_step(self) -> int:
-        step = self._status().get("step")
-        return step if type(step) is int else 0
-
-    def _status(self) -> dict[str, Any]:
-        try:
-            return read_json(self.path / "status.json")
-        except UserError:
-            return {}
-
     def set_damaged_aside(self) -> None:
-        """Name the damaged checkpoints that `newest_checkpoint` came upon, and move them out of the way."""
-        for path, refusal in self._damaged.items():
+        """Move the damaged checkpoints that `newest_checkpoint` found out of the way, with a warning."""
+        for path, error in self._damaged.items():
             aside = path.with_name(f"damaged-{path.name}")
             clear(aside)
             path.rename(aside)
-            print(f"warning: {refusal}; moved to {aside}, going back to the one before", file=sys.stderr)
+            warn(f"{error}; moved to {aside}, going back to the one before")
         self._damaged = {}
 
 

@@ -1,4 +1,4 @@
-"""Walks through the latent space: the report's Part II, Task 3."""
+"""Walks through the latent space: the course report's Part II, Task 3."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ from cs324dist.models.gan import Generator
 from cs324dist.sampling.generators import generate, latents, surest
 from cs324dist.sampling.grids import grid
 
-START, END, STRIP_IMAGES = 4, 1, 10  # two digits and the images of the walk, as in the report
+START, END, STRIP_IMAGES = 4, 1, 10  # two digits and the images of the walk, as in the course report
 Method = Literal["linear", "spherical"]
 
 
@@ -20,9 +20,9 @@ def interpolate(
 ) -> Float[Tensor, "points latent"]:
     """`points` latents from `start` to `end`, both included.
 
-    `linear` goes straight; on its way the norm falls below what the generator was trained on. `spherical`
-    turns at constant speed and changes the norm evenly (Shoemake 1985; White 2016); where the ends are
-    parallel, opposite or zero, it is the straight way.
+    `linear` takes the straight line, on which the norm falls below what the generator was trained on. `spherical`
+    turns at constant speed and changes the norm evenly (Shoemake 1985; White 2016); if the ends are parallel,
+    opposite or zero, it takes the straight line too.
     """
     a, b = start.double(), end.double()
     t = torch.linspace(0, 1, points, dtype=torch.float64)[:, None]
@@ -39,7 +39,7 @@ def interpolate(
 def walk_ends(
     generator: Generator, dataset: str
 ) -> tuple[Float[Tensor, " latent"], Float[Tensor, " latent"], str]:
-    """The report's walk: latents of a 4 and of a 1, or of any two images where there are none; and which."""
+    """Two latents to walk between, and what they show: a 4 and a 1, or any two images if it draws no digits."""
     if dataset != "fashion-mnist":  # whose images are no digits
         try:
             start, end = (surest(generator, digit, 1, seed=0)[0] for digit in (START, END))

@@ -1,88 +1,92 @@
-"""What a task offers to the loop, and the optimizer state as named tensors."""
+"""What a task is: networks, optimizers, a loss. The trainer does the rest."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, ClassVar, Generic, Protocol
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from cs324dist.metrics.accuracy import UntilStopped
-from cs324dist.settings import RunSettings
+from cs324dist.config import ConfigT
+from cs324dist.data.streams import MicroBatch
+from cs324dist.distributed.collectives import SumOver
+
+Metrics = Mapping[str, Float[Tensor, ""]]
+Loss = Callable[[MicroBatch], tuple[Float[Tensor, ""], Metrics]]
+Picture = UInt8[Tensor, "channels height width"]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found, the same on every rank."""
+    """What an evaluation found, the same on every process."""
 
     metrics: Mapping[str, float]
-    picture: UInt8[Tensor, "channels height width"] | None = None
-    strip: Callable[[], UInt8[Tensor, "channels height width"]] | None = None
-    """Draws a walk through the latent space; called only where somebody looks at it."""
+    picture: Picture | None = None
+    strip: Callable[[], Picture] | None = None
+    """Draws another picture; called only where somebody looks at it."""
 
 
-@runtime_checkable
-class Task(Protocol):
-    """A model, its data and its step; the loop does the rest."""
+class Updater(Protocol):
+    """What a step may ask of the trainer."""
 
-    settings: RunSettings
+    def update(self, name: str, loss: Loss) -> None:
+        """Take one step of the optimizers `name` with the gradient of `loss` over the global batch.
 
-    models: Mapping[str, nn.Module]
-    """Everything a checkpoint holds, as it was before Accelerate wrapped it."""
-
-    optimizers: Mapping[str, torch.optim.Optimizer]
-    """The optimizers, by the name of the model they train."""
-
-    counters: dict[str, int]
-    """Integers that are part of the state, such as a curriculum's length."""
-
-    counter_limits: Mapping[str, range]
-    """The values that each of them can take."""
-
-    def step(self, step: int) -> Mapping[str, Tensor]:
-        """Train on the samples of step `step`, counted from 0.
-
-        Returns:
-            This rank's metrics as scalars on the device; the loop averages them over ranks when it logs.
+        `loss` returns the mean loss of a micro-batch, and metrics to log: scalars, averaged over the global batch.
         """
 
-    def evaluate(self, until_stopped: UntilStopped = iter) -> Evaluation:
-        """Measure the models as they are, from streams of evaluation's own; every rank takes part.
+    def measure(self, loss: Loss) -> None:
+        """Only log the metrics of `loss`, in the steps that are logged."""
 
-        A loop over `until_stopped(parts)` ends early when the run is asked to stop; what it found is thrown away.
+    def sum(self, values: Mapping[int, Tensor]) -> Tensor:
+        """The sum over all micro-batches of what each of this process's has, by its index."""
+
+
+class Task(Generic[ConfigT]):
+    """A model to train. Subclass it, fill `networks` and `optimizers`, and define `loss` and `evaluate`."""
+
+    name: ClassVar[str]
+    """What its runs are called."""
+
+    presets: ClassVar[Mapping[str, Any]]
+    """Recipes by name, each a `Config`; the first is the default."""
+
+    sync_batch_norm = True
+    """Whether BatchNorm's statistics span the global batch."""
+
+    def __init__(self, config: ConfigT, device: torch.device) -> None:
+        """Build the networks, their optimizers, and the data on `device`."""
+        self.config, self.device = config, device
+        self.networks: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, Optimizer | Sequence[Optimizer]] = {}
+
+    @classmethod
+    def run_name(cls, config: ConfigT) -> str:
+        """The name of a run's default folder."""
+        return f"{cls.name}-{config.preset}-{config.seed}"
+
+    def step(self, step: int, trainer: Updater) -> None:
+        """Take step `step`, counted from 0: by default one update of the only optimizers there are."""
+        (name,) = self.optimizers
+        trainer.update(name, self.loss)
+
+    def loss(self, batch: MicroBatch) -> tuple[Float[Tensor, ""], Metrics]:
+        """The mean loss of the samples of a micro-batch, and metrics to log."""
+        raise NotImplementedError
+
+    def evaluate(self, sum_over: SumOver) -> Evaluation:
+        """Measure the networks, which are in eval mode and compute in full precision, without gradients."""
+        return Evaluation({})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whatever else belongs to the state: tensors, numbers and words, nested in dictionaries and lists."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            UserError, KeyError, TypeError, ValueError: it is not a state of this task.
         """
-
-
-def optimizer_tensors(task: Task) -> dict[str, Tensor]:
-    """Every optimizer's state by name, such as `generator/fc.0.weight/exp_avg`: the live tensors."""
-    for optimizer in task.optimizers.values():
-        if not optimizer.state:
-            create_state(optimizer)
-    return {
-        f"{model}/{parameter}/{key}": value
-        for model, optimizer in task.optimizers.items()
-        for parameter, tensor in task.models[model].named_parameters()
-        for key, value in optimizer.state[tensor].items()
-    }
-
-
-def create_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give a new optimizer its state at once, all zero, where torch would wait for the first step.
-
-    A checkpoint can then be read into it in place, and checked for exactly these names and shapes. A step
-    of size zero moves no weight.
-    """
-    step_sizes = [group["lr"] for group in optimizer.param_groups]
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    optimizer.step()
-    optimizer.zero_grad()
-    for group, step_size in zip(optimizer.param_groups, step_sizes, strict=True):
-        group["lr"] = step_size
-    for parameter in parameters:
-        for value in optimizer.state[parameter].values():
-            value.zero_()

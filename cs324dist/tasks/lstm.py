@@ -1,159 +1,158 @@
-"""The LSTM (or the Elman network) on palindromes: the report's Part I."""
+"""The LSTM (or the Elman network) on palindromes: the course report's Part I."""
 
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from accelerate import Accelerator
+from annotated_types import Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cs324dist.command_line import POSITIVE, Count, OneOf, Within
+from cs324dist.config import MUTABLE, BatchSize, Config, Count, Positive
 from cs324dist.data.palindromes import DIGITS, encode, palindromes
-from cs324dist.data.streams import Stream
-from cs324dist.distributed.process import in_full_precision, seeded, shard
-from cs324dist.metrics.accuracy import count_right_palindromes, share_right
+from cs324dist.data.streams import MicroBatch, Stream, seeded
+from cs324dist.distributed.collectives import SumOver
+from cs324dist.errors import UserError, printable
+from cs324dist.metrics.accuracy import accuracy, count_correct, palindrome_accuracy
 from cs324dist.models.lstm import LSTM
 from cs324dist.models.rnn import RNN
-from cs324dist.runs.models import LARGEST_SIZE
-from cs324dist.settings import MUTABLE, BatchSize, RunSettings
-from cs324dist.tasks.base import Evaluation, UntilStopped
+from cs324dist.tasks.base import Evaluation, Metrics, Task, Updater
 
 SHORTEST = 4  # digits; where a curriculum starts
-LENGTHEN_EVERY = 2  # steps from one decision of the curriculum to the next, for which a GPU is waited for
-ENOUGH = 0.97  # of a batch right, for it to go on
+LENGTHEN_EVERY = 2  # steps between decisions of the curriculum, for which a GPU is waited for
+ENOUGH = 0.97  # share of a batch that must be right for the length to grow
 
 
 @dataclass(frozen=True)
-class LSTMSettings(RunSettings):
+class LSTMConfig(Config):
     """Train an LSTM on palindromes."""
 
-    preset: Annotated[str, OneOf("fast", "course", "smoke"), MUTABLE] = "fast"
-    """Recipe that the other defaults come from: fast (solves any length in few steps), report (the report's),
-    smoke (seconds, to see that it runs)."""
+    preset: Annotated[str, MUTABLE] = "fast"
+    """Recipe that the other defaults come from: fast (solves any length in few steps), course (that of the
+    course report), smoke (takes seconds, to see that it runs)."""
 
     steps: Annotated[Count, MUTABLE] = 150
     batch_size: BatchSize = 128
     log_every: Annotated[Count, MUTABLE] = 10
     evaluate_every: Annotated[Count, MUTABLE] = 50
     checkpoint_every: Annotated[Count, MUTABLE] = 50
+    max_grad_norm: Positive | None = 0.25
 
-    length: Annotated[int, Within(1, 10_000_000)] = 50
+    length: Annotated[int, Interval(ge=1, le=10_000_000)] = 50
     """Digits the model sees; the palindrome has one more, which the model predicts."""
 
-    model: Annotated[str, OneOf("lstm", "rnn")] = "lstm"
-    """lstm, or rnn: the Elman network the report compares with."""
+    model: Literal["lstm", "rnn"] = "lstm"
+    """lstm, or rnn: the Elman network that the course report compares it with."""
 
-    kernel: Annotated[str, OneOf("fused", "equations"), MUTABLE] = "fused"
-    """How the LSTM runs: torch's fused kernel, or the equations as written; equal to rounding."""
+    kernel: Annotated[Literal["fused", "equations"], MUTABLE] = "fused"
+    """How the LSTM is computed: by torch's fused kernel, or by the equations as written; equal to rounding."""
 
-    hidden_size: Annotated[int, Within(1, LARGEST_SIZE)] = 128
+    hidden_size: Annotated[int, Interval(ge=1, le=65_536)] = 128
     """Width of the hidden state."""
 
-    encoding: Annotated[str, OneOf("onehot", "scalar")] = "onehot"
+    encoding: Literal["onehot", "scalar"] = "onehot"
     """A digit as the network's input: onehot, or scalar (the digit itself)."""
 
-    initialisation: Annotated[str, OneOf("length", "linear")] = "length"
+    initialisation: Literal["length", "linear"] = "length"
     """length: the gates remember for about --length steps from the start; linear: as nn.Linear does."""
 
-    optimizer: Annotated[str, OneOf("adam", "rmsprop")] = "adam"
-    """Optimizer."""
+    optimizer: Literal["adam", "rmsprop"] = "adam"
+    """Optimizer: adam or rmsprop."""
 
-    learning_rate: Annotated[float, POSITIVE] = 4e-2
-    """Step size of the optimizer."""
+    learning_rate: Positive = 4e-2
+    """Learning rate of the optimizer."""
 
-    max_grad_norm: Annotated[float, POSITIVE] = 0.25
-    """Largest norm of the whole gradient."""
-
-    curriculum: Annotated[float, Within(1.0, 1e9)] = 2.0
-    """Factor by which a short start length grows to --length, whenever every second batch is 97 % right; 1:
-    none."""
+    curriculum: Annotated[float, Interval(ge=1, le=1e9)] = 2.0
+    """Factor by which a short start length grows to --length, each time that 97 % of a batch are right (every
+    second batch is looked at); 1: no curriculum."""
 
     memory_options: ClassVar[tuple[str, ...]] = ("batch_size", "length", "hidden_size")
 
-    def run_name(self) -> str:
-        """The default run folder's name."""
-        return f"{self.model}-length{self.length}-{self.preset}-{self.seed}"
+
+FAST = LSTMConfig()
 
 
-FAST = LSTMSettings()
-PRESETS = {
-    "fast": FAST,
-    "course": replace(
-        FAST,
-        preset="course",
-        steps=1500,
-        evaluate_every=100,
-        checkpoint_every=100,
-        encoding="scalar",
-        initialisation="linear",
-        optimizer="rmsprop",
-        learning_rate=1e-3,
-        max_grad_norm=10.0,
-        curriculum=1.0,
-    ),
-    "smoke": replace(FAST, preset="smoke", steps=20, length=10, evaluate_every=10, checkpoint_every=10),
-}
+class LSTMTask(Task[LSTMConfig]):
+    """One step: a batch of palindromes, the cross-entropy of the last digit."""
 
+    name = "lstm"
+    presets: ClassVar = {
+        "fast": FAST,
+        "course": replace(
+            FAST,
+            steps=1500,
+            evaluate_every=100,
+            checkpoint_every=100,
+            encoding="scalar",
+            initialisation="linear",
+            optimizer="rmsprop",
+            learning_rate=1e-3,
+            max_grad_norm=10.0,
+            curriculum=1.0,
+        ),
+        "smoke": replace(FAST, steps=20, length=10, evaluate_every=10, checkpoint_every=10),
+    }
 
-class LSTMTask:
-    """One step: a batch of palindromes, cross-entropy of the last digit, one clipped optimizer step."""
-
-    def __init__(
-        self, settings: LSTMSettings, accelerator: Accelerator, dtype: torch.dtype = torch.float32
-    ) -> None:
-        self.settings, self.accelerator, self.dtype = settings, accelerator, dtype
-        self.shard = shard(accelerator)
-        self.data = Stream(settings.seed, "palindromes/train")
-        with seeded(settings.seed, "weights"):
-            model = build_model(settings).to(dtype)
-        if settings.optimizer == "adam":
-            optimizer: torch.optim.Optimizer = torch.optim.Adam(
-                model.parameters(), settings.learning_rate, fused=True
-            )
+    def __init__(self, config: LSTMConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+        with seeded(config.seed, "weights"):
+            self.model = build_model(config).to(device)
+        self.networks = {config.model: self.model}
+        parameters = self.model.parameters()
+        if config.optimizer == "adam":
+            self.optimizers = {config.model: torch.optim.Adam(parameters, config.learning_rate, fused=True)}
         else:
-            optimizer = torch.optim.RMSprop(model.parameters(), settings.learning_rate, foreach=True)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.models: dict[str, nn.Module] = {settings.model: model}
-        self.optimizers = {settings.model: optimizer}
-        start = settings.length if settings.curriculum == 1 else min(SHORTEST, settings.length)
-        self.counters = {"length": start}
-        self.counter_limits = {"length": range(start, settings.length + 1)}
+            self.optimizers = {
+                config.model: torch.optim.RMSprop(parameters, config.learning_rate, foreach=True)
+            }
+        self.data = Stream(config.seed, "palindromes/train")
+        self.shortest = config.length if config.curriculum == 1 else min(SHORTEST, config.length)
+        self.length = self.shortest
+        self.right: dict[int, Tensor] = {}
 
-    def step(self, step: int) -> dict[str, Tensor]:
-        """See `Task.step`."""
-        settings, length = self.settings, self.counters["length"]
-        digits, last = palindromes(self.data, self.shard.batch(step, settings.batch_size), length)
-        logits = self.model(encode(digits, settings.encoding, self.dtype))
+    @classmethod
+    def run_name(cls, config: LSTMConfig) -> str:
+        """The name of a run's default folder."""
+        return f"{config.model}-length{config.length}-{config.preset}-{config.seed}"
+
+    def step(self, step: int, trainer: Updater) -> None:
+        """One update, and every second time the curriculum's decision."""
+        trainer.update(self.config.model, self.loss)
+        if self.length < self.config.length and (step + 1) % LENGTHEN_EVERY == 0:
+            if trainer.sum(self.right) >= ENOUGH * self.config.batch_size:
+                self.length = min(self.config.length, int(self.length * self.config.curriculum) + 1)
+
+    def loss(self, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+        """Cross-entropy of the last digit."""
+        digits, last = palindromes(self.data, batch.samples, self.length)
+        logits = self.model(encode(digits, self.config.encoding))
         loss = F.cross_entropy(logits, last)
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if length < settings.length and (step + 1) % LENGTHEN_EVERY == 0:
-            right = self.accelerator.reduce((logits.argmax(dim=1) == last).sum(), "sum")
-            if right >= ENOUGH * settings.batch_size:
-                self.counters["length"] = min(settings.length, int(length * settings.curriculum) + 1)
-        return {"train/loss": loss, "train/accuracy": share_right(logits, last)}
+        self.right[batch.index] = count_correct(logits, last)
+        return loss, {"loss": loss, "accuracy": accuracy(logits, last)}
 
-    def evaluate(self, until_stopped: UntilStopped = iter) -> Evaluation:
-        """Accuracy at the full length; see `count_right_palindromes`."""
-        settings = self.settings
-        predict = partial(in_full_precision, self.models[settings.model])
-        stream = Stream(settings.seed, "palindromes/evaluation")
-        right, trials = count_right_palindromes(
-            predict, settings.encoding, settings.length, stream, self.shard, self.dtype, until_stopped
-        )
-        return Evaluation({"eval/accuracy": self.accelerator.reduce(right, "sum").item() / trials})
+    def evaluate(self, sum_over: SumOver) -> Evaluation:
+        """Accuracy at the full length; see `palindrome_accuracy`."""
+        stream = Stream(self.config.seed, "palindromes/evaluation")
+        found = palindrome_accuracy(self.model, self.config.encoding, self.config.length, stream, sum_over)
+        return Evaluation({"accuracy": found})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The length that the curriculum has reached."""
+        return {"length": self.length}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the length that the curriculum had reached."""
+        if type(length := state["length"]) is not int or not self.shortest <= length <= self.config.length:
+            raise UserError(f"a curriculum of this run cannot reach length {printable(length)}")
+        self.length = length
 
 
-def build_model(settings: LSTMSettings) -> nn.Module:
-    """The model that the settings ask for, freshly initialised."""
-    input_size = DIGITS if settings.encoding == "onehot" else 1
-    if settings.model == "rnn":
-        return RNN(input_size, settings.hidden_size, DIGITS)
-    model = LSTM(input_size, settings.hidden_size, DIGITS, kernel=settings.kernel)
-    if settings.initialisation == "length":
-        model.initialise_for_length(settings.length)
+def build_model(config: LSTMConfig) -> nn.Module:
+    """The model that the options ask for, freshly initialised."""
+    input_size = DIGITS if config.encoding == "onehot" else 1
+    if config.model == "rnn":
+        return RNN(input_size, config.hidden_size, DIGITS)
+    model = LSTM(input_size, config.hidden_size, DIGITS, kernel=config.kernel)
+    if config.initialisation == "length":
+        model.initialise_for_length(config.length)
     return model

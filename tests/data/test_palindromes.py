@@ -1,4 +1,5 @@
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_counting_through_gives_each_palindrome_once(length: int) -> None:
     assert sorted(written_out(*all_palindromes(length, torch.arange(len(expected))))) == expected
 
 
-def test_the_report_s_five_digits_leave_a_thousand_palindromes() -> None:
+def test_the_course_report_s_five_digits_leave_a_thousand_palindromes() -> None:
     assert 10 ** free_digits(5) == 1000
 
 
@@ -58,11 +59,15 @@ def test_the_digit_to_remember_is_uniform_at_any_length() -> None:
         assert stats.chisquare(last.bincount(minlength=10).numpy()).pvalue > 0.001
 
 
-def test_a_scalar_input_is_the_digit_and_a_onehot_one_has_a_one_at_it() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_scalar_input_is_the_digit_and_a_onehot_one_has_a_one_at_it(
+    dtype: torch.dtype, set_default_dtype: Callable[[torch.dtype], None]
+) -> None:
+    set_default_dtype(dtype)
     digits = torch.tensor([[3, 0, 9], [1, 4, 1]])
-    scalar, onehot = encode(digits, "scalar"), encode(digits, "onehot", torch.float64)
-    assert (scalar.shape, scalar.dtype) == ((3, 2, 1), torch.float32)
-    assert (onehot.shape, onehot.dtype) == ((3, 2, 10), torch.float64)
+    scalar, onehot = encode(digits, "scalar"), encode(digits, "onehot")
+    assert (scalar.shape, scalar.dtype) == ((3, 2, 1), dtype)
+    assert (onehot.shape, onehot.dtype) == ((3, 2, 10), dtype)
     for sample, time in itertools.product(range(2), range(3)):
         digit = digits[sample, time]
         assert scalar[time, sample].tolist() == [digit]

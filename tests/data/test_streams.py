@@ -1,53 +1,49 @@
+from collections.abc import Callable
+
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from test_counter_rng import word
 
-from cs324dist.data.streams import Shard, ShuffledEpochs, Stream
+from cs324dist.data.counter_rng import random_normals, stream_keys
+from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream, seeded
 
 SEEDS = st.integers(0, 2**32)
 FEW = st.integers(0, 99)
 
 
 def draws(stream: Stream, indices: torch.Tensor) -> list[torch.Tensor]:
-    return [
-        stream.integers(indices, 3, below=10),
-        stream.normals(indices, 5),
-        stream.normals(indices, 2, torch.float64),
-        stream.signs(indices, 70),
-    ]
+    return [stream.integers(indices, 3, below=10), stream.normals(indices, 5), stream.signs(indices, 70)]
+
+
+def parts(step: int, batch_size: int, count: int) -> list[MicroBatch]:
+    return [MicroBatch(step, batch_size, index, count) for index in range(count)]
 
 
 def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-class TestShard:
-    @settings(deadline=None, max_examples=25)
-    @given(st.integers(1, 4096), st.integers(0, 10**6), st.integers(0, 10_000))
-    @example(4096, 10**6, 4097)
-    @example(7, 0, 3)
-    def test_the_ranks_pieces_in_order_are_the_whole_and_as_good_as_equal(self, world, start, count) -> None:
-        pieces = [Shard(rank, world).samples(start, count) for rank in range(world)]
-        assert torch.cat(pieces).tolist() == list(range(start, start + count))
-        sizes = {len(piece) for piece in pieces}
-        assert sizes <= {count // world, -(-count // world)}
-
+class TestMicroBatch:
     @settings(deadline=None, max_examples=25)
     @given(st.integers(1, 4096), st.integers(0, 10**9), st.integers(1, 4))
     @example(4096, 123_456, 1)
-    def test_a_step_s_batch_follows_the_one_before(self, world: int, step: int, each: int) -> None:
-        batch = world * each
-        pieces = [Shard(rank, world).batch(step, batch) for rank in range(world)]
-        assert torch.cat(pieces).tolist() == list(range(step * batch, (step + 1) * batch))
-        assert {len(piece) for piece in pieces} == {each}
+    @example(1, 0, 3)
+    def test_the_parts_in_order_are_the_batch_and_all_of_one_size(self, count, step, each) -> None:
+        batch = count * each
+        samples = [part.samples for part in parts(step, batch, count)]
+        assert torch.cat(samples).tolist() == list(range(step * batch, (step + 1) * batch))
+        assert {len(part) for part in samples} == {each}
+
+    def test_without_a_count_it_is_the_whole_batch(self) -> None:
+        assert MicroBatch(5, 3).samples.tolist() == [15, 16, 17]
 
     def test_two_nodes_of_two_processes_share_a_batch_by_global_rank(self) -> None:
-        pieces = [
-            Shard(rank=node * 2 + local, world_size=4).batch(3, 8) for node in (0, 1) for local in (0, 1)
+        samples = [
+            MicroBatch(3, 8, index=node * 2 + local, count=4).samples for node in (0, 1) for local in (0, 1)
         ]
-        assert [piece.tolist() for piece in pieces] == [[24, 25], [26, 27], [28, 29], [30, 31]]
+        assert [part.tolist() for part in samples] == [[24, 25], [26, 27], [28, 29], [30, 31]]
 
 
 class TestStream:
@@ -59,17 +55,20 @@ class TestStream:
         assert equal(draws(stream, chosen), [numbers[chosen] for numbers in whole])
 
     @settings(deadline=None, max_examples=25)
-    @given(SEEDS, st.integers(1, 64), st.integers(0, 10**9), st.integers(1, 70))
-    def test_all_world_sizes_draw_the_same_bits(self, seed: int, world: int, step: int, batch: int) -> None:
-        stream = Stream(seed, "x")
-        shares = [draws(stream, Shard(rank, world).batch(step, batch)) for rank in range(world)]
-        together = [torch.cat(parts) for parts in zip(*shares, strict=True)]
-        assert equal(together, draws(stream, Shard().batch(step, batch)))
+    @given(SEEDS, st.integers(1, 64), st.integers(0, 10**9), st.integers(1, 4))
+    def test_any_number_of_parts_draws_the_same_bits(
+        self, seed: int, count: int, step: int, each: int
+    ) -> None:
+        stream, batch = Stream(seed, "x"), count * each
+        drawn = [draws(stream, part.samples) for part in parts(step, batch, count)]
+        together = [torch.cat(numbers) for numbers in zip(*drawn, strict=True)]
+        assert equal(together, draws(stream, torch.arange(step * batch, (step + 1) * batch)))
 
     def test_a_sample_asked_for_directly_is_the_sample_reached(self) -> None:
         stream, step, batch = Stream(0, "x"), 123_456, 64
         reached = draws(stream, torch.arange((step - 1) * batch, (step + 1) * batch))
-        assert equal(draws(stream, Shard().batch(step, batch)), [numbers[batch:] for numbers in reached])
+        drawn = draws(stream, MicroBatch(step, batch).samples)
+        assert equal(drawn, [numbers[batch:] for numbers in reached])
 
     @given(st.integers(1, 99), st.integers(1, 99))
     @settings(deadline=None, max_examples=25)
@@ -88,12 +87,15 @@ class TestStream:
         ):
             assert len({tuple(numbers[0].tolist()) for numbers in drawn}) == len(streams)
 
-    def test_numbers_come_in_the_precision_asked_for(self) -> None:
+    def test_numbers_come_in_the_default_dtype(
+        self, set_default_dtype: Callable[[torch.dtype], None]
+    ) -> None:
         stream, indices = Stream(0, "x"), torch.arange(10)
-        exact = stream.normals(indices, 3, torch.float64)
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            assert torch.equal(stream.normals(indices, 3, dtype), exact.to(dtype))
-            assert stream.signs(indices, 3, dtype).dtype == dtype
+        exact = random_normals(stream_keys(0, "x"), indices, 3)
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            set_default_dtype(dtype)
+            assert torch.equal(stream.normals(indices, 3), exact.to(dtype))
+            assert stream.signs(indices, 3).dtype == dtype
 
 
 def one_by_one(shuffle: ShuffledEpochs, index: int) -> int:
@@ -108,33 +110,47 @@ class TestShuffledEpochs:
     @settings(deadline=None)
     @given(SEEDS, st.integers(1, 500), st.integers(0, 10**6))
     def test_every_epoch_is_a_permutation(self, seed: int, size: int, epoch: int) -> None:
-        items = ShuffledEpochs(seed, "x", size).items(torch.arange(epoch * size, (epoch + 1) * size))
-        assert sorted(items.tolist()) == list(range(size))
-
-    @settings(deadline=None)
-    @given(SEEDS, st.integers(1, 12), st.integers(0, 1000), st.integers(0, 50))
-    @example(0, 10, 25, 0)
-    @example(0, 10, 5, 37)
-    def test_a_batch_may_cross_the_borders_of_any_number_of_epochs(self, seed, size, start, count) -> None:
         shuffle = ShuffledEpochs(seed, "x", size)
-        items = shuffle.items(torch.arange(start, start + count))
-        assert items.tolist() == [one_by_one(shuffle, index) for index in range(start, start + count)]
+        items = shuffle.items_at(torch.arange(epoch * size, (epoch + 1) * size))
+        assert sorted(items.tolist()) == list(range(size))
+        assert torch.equal(shuffle.items(MicroBatch(epoch, size)), items)
 
     @settings(deadline=None)
-    @given(st.integers(1, 64), st.integers(1, 50), st.integers(0, 100), st.integers(1, 100))
-    def test_all_world_sizes_see_the_same_items(self, world: int, size: int, step: int, batch: int) -> None:
-        shuffle = ShuffledEpochs(0, "x", size)
-        shares = [shuffle.batch(Shard(rank, world), step, batch) for rank in range(world)]
-        assert torch.equal(torch.cat(shares), shuffle.items(Shard().batch(step, batch)))
+    @given(SEEDS, st.integers(1, 12), st.integers(0, 100), st.integers(1, 5), st.integers(1, 10))
+    @example(0, 10, 3, 1, 25)
+    @example(0, 10, 0, 3, 12)
+    def test_a_batch_may_cross_the_borders_of_any_number_of_epochs(
+        self, seed: int, size: int, step: int, count: int, each: int
+    ) -> None:
+        shuffle, batch = ShuffledEpochs(seed, "x", size), count * each
+        items = torch.cat([shuffle.items(part) for part in parts(step, batch, count)])
+        expected = [one_by_one(shuffle, index) for index in range(step * batch, (step + 1) * batch)]
+        assert items.tolist() == expected
+
+    @settings(deadline=None)
+    @given(SEEDS, st.integers(1, 12), st.lists(st.integers(0, 10**6), max_size=30))
+    def test_any_indices_may_be_asked_for_in_any_order(self, seed: int, size: int, indices) -> None:
+        shuffle = ShuffledEpochs(seed, "x", size)
+        items = shuffle.items_at(torch.tensor(indices, dtype=torch.int64))
+        assert items.tolist() == [one_by_one(shuffle, index) for index in indices]
+
+    @settings(deadline=None)
+    @given(st.integers(1, 64), st.integers(1, 50), st.integers(0, 100), st.integers(1, 4))
+    def test_any_number_of_parts_sees_the_same_items(
+        self, count: int, size: int, step: int, each: int
+    ) -> None:
+        shuffle, batch = ShuffledEpochs(0, "x", size), count * each
+        items = torch.cat([shuffle.items(part) for part in parts(step, batch, count)])
+        assert torch.equal(items, shuffle.items_at(torch.arange(step * batch, (step + 1) * batch)))
 
     def test_an_item_asked_for_directly_is_the_item_reached(self) -> None:
         shuffle = ShuffledEpochs(0, "x", 50)
-        reached = shuffle.items(torch.arange(1001))
-        assert shuffle.items(torch.tensor([1000])).item() == reached[1000]
+        reached = shuffle.items_at(torch.arange(1001))
+        assert shuffle.items_at(torch.tensor([1000])).item() == reached[1000]
 
     def test_epochs_seeds_and_names_differ(self) -> None:
         orders = [
-            ShuffledEpochs(seed, name, 20).items(torch.arange(epoch * 20, (epoch + 1) * 20))
+            ShuffledEpochs(seed, name, 20).items_at(torch.arange(epoch * 20, (epoch + 1) * 20))
             for seed in (0, 1)
             for name in ("a", "b")
             for epoch in (0, 1, 2)
@@ -142,13 +158,26 @@ class TestShuffledEpochs:
         assert len({tuple(order.tolist()) for order in orders}) == len(orders)
 
     def test_all_24_orders_of_four_items_are_equally_frequent(self) -> None:
-        epochs = ShuffledEpochs(0, "x", 4).items(torch.arange(4 * 2400)).view(-1, 4)
+        epochs = ShuffledEpochs(0, "x", 4).items_at(torch.arange(4 * 2400)).view(-1, 4)
         _, counts = (epochs * torch.tensor([64, 16, 4, 1])).sum(1).unique(return_counts=True)
         assert len(counts) == 24
         assert stats.chisquare(counts.numpy()).pvalue > 0.001
 
     def test_what_a_caller_does_to_its_items_does_not_reach_the_next_caller(self) -> None:
-        shuffle, indices = ShuffledEpochs(0, "x", 10), torch.arange(10)
-        kept = shuffle.items(indices)
-        shuffle.items(indices).zero_()
-        assert torch.equal(shuffle.items(indices), kept)
+        shuffle, batch = ShuffledEpochs(0, "x", 10), MicroBatch(0, 10)
+        kept = shuffle.items(batch)
+        shuffle.items(batch).zero_()
+        assert torch.equal(shuffle.items(batch), kept)
+
+
+def test_seeded_draws_are_the_same_each_time_and_leave_torch_s_generator_as_it_was() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(4)
+    torch.manual_seed(0)
+    drawn = []
+    for seed, name in ((1, "weights"), (1, "weights"), (2, "weights"), (1, "other")):
+        with seeded(seed, name):
+            drawn.append(torch.rand(4))
+    assert torch.equal(torch.rand(4), expected)
+    assert torch.equal(drawn[0], drawn[1])
+    assert len({tuple(numbers.tolist()) for numbers in drawn}) == 3

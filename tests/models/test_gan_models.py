@@ -9,7 +9,7 @@ from cs324dist.models import gan
 from cs324dist.runs.models import load_model, save_model
 
 
-# The report's own two classes, to the letter.
+# The two classes of the course report, unchanged.
 # fmt: off
 class Generator(nn.Module):
     def __init__(self, input_dim):
@@ -70,7 +70,9 @@ def with_history(generator: nn.Module, latent: int) -> nn.Module:
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
 @pytest.mark.parametrize("latent", [100, 7])
-def test_the_report_s_generator_and_ours_read_each_other_s_weights(latent: int, training: bool) -> None:
+def test_the_course_report_s_generator_and_ours_read_each_other_s_weights(
+    latent: int, training: bool
+) -> None:
     torch.manual_seed(0)
     for source, target in (
         (Generator(latent), gan.Generator(latent)),
@@ -85,7 +87,7 @@ def test_the_report_s_generator_and_ours_read_each_other_s_weights(latent: int, 
         torch.testing.assert_close(target.state_dict(), source.state_dict())
 
 
-def test_the_report_s_discriminator_and_ours_read_each_other_s_weights() -> None:
+def test_the_course_report_s_discriminator_and_ours_read_each_other_s_weights() -> None:
     torch.manual_seed(0)
     images = normals(4, 1, 28, 28).tanh()
     ours, theirs = gan.Discriminator(), Discriminator()
@@ -99,10 +101,10 @@ def test_the_report_s_discriminator_and_ours_read_each_other_s_weights() -> None
 def test_pooling_before_the_leaky_relu_changes_no_bit_of_logits_and_gradients() -> None:
     torch.manual_seed(0)
     ours = gan.Discriminator()
-    in_the_reports_order = Discriminator().net[:-1]
-    in_the_reports_order.load_state_dict(ours.net.state_dict(), strict=True)
+    in_the_course_report_s_order = Discriminator().net[:-1]
+    in_the_course_report_s_order.load_state_dict(ours.net.state_dict(), strict=True)
     found = []
-    for network in (ours.net, in_the_reports_order):
+    for network in (ours.net, in_the_course_report_s_order):
         images = normals(4, 1, 28, 28).tanh().requires_grad_()
         logits = network(images)
         logits.square().sum().backward()
@@ -111,11 +113,13 @@ def test_pooling_before_the_leaky_relu_changes_no_bit_of_logits_and_gradients() 
         assert torch.equal(mine, theirs)
 
 
-def test_without_arguments_the_latent_has_the_report_s_100_numbers() -> None:
+def test_without_arguments_the_latent_has_the_course_report_s_100_numbers() -> None:
     assert gan.Generator().fc[0].in_features == 100
 
 
-def test_a_saved_generator_loads_into_the_report_s_with_nothing_but_safetensors(tmp_path: Path) -> None:
+def test_a_saved_generator_loads_into_the_course_report_s_with_nothing_but_safetensors(
+    tmp_path: Path,
+) -> None:
     torch.manual_seed(0)
     ours, z = with_history(gan.Generator(7), 7).eval(), normals(4, 7)
     save_model(tmp_path, ours)

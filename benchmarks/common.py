@@ -1,0 +1,78 @@
+"""What the benchmarks share: stored results, runs of the package's scripts, and the GAN's task."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+IMAGES = REPOSITORY / "docs" / "images"
+
+Row = dict[str, Any]
+
+
+def load(name: str) -> dict[str, Any]:
+    """A stored result."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def store(name: str, result: dict[str, Any], **environment: object) -> None:
+    """Write a result to results/NAME.json, with the environment it was made in."""
+    from cs324dist.runs.environment import environment as here
+
+    path = RESULTS / f"{name}.json"
+    whole = {"environment": {**here(), "cores": os.cpu_count(), **environment}, **result}
+    path.write_text(json.dumps(whole) + "\n")
+    print(path.relative_to(REPOSITORY))
+
+
+def where(rows: Iterable[Row], **values: object) -> list[Row]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row[name] == value for name, value in values.items())]
+
+
+def run_parts(description: str, folder: str, *parts: Callable[[], list[Row]]) -> None:
+    """Run the parts that the command line names, all by default, and store each as FOLDER/PART."""
+    by_name = {part.__name__: part for part in parts}
+    names = tuple(by_name)
+
+    def run(parts: tyro.conf.Positional[tuple[Literal[names], ...]] = names) -> None:  # type: ignore[valid-type]
+        for name in parts:
+            began = time.monotonic()
+            rows = by_name[name]()
+            store(f"{folder}/{name}", {"minutes": round((time.monotonic() - began) / 60, 1), "rows": rows})
+
+    tyro.cli(run, description=description)
+
+
+def run_python(*arguments: object, **environment: str) -> str:
+    """What Python prints when run with these arguments in the repository; exit if it fails."""
+    command, environ = [sys.executable, *map(str, arguments)], {**os.environ, **environment}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environ, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} ended with exit code {done.returncode}")
+    return done.stdout
+
+
+def logged(run: Path, name: str) -> list[Row]:
+    """The rows of a run's metrics that have a value of this name."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if name in row]
+
+
+def gan_task(preset: str, **changes: Any) -> tuple[Any, Any]:
+    """A GAN to train with these settings, and the accelerator that it trains on."""
+    from cs324dist.distributed.process import start_accelerator
+    from cs324dist.tasks.gan import PRESETS, GANTask
+
+    settings = replace(PRESETS[preset], **changes)
+    accelerator = start_accelerator(settings.batch_size)
+    return GANTask(settings, accelerator), accelerator

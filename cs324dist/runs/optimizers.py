@@ -1,0 +1,121 @@
+"""The state of any torch optimizer as named tensors."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cs324dist.runs.models import read_tensors
+
+Optimizers = Mapping[str, Optimizer | Sequence[Optimizer]]
+Loaded = tuple[list[tuple[Optimizer, Tensor, str, dict[str, Any]]], dict[str, Tensor]]
+
+
+def optimizers_of(optimizers: Optimizers, name: str) -> list[Optimizer]:
+    """The optimizer, or the optimizers, called `name`."""
+    one = optimizers[name]
+    return [one] if isinstance(one, Optimizer) else list(one)
+
+
+def each(optimizers: Optimizers) -> Iterator[tuple[str, Optimizer]]:
+    """Every optimizer and its name; of several under one name the second is `NAME.1`."""
+    for name in optimizers:
+        for number, optimizer in enumerate(optimizers_of(optimizers, name)):
+            yield (f"{name}.{number}" if number else name), optimizer
+
+
+def optimizer_tensors(optimizers: Optimizers, networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Every optimizer's state by name, such as `generator/generator.fc.0.weight/exp_avg`."""
+    names = _parameter_names(networks)
+    return {
+        f"{optimizer_name}/{names[parameter]}/{key}": _as_tensor(value)
+        for optimizer_name, optimizer in each(optimizers)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if value is not None
+    }
+
+
+def read_optimizers(path: Path, optimizers: Optimizers, networks: Mapping[str, nn.Module]) -> "Loaded":
+    """The state in a file of what `optimizer_tensors` gave, checked, and ready for `load_optimizers`.
+
+    Raises:
+        UserError: it is the state of other optimizers, or damaged.
+    """
+    names, found = _parameter_names(networks), []
+    expected: dict[str, Tensor] = {}
+    for name, optimizer in each(optimizers):
+        for parameter, state in zip(_parameters(optimizer), _states_after_a_step(optimizer), strict=True):
+            prefix = f"{name}/{names[parameter]}"
+            found.append((optimizer, parameter, prefix, state))
+            expected |= {
+                f"{prefix}/{k}": _as_tensor(value) for k, value in state.items() if value is not None
+            }
+    # A parameter that has had no gradient yet has no state.
+    return found, read_tensors(path, expected, all_needed=False)
+
+
+def load_optimizers(loaded: "Loaded") -> None:
+    """Set every optimizer's state to what `read_optimizers` found."""
+    found, tensors = loaded
+    for optimizer, parameter, prefix, state in found:
+        stored = {key: tensors.get(f"{prefix}/{key}") for key in state}
+        if all(value is None for value in stored.values()):
+            optimizer.state.pop(parameter, None)
+            continue
+        for key, value in stored.items():
+            if isinstance(like := state[key], Tensor) and value is not None:
+                state[key] = like.copy_(value)  # keeps its device and memory format
+            else:
+                state[key] = None if value is None else value.item()
+        optimizer.state[parameter] = state
+
+
+@contextmanager
+def with_full_state(optimizers: Optimizers) -> Iterator[None]:
+    """Inside, new optimizers have all the state that they will have after a step."""
+    before = [(optimizer, dict(optimizer.state)) for _, optimizer in each(optimizers)]
+    for optimizer, _ in before:
+        states = zip(_parameters(optimizer), _states_after_a_step(optimizer), strict=True)
+        optimizer.state.update({parameter: state for parameter, state in states if state})
+    try:
+        yield
+    finally:
+        for optimizer, state in before:
+            optimizer.state.clear()
+            optimizer.state.update(state)
+
+
+def _states_after_a_step(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The state of each parameter after a step with gradients of zero, taken by a copy.
+
+    It has everything that the state of this optimizer can have, in the right shapes and places.
+    """
+    taken = copy.deepcopy(optimizer)
+    for parameter in _parameters(taken):
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    taken.step()
+    return [taken.state.get(parameter, {}) for parameter in _parameters(taken)]
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _parameter_names(networks: Mapping[str, nn.Module]) -> dict[Tensor, str]:
+    return {
+        parameter: f"{network_name}.{name}"
+        for network_name, network in networks.items()
+        for name, parameter in network.named_parameters()
+    }
+
+
+def _as_tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)

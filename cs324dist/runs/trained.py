@@ -1,0 +1,86 @@
+"""Finding the trained networks of a run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from cs324dist.data.images import SHA256
+from cs324dist.errors import UserError
+from cs324dist.models.digit_classifier import DigitClassifier
+from cs324dist.models.gan import Generator
+from cs324dist.runs.checkpoints import TRAINER, WEIGHTS, checkpoints_in, verify_checkpoint
+from cs324dist.runs.models import Model, load_model
+from cs324dist.runs.run_dir import RunDir
+
+Weights = Literal["averaged", "raw"]
+
+
+def load_network(run_or_checkpoint: str | Path, name: str, model: type[Model]) -> Model:
+    """The network `name` of a run's newest checkpoint, or of a checkpoint, in eval mode on the CPU.
+
+    Args:
+        run_or_checkpoint: a run folder, or one of its `checkpoints/NNNNNNNNN`.
+        name: what the task calls it in `networks`.
+        model: its class, whose arguments the network had in its `config`.
+
+    Raises:
+        UserError: there is no such checkpoint or network, or it is damaged.
+    """
+    return load_model(find_network(run_or_checkpoint, (name,)), model)
+
+
+def load_generator(run_or_checkpoint: str | Path, weights: Weights = "averaged") -> Generator:
+    """The generator of a GAN; see `load_network`.
+
+    Args:
+        run_or_checkpoint: a run folder, or one of its `checkpoints/NNNNNNNNN`.
+        weights: `averaged` takes the averaged generator if there is one; `raw` the one being trained.
+    """
+    return load_model(find_generator(run_or_checkpoint, weights), Generator)
+
+
+def find_generator(run_or_checkpoint: str | Path, weights: Weights) -> Path:
+    """The folder of the generator that `load_generator` loads; raises as it does."""
+    return find_network(run_or_checkpoint, ("generator_ema", "generator")[weights == "raw" :])
+
+
+def load_classifier(run_or_checkpoint: str | Path) -> DigitClassifier:
+    """The classifier that launch/classifier.py trained; see `load_network`."""
+    return load_network(run_or_checkpoint, "classifier", DigitClassifier)
+
+
+def find_network(run_or_checkpoint: str | Path, names: Sequence[str]) -> Path:
+    """The folder of the first of these networks that there is; raises as `load_network` does."""
+    checkpoint = _checkpoint(Path(run_or_checkpoint))
+    name = next((name for name in names if (checkpoint / name).is_dir()), None)
+    if name is None:
+        raise UserError(f"{checkpoint} holds no {names[-1]}: give a run of a task that trains one")
+    verify_checkpoint(checkpoint, [f"{name}/config.json", f"{name}/{WEIGHTS}"])
+    return checkpoint / name
+
+
+def run_of(run_or_checkpoint: Path) -> RunDir:
+    """The run that it is, or that it belongs to as far as can be seen."""
+    run, around = RunDir(run_or_checkpoint), RunDir(run_or_checkpoint.absolute().parent.parent)
+    return around if around.exists and not run.exists else run
+
+
+def data_set_of(run_or_checkpoint: Path) -> str:
+    """The data set it was trained on; mnist if that is unknown, or noise."""
+    run = run_of(run_or_checkpoint)
+    dataset = run.read_record().config.get("dataset") if run.exists else None
+    return dataset if isinstance(dataset, str) and dataset in SHA256 else "mnist"
+
+
+def _checkpoint(path: Path) -> Path:
+    if (path / TRAINER).is_file():
+        return path
+    run = RunDir(path)
+    if not run.exists:
+        raise UserError(
+            f"{path} is neither a run nor a checkpoint: give a run folder, such as runs/gan-fast-0"
+        )
+    checkpoints = checkpoints_in(run.checkpoints)
+    if not checkpoints:
+        raise UserError(f"{path} has no checkpoint yet: train it for longer, or lower its --checkpoint-every")
+    return checkpoints[0]

@@ -1,0 +1,31 @@
+"""Learning rate schedules: the factor on the learning rate as a pure function of the step."""
+
+import math
+from collections.abc import Callable
+
+Schedule = Callable[[int, int], float]
+
+
+def constant(step: int, steps: int) -> float:
+    """Always 1."""
+    return 1.0
+
+
+def linear(step: int, steps: int) -> float:
+    """From 1 at step 0 down to 0 at `steps`."""
+    return 1 - step / steps
+
+
+def cosine(step: int, steps: int) -> float:
+    """From 1 at step 0 down to 0 at `steps`, along half a cosine (Loshchilov and Hutter 2017)."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+SCHEDULES: dict[str, Schedule] = {"constant": constant, "linear": linear, "cosine": cosine}
+
+
+def learning_rate_factor(schedule: str, step: int, steps: int, warmup_steps: int = 0) -> float:
+    """The factor at `step`, counted from 0, of `steps`: a linear warm-up, then the schedule over the rest."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    return SCHEDULES[schedule](step - warmup_steps, max(steps - warmup_steps, 1))
