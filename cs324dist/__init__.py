@@ -23,7 +23,10 @@ _PLACES = {
     "tasks.base": ("Evaluation", "Task"),
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
-__all__ = ["main", *_MODULE_OF]
+__all__ = [
+    "MUTABLE", "BatchSize", "Config", "Count", "Evaluation", "Fraction", "MicroBatch", "Positive", "ShuffledEpochs",
+    "Stream", "Task", "UserError", "accuracy", "count_correct", "load_generator", "load_network", "main", "seeded",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

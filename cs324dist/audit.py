@@ -8,10 +8,11 @@ import dataclasses
 import os
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,43 +20,52 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm import tqdm
 
+from cs324dist.config import Config
 from cs324dist.distributed.failures import translate_errors
 from cs324dist.distributed.process import on_main_process, start_accelerator
-from cs324dist.errors import RunFailed, UserError
+from cs324dist.errors import RunFailed, UserError, say, warn
 from cs324dist.models.gan import Generator
 from cs324dist.models.lstm import LSTM
 from cs324dist.models.rnn import RNN
-from cs324dist.progress import averaged_over_ranks
-from cs324dist.runs.checkpoints import checkpoints_in, tensors_by_file, verify_checkpoint
+from cs324dist.runs.checkpoints import (
+    TrainerState,
+    checkpoints_in,
+    plain_state,
+    tensors_by_file,
+    verify_checkpoint,
+)
+from cs324dist.runs.environment import Environment, environment
+from cs324dist.runs.lease import Owner, owner_of
 from cs324dist.runs.models import load_model, read_tensors
 from cs324dist.runs.run_dir import RunDir
-from cs324dist.settings import RunSettings, from_json
-from cs324dist.tasks.base import Task, optimizer_tensors
-from cs324dist.tasks.classifier import ClassifierSettings, ClassifierTask
-from cs324dist.tasks.gan import GANSettings, GANTask
-from cs324dist.tasks.lstm import LSTMSettings, LSTMTask
-from cs324dist.trainer import restore
+from cs324dist.tasks import TASKS, find_task
+from cs324dist.tasks.base import Task
+from cs324dist.trainer import Trainer
 
-TASKS: Mapping[str, tuple[type[RunSettings], Callable[..., Any]]] = {
-    "lstm": (LSTMSettings, LSTMTask),
-    "gan": (GANSettings, GANTask),
-    "classifier": (ClassifierSettings, ClassifierTask),
+SIZES: Mapping[str, Sequence[tuple[str, type[Any], str, str]]] = {
+    "lstm": [("lstm", LSTM, "hidden_size", "hidden_size"), ("rnn", RNN, "hidden_size", "hidden_size")],
+    "gan": [("generator", Generator, "input_dim", "latent_dim")],
 }
-SIZES: tuple[tuple[str, type[Any], str, str], ...] = (
-    ("lstm", LSTM, "hidden_size", "hidden_size"),
-    ("rnn", RNN, "hidden_size", "hidden_size"),
-    ("generator", Generator, "input_dim", "latent_dim"),
-)
+SAME_BITS = ("processes", "threads", "precision", "compiled")  # of an environment; the rest is warned about
 
 
-class Interval(NamedTuple):
+@dataclass(frozen=True)
+class Interval:
     """The steps between two checkpoints; `start` is None for the beginning of the run."""
 
     start: Path | None
     end: Path
+    state: TrainerState
+    """Of the checkpoint at its end."""
+
+    owner: Owner
+    """The process that took the steps."""
+
+    environment: Environment
+    """Its environment."""
 
     def __str__(self) -> str:
-        return f"steps {self.first} to {int(self.end.name)}"
+        return f"steps {self.first} to {self.state.step}"
 
     @property
     def first(self) -> int:
@@ -63,44 +73,57 @@ class Interval(NamedTuple):
         return int(self.start.name) if self.start else 0
 
 
-def audit(path: Path, count: int | None, from_start: bool, data_root: Path | None = None) -> None:
-    """Replay `count` intervales of a run, drawn at random, or all, and compare what they end in bit for bit.
+def audit(
+    path: Path, task_name: str | None, count: int | None, from_start: bool, data_root: Path | None = None
+) -> None:
+    """Replay `count` intervals of a run, drawn at random, or all, and compare what they end in bit for bit.
+
+    Args:
+        path: a run folder.
+        task_name: names a task that is none of the project's; see `find_task`.
+        count: how many intervals between kept checkpoints; None for all.
+        from_start: also replay from the first step to the oldest kept checkpoint.
+        data_root: in place of the run's.
 
     Raises:
         UserError: the run cannot be replayed here.
-        RunFailed: a replay ended elsewhere; each line names a interval and what differs.
+        RunFailed: a replay ended elsewhere; each line names an interval and what differs.
     """
     run = RunDir(path)
     if not run.exists:
-        raise UserError(f"{run} is no run: give a run folder, such as runs/gan-fast-0")
-    config = run.read_config()
-    name, environment = config.get("task"), config.get("environment")
-    if not isinstance(name, str) or name not in TASKS or not isinstance(environment, dict):
-        raise UserError(f"{run}/config.json is damaged, or of a task that is not known here")
-    settings_type, build = TASKS[name]
-    settings = from_json(settings_type, config.get("settings"))
-    if data_root is not None and hasattr(settings, "data_root"):
-        settings = dataclasses.replace(settings, data_root=data_root)  # type: ignore[call-arg]
-    if environment.get("threads") in range(1, 1025):
-        os.environ.setdefault("CS324DIST_THREADS", str(environment["threads"]))  # bits depend on it
-    with translate_errors(settings):
-        accelerator = start_accelerator(settings.batch_size)
-        precision = accelerator.mixed_precision
-        if precision != (recorded := environment.get("precision")):
-            raise UserError(
-                f"the precision is {precision!r} here, and was {recorded!r:.9} in the run: "
-                f"give that to accelerate launch as --mixed_precision"
-            )
-        intervales = on_main_process(
-            accelerator, lambda: choose(run, accelerator.num_processes, settings.steps, count, from_start)
+        raise UserError(f"{run} is not a run folder: give one, such as runs/gan-fast-0")
+    record = run.read_record()
+    if task_name is None and record.task not in TASKS:
+        raise UserError(
+            f"{run} is a run of {record.task!r:.99}, which is no task of the project: "
+            f"give --task path/to/file.py:Class"
         )
-        on_main_process(accelerator, lambda: run.environment(precision))
-        on_main_process(accelerator, lambda: check_sizes(run, settings, intervales[0].end))
+    task_type = find_task(task_name or record.task)
+    if task_type.name != record.task:
+        raise UserError(f"{run} is a run of {record.task!r:.99}, not of {task_type.name}")
+    presets = task_type.presets
+    config_type = type(next(iter(presets.values())))
+
+    def config_of(interval: Interval) -> Config:
+        config = run.read_config(config_type, interval.owner.config)
+        return dataclasses.replace(config, data_root=data_root) if data_root else config
+
+    config = run.read_config(config_type)
+    with translate_errors(config):
+        intervals = list(_intervals(run, config.steps, from_start))
+        os.environ.setdefault("CS324DIST_THREADS", str(min(intervals[-1].environment.threads, 1024)))
+        accelerator = start_accelerator(config.batch_size)
+        here = environment(accelerator.num_processes, accelerator.mixed_precision, _backend(accelerator))
+        chosen = on_main_process(accelerator, lambda: _choose(run, intervals, here, count))
         rows = {row["step"]: row for row in run.read_metrics() if any("train/" in key for key in row)}
-        task = build(settings, accelerator)
-        wrong = []
-        for interval in intervales:
-            differences = replay(task, interval, rows, accelerator)
+        wrong: list[str] = []
+        trainer, trained_config = None, None
+        for interval in chosen:
+            config = config_of(interval)
+            check_sizes(run, record.task, config, interval.end)
+            if trainer is None or config != trained_config or interval.start is None:
+                trainer, trained_config = Trainer(task_type(config, accelerator.device), accelerator), config
+            differences = _replay(trainer, interval, rows)
             if accelerator.is_main_process:
                 print(f"{interval}: {'DIFFERENT' if differences else 'equal to the last bit'}")
             wrong += [f"{interval}: {difference}" for difference in differences]
@@ -108,71 +131,98 @@ def audit(path: Path, count: int | None, from_start: bool, data_root: Path | Non
             raise RunFailed(*wrong, f"{run} does not repeat: see docs/checkpoints.md for what that can mean")
 
 
-def check_sizes(run: RunDir, settings: RunSettings, checkpoint: Path) -> None:
-    """Find that the settings ask for models as large as those that are there: for no other amount of memory.
+def _backend(accelerator: Accelerator) -> str | None:
+    backend = accelerator.state.dynamo_plugin.backend.value
+    return None if backend == "NO" else backend.lower()
+
+
+def _intervals(run: RunDir, steps: int, from_start: bool) -> Iterator[Interval]:
+    """The intervals that checkpoints allow to replay, in order."""
+    found = sorted(checkpoints_in(run.checkpoints), key=lambda path: int(path.name))
+    checkpoints: list[Path | None] = [None, *found] if from_start else [*found]
+    if len(checkpoints) < 2:
+        raise UserError(f"{run} has no two checkpoints to go from one to the other: give --from-start")
+    for start, end in pairwise(checkpoints):
+        assert end is not None
+        state = verify_checkpoint(end)
+        if state.step > steps:
+            raise UserError(f"{end} is of a later step than the run's last, {steps}")
+        owner = owner_of(run.path, state.generation)
+        if owner is None or owner.environment is None or owner.config is None:
+            raise UserError(f"{run}/owners/{state.generation}.json does not say how {end} was made")
+        yield Interval(start, end, state, owner, owner.environment)
+
+
+def _choose(run: RunDir, intervals: list[Interval], here: Environment, count: int | None) -> list[Interval]:
+    """The intervals that can be compared here, or `count` of them; warns about what else differs."""
+    comparable, reasons = [], []
+    for interval in intervals:
+        made = interval.environment
+        differing = {k: v for k, v in vars(made).items() if v != getattr(here, k)}
+        if strict := [name for name in SAME_BITS if name in differing]:
+            what = ", ".join(f"{name} {differing[name]}, here {getattr(here, name)}" for name in strict)
+            reasons.append(f"{interval} cannot be compared: made with {what}")
+            continue
+        comparable.append(interval)
+        for name, value in differing.items():
+            warn(
+                f"{interval} of {run} were made with {name} {value}, now {getattr(here, name)}: bits may differ"
+            )
+    if not comparable:
+        made = intervals[-1].environment
+        raise UserError(
+            *reasons,
+            f"to repeat them: CS324DIST_THREADS={made.threads} accelerate launch --config_file "
+            f"accelerate_configs/{'cpu' if made.processes == 1 else 'cpu_ddp'}.yaml --num_processes "
+            f"{made.processes} --mixed_precision {made.precision} launch/audit.py {run}",
+        )
+    for reason in reasons:
+        say(reason)
+    drawn = comparable if count is None else random.sample(comparable, min(count, len(comparable)))
+    return sorted(drawn, key=lambda interval: interval.first)
+
+
+def check_sizes(run: RunDir, task: str, config: Config, checkpoint: Path) -> None:
+    """Check that the options ask for networks of the stored size, and so for no more memory.
 
     Raises:
         UserError: they do not.
     """
-    own = [entry for entry in SIZES if hasattr(settings, entry[3])]
-    found = [entry for entry in own if (checkpoint / entry[0]).is_dir()]
-    if own and not found:
-        raise UserError(f"{checkpoint} holds no model of this run: it is damaged")
-    for folder, model, size, setting in found:
-        there, given = load_model(checkpoint / folder, model).config[size], getattr(settings, setting)
+    sizes = SIZES.get(task, ())
+    found = [entry for entry in sizes if (checkpoint / entry[0]).is_dir()]
+    if sizes and not found:
+        raise UserError(f"{checkpoint} holds no network of this run: it is damaged")
+    for folder, model, size, name in found:
+        there, given = load_model(checkpoint / folder, model).config[size], getattr(config, name)
         if given != there:
-            raise UserError(f"{run}/config.json: {setting} is {given}, but {there} in {checkpoint}")
+            raise UserError(f"{run}/config.json: {name} is {given}, but {there} in {checkpoint}")
 
 
-def choose(run: RunDir, world_size: int, steps: int, count: int | None, from_start: bool) -> list[Interval]:
-    """Intervals that `world_size` processes took: the beginning only if asked for, and then first."""
-    checkpoints = sorted(checkpoints_in(run.checkpoints), key=lambda path: int(path.name))
-    states = {path: verify_checkpoint(path) for path in checkpoints}
-    if checkpoints and int(checkpoints[-1].name) > steps:
-        raise UserError(f"{checkpoints[-1]} is of a later step than the run's last, {steps}")
-    intervales = [Interval(None, checkpoints[0])] if checkpoints and from_start else []
-    intervales += [Interval(*pair) for pair in pairwise(checkpoints)]
-    if not intervales:
-        raise UserError(f"{run} has no two checkpoints to go from one to the other: give --from-start")
-    here = [interval for interval in intervales if states[interval.end].world_size == world_size]
-    if not here:
-        taken_by = states[intervales[-1].end].world_size
-        raise UserError(
-            f"{run} was taken by {taken_by} processes, and bits depend on that: "
-            f"accelerate launch --config_file accelerate_configs/cpu_ddp.yaml --num_processes {taken_by} "
-            f"launch/audit.py {run}"
-        )
-    drawn = here if count is None else random.sample(here, min(count, len(here)))
-    return sorted(drawn, key=lambda interval: interval.first)
-
-
-def replay(
-    task: Task, interval: Interval, rows: Mapping[int, Mapping[str, float]], accelerator: Accelerator
-) -> list[str]:
-    """Take the steps of a interval again; what differs at its end, and in the metrics on the way."""
+def _replay(trainer: Trainer, interval: Interval, rows: Mapping[int, Mapping[str, float]]) -> list[str]:
+    """Take the steps of an interval again; what differs at its end, and in the metrics on the way."""
+    task: Task[Any] = trainer.task
     if interval.start is not None:
-        restore(task, interval.start, accelerator)
-    else:
-        optimizer_tensors(task)
+        trainer.restore(interval.start)
     differences = []
-    steps = range(interval.first, int(interval.end.name))
+    steps = range(interval.first, interval.state.step)
     for step in tqdm(steps, str(interval), unit="step", disable=not sys.stderr.isatty()):
-        metrics = task.step(step)
-        if row := rows.get(step + 1):
-            values = averaged_over_ranks(metrics, accelerator)
+        row = rows.get(step + 1)
+        trainer.step(step, is_logged=row is not None)
+        if row is not None:
+            values = trainer.read_metrics()
             differences += [
                 f"{name} after step {step + 1} was {row[name]}, now {value}"
                 for name, value in values.items()
                 if row.get(name, value) != value
             ]
-    for file, live in tensors_by_file(task.models, optimizer_tensors(task)).items():
+    for file, live in tensors_by_file(task).items():
         stored = read_tensors(interval.end / file, live)
         for name, tensor in live.items():
             different = int(differing_values(tensor.detach().cpu(), stored[name]).sum())
             if different:
                 differences.append(f"{file}: {name} differs in {different} of {tensor.numel()} values")
-    if dict(task.counters) != dict(verify_checkpoint(interval.end).counters):
-        differences.append(f"counters are {task.counters}")
+    if (state := plain_state(task)) != interval.state.task:
+        differences.append(f"the task's own state is {state}")
     return differences
 
 

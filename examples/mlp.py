@@ -24,8 +24,11 @@ from cs324dist import (
     ShuffledEpochs,
     Task,
     UserError,
+    accuracy,
+    count_correct,
+    main,
+    seeded,
 )
-from cs324dist import accuracy, count_correct, main, seeded
 
 HELD_OUT = 5  # every fifth row is not trained on
 

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional
-
 from cs324dist.audit import audit
-from cs324dist.command_line import Within, parse
+from cs324dist.config import POSITIONAL, Count, parse
 from cs324dist.errors import errors_as_exit_codes, exit_process
 
 
@@ -22,21 +20,24 @@ from cs324dist.errors import errors_as_exit_codes, exit_process
 class Audit:
     """What to replay."""
 
-    run: Positional[Path]
+    run: Annotated[Path, POSITIONAL]
     """A run folder; nothing in it is changed."""
 
-    intervales: Annotated[int | None, Within(1, 10**9)] = None
-    """How many intervales between kept checkpoints, drawn at random. Default: all."""
+    task: str | None = None
+    """The task of a run of your own: path/to/file.py:Class or package.module:Class."""
+
+    intervals: Count | None = None
+    """How many intervals between kept checkpoints, drawn at random. Without it: all."""
 
     from_start: bool = False
     """Also replay from the first step to the oldest kept checkpoint."""
 
     data_root: Path | None = None
-    """Folder of the data sets. Default: the run's."""
+    """Folder of the data sets. Without it: the run's."""
 
 
 if __name__ == "__main__":
     with errors_as_exit_codes():
         options = parse(Audit, __doc__)
-        audit(options.run, options.intervales, options.from_start, options.data_root)
+        audit(options.run, options.task, options.intervals, options.from_start, options.data_root)
         exit_process(0)

@@ -1,4 +1,4 @@
-"""Measure a trained generator: Fréchet distance to the test images, what can be read, which digits come.
+"""Measure a trained generator: Fréchet distance to the test images, readable digits, shares of classes.
 
 python launch/evaluate.py runs/gan-fast-0
 
@@ -7,35 +7,34 @@ python launch/evaluate.py runs/gan-fashion-mnist-fast-0 --classifier runs/classi
 accelerate launch --config_file accelerate_configs/cpu_ddp.yaml launch/evaluate.py runs/gan-fast-0
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from annotated_types import Interval
 
-from cs324dist.command_line import OneOf, Within, parse
+from cs324dist.config import POSITIONAL, Seed, parse
 from cs324dist.errors import UserError, errors_as_exit_codes, exit_process
-from cs324dist.metrics.generators import measure
-from cs324dist.runs.files import check_writable, write_json
-from cs324dist.sampling.generators import run_of
+from cs324dist.metrics.generators import GeneratorQuality, measure
+from cs324dist.runs.files import check_writable, write_record
+from cs324dist.runs.trained import run_of
 
 
 @dataclass(frozen=True)
 class Evaluate:
     """What to measure."""
 
-    run: Positional[Path]
+    run: Annotated[Path, POSITIONAL]
     """A run folder (its newest checkpoint is taken), or a checkpoint."""
 
-    count: Annotated[int, Within(1000, 10**9)] = 10_000
+    count: Annotated[int, Interval(ge=1000, le=10**9)] = 10_000
     """Samples to draw; the distance depends on it."""
 
-    seed: Annotated[int, Within(0)] = 0
+    seed: Seed = 0
     """Stream that latent vectors are drawn from."""
 
-    weights: Annotated[str, OneOf("averaged", "raw")] = "averaged"
-    """averaged: the averaged generator where there is one; raw: the one being trained."""
+    weights: Literal["averaged", "raw"] = "averaged"
+    """averaged: the averaged generator if there is one; raw: the one being trained."""
 
     classifier: Path | None = None
     """A run of launch/classifier.py that judges in place of the digit classifier that the project ships: for
@@ -45,25 +44,16 @@ class Evaluate:
     """Folder of the data sets."""
 
     out: Path | None = None
-    """File to write the figures to. Default: evaluation.json in the run folder."""
+    """File to write the figures to. Without it: evaluation.json in the run folder."""
 
 
-def show(found: Mapping[str, Any]) -> None:
+def show(found: GeneratorQuality) -> None:
     """Print the figures."""
-    distance, floor = found["frechet_distance"], found["floor"]
-    print(f"Fréchet distance  {distance:.3f}  ({distance / floor:.2f} times the floor, {floor:.3f})")
-    print(f"  to training set {found['frechet_distance_to_training_images']:.3f}")
-    print(f"surely of a class {found['sure']:.2%}  (test images: {found['sure_of_test_images']:.2%})")
-    print("share of classes  " + "  ".join(f"{n}: {found[f'share_of_{n}']:.1%}" for n in range(10)))
-
-
-def store(found: Mapping[str, Any], out: Path) -> None:
-    """Write the figures to `out`."""
-    try:
-        write_json(out, found)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
-    print(out)
+    times = found.frechet_distance / found.floor
+    print(f"Fréchet distance  {found.frechet_distance:.3f}  ({times:.2f} times the floor, {found.floor:.3f})")
+    print(f"  to training set {found.frechet_distance_to_training_images:.3f}")
+    print(f"surely of a class {found.sure:.2%}  (test images: {found.sure_of_test_images:.2%})")
+    print("share of classes  " + "  ".join(f"{n}: {share:.1%}" for n, share in enumerate(found.shares)))
 
 
 if __name__ == "__main__":
@@ -76,5 +66,10 @@ if __name__ == "__main__":
         )
         if found is not None:
             show(found)
-            store(found, options.out or run_of(options.run).path / "evaluation.json")
+            out = options.out or run_of(options.run).path / "evaluation.json"
+            try:
+                write_record(out, found)
+            except OSError as error:
+                raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
+            print(out)
         exit_process(0)

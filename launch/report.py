@@ -3,14 +3,12 @@
 python launch/report.py runs/gan-fast-0 runs/lstm-length50-fast-0 --out report.html
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
-
-from cs324dist.command_line import parse
-from cs324dist.errors import UserError, errors_as_exit_codes
+from cs324dist.config import POSITIONAL, parse
+from cs324dist.errors import UserError, errors_as_exit_codes, warn
 from cs324dist.report.page import write_report
 from cs324dist.runs.files import check_writable
 
@@ -19,7 +17,7 @@ from cs324dist.runs.files import check_writable
 class Report:
     """What to report on."""
 
-    runs: Positional[tuple[Path, ...]]
+    runs: Annotated[tuple[Path, ...], POSITIONAL]
     """Run folders: finished, running, stopped or failed."""
 
     out: Path = Path("report.html")
@@ -32,7 +30,7 @@ if __name__ == "__main__":
         check_writable(options.out)
         try:
             for line in write_report(options.runs, options.out):
-                print(f"warning: {line}: left out", file=sys.stderr)
+                warn(f"{line}: left out")
         except OSError as error:
             raise UserError(f"{options.out} cannot be written: {error.strerror}") from None
         print(options.out)

@@ -11,37 +11,37 @@ python launch/sample.py interpolate RUN --start-digit 4 --end-digit 1 --between 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
-from tyro.conf import Positional, subcommand
+from annotated_types import Interval
 
-from cs324dist.command_line import OneOf, Within, parse
+from cs324dist.config import POSITIONAL, Seed, parse_command
 from cs324dist.errors import UserError, errors_as_exit_codes
 from cs324dist.models.gan import Generator
 from cs324dist.runs.files import check_writable, replaced
 from cs324dist.runs.models import save_tensors
-from cs324dist.sampling.generators import data_set_of, generate, latents, load_generator, surest
+from cs324dist.runs.trained import data_set_of, load_generator
+from cs324dist.sampling.generators import generate, latents, surest
 from cs324dist.sampling.grids import grid, save_gif, save_png
 from cs324dist.sampling.interpolation import interpolate, strip
 
 FRAMES = 60  # of the film from one end to the other
-Digit = Annotated[int | None, Within(0, 9)]
-Seed = Annotated[int, Within(0)]
+Digit = Annotated[int, Interval(ge=0, le=9)] | None
 
 
 @dataclass(frozen=True)
 class Drawing:
     """What every command has."""
 
-    run: Positional[Path]
+    run: Annotated[Path, POSITIONAL]
     """A run folder (its newest checkpoint is taken), or a checkpoint."""
 
     seed: Seed = 0
     """Stream that latent vectors are drawn from."""
 
-    weights: Annotated[str, OneOf("averaged", "raw")] = "averaged"
-    """averaged: the averaged generator where there is one; raw: the one being trained."""
+    weights: Literal["averaged", "raw"] = "averaged"
+    """averaged: the averaged generator if there is one; raw: the one being trained."""
 
     def latents_of(self, digit: int, generator: Generator, count: int) -> torch.Tensor:
         """Latents whose images are surely this digit."""
@@ -54,10 +54,10 @@ class Drawing:
 class Grid(Drawing):
     """Images side by side."""
 
-    rows: Annotated[int, Within(1, 1000)] = 8
+    rows: Annotated[int, Interval(ge=1, le=1000)] = 8
     """Images from top to bottom."""
 
-    columns: Annotated[int, Within(1, 1000)] = 8
+    columns: Annotated[int, Interval(ge=1, le=1000)] = 8
     """Images from left to right."""
 
     digit: Digit = None
@@ -80,7 +80,7 @@ class Grid(Drawing):
 class TensorFile(Drawing):
     """Images as one tensor: `images`, float32 in [-1, 1], (count, 1, 28, 28)."""
 
-    count: Annotated[int, Within(1, 10**6)] = 10_000
+    count: Annotated[int, Interval(ge=1, le=10**6)] = 10_000
     """Images to draw."""
 
     out: Path = Path("samples.safetensors")
@@ -104,16 +104,16 @@ class Interpolation(Drawing):
     end_digit: Digit = None
     """Digit to end with, 0 to 9."""
 
-    start_seed: Annotated[int | None, Within(0)] = None
+    start_seed: Seed | None = None
     """In place of --start-digit: start from the first image of this seed."""
 
-    end_seed: Annotated[int | None, Within(0)] = None
+    end_seed: Seed | None = None
     """In place of --end-digit: end with the first image of this seed."""
 
-    between: Annotated[int, Within(0)] = 8
+    between: Annotated[int, Interval(ge=0, le=1000)] = 8
     """Images between the ends."""
 
-    method: Annotated[str, OneOf("linear", "spherical")] = "spherical"
+    method: Literal["linear", "spherical"] = "spherical"
     """linear: the straight way; spherical: on an arc, through latents of usual length."""
 
     out: Path = Path("strip.png")
@@ -146,16 +146,12 @@ class Interpolation(Drawing):
             print(self.gif)
 
 
-Command = (
-    Annotated[Grid, subcommand("grid")]
-    | Annotated[TensorFile, subcommand("tensor")]
-    | Annotated[Interpolation, subcommand("interpolate")]
-)
+COMMANDS: dict[str, type[Drawing]] = {"grid": Grid, "tensor": TensorFile, "interpolate": Interpolation}
 
 
 if __name__ == "__main__":
     with errors_as_exit_codes():
-        command = parse(Command, __doc__)
+        command = parse_command(COMMANDS, __doc__)
         for path in (command.out, getattr(command, "gif", None)):
             if path:
                 check_writable(path)

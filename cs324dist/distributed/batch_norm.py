@@ -23,8 +23,8 @@ def convert_sync_batchnorm(model: nn.Module) -> None:
 def freeze_cancelled_biases(model: nn.Module) -> None:
     """Do not train biases directly before a BatchNorm, which subtracts them again with the mean.
 
-    Their gradient is zero except for rounding, and Adam scales that rounding up to whole steps: they would wander
-    without effect on the output, differently for every number of processes.
+    Their gradient is zero except for rounding, and Adam scales that rounding up to whole steps: they would
+    wander without effect on the output, differently for every number of processes.
     """
     for chain in model.modules():
         if isinstance(chain, nn.Sequential):

@@ -22,8 +22,8 @@ def check_environment() -> None:
     for name, title in plugins.items():
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
             raise UserError(
-                f"accelerate launch was asked for {title}, and this toolkit trains with DDP: leave it out of the "
-                f"launcher's options and configuration"
+                f"accelerate launch was asked for {title}, and this toolkit trains with DDP: "
+                f"leave it out of the launcher's options and configuration"
             )
     if (steps := os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) not in ("", "1"):
         raise UserError(

@@ -257,6 +257,11 @@ def tensors_by_file(trained: Trained) -> dict[str, Mapping[str, Tensor]]:
     }
 
 
+def plain_state(trained: Trained) -> dict[str, Any]:
+    """The task's own state as `trainer.json` holds it."""
+    return _split(trained.state_dict())[0]
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints below `folder`: those of the latest owner first, and of one owner the newest first.
 
