@@ -46,7 +46,8 @@ SIZES: Mapping[str, Sequence[tuple[str, type[Any], str, str]]] = {
     "lstm": [("lstm", LSTM, "hidden_size", "hidden_size"), ("rnn", RNN, "hidden_size", "hidden_size")],
     "gan": [("generator", Generator, "input_dim", "latent_dim")],
 }
-SAME_BITS = ("processes", "threads", "precision", "compiled")  # of an environment; the rest is warned about
+NEEDED = {"precision", "compiled"}  # of an environment; the rest is warned about
+BY_DDP = {"processes", "threads"}  # needed as well, unless there are micro-batches
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,12 @@ def audit(
     config = run.read_config(config_type)
     with translate_errors(config):
         intervals = list(_intervals(run, config.steps, from_start))
-        os.environ.setdefault("CS324DIST_THREADS", str(min(intervals[-1].environment.threads, 1024)))
-        accelerator = start_accelerator(config.batch_size)
+        if config.micro_batches is None:
+            os.environ.setdefault("CS324DIST_THREADS", str(min(intervals[-1].environment.threads, 1024)))
+        accelerator = start_accelerator(config.batch_size, config.micro_batches)
         here = environment(accelerator.num_processes, accelerator.mixed_precision, _backend(accelerator))
-        chosen = on_main_process(accelerator, lambda: _choose(run, intervals, here, count))
+        needed = NEEDED if config.micro_batches else NEEDED | BY_DDP
+        chosen = on_main_process(accelerator, lambda: _choose(run, intervals, here, needed, count))
         rows = {row["step"]: row for row in run.read_metrics() if any("train/" in key for key in row)}
         wrong: list[str] = []
         trainer, trained_config = None, None
@@ -153,13 +156,16 @@ def _intervals(run: RunDir, steps: int, from_start: bool) -> Iterator[Interval]:
         yield Interval(start, end, state, owner, owner.environment)
 
 
-def _choose(run: RunDir, intervals: list[Interval], here: Environment, count: int | None) -> list[Interval]:
+def _choose(
+    run: RunDir, intervals: list[Interval], here: Environment, needed: set[str], count: int | None
+) -> list[Interval]:
     """The intervals that can be compared here, or `count` of them; warns about what else differs."""
     comparable, reasons = [], []
     for interval in intervals:
         made = interval.environment
-        differing = {k: v for k, v in vars(made).items() if v != getattr(here, k)}
-        if strict := [name for name in SAME_BITS if name in differing]:
+        ignored = BY_DDP - needed
+        differing = {k: v for k, v in vars(made).items() if v != getattr(here, k) and k not in ignored}
+        if strict := sorted(needed & differing.keys()):
             what = ", ".join(f"{name} {differing[name]}, here {getattr(here, name)}" for name in strict)
             reasons.append(f"{interval} cannot be compared: made with {what}")
             continue

@@ -104,6 +104,10 @@ class Config:
     batch_size: BatchSize = 64
     """Samples in the global batch; each process takes an equal share."""
 
+    micro_batches: Count | None = None
+    """Equal parts that the global batch is cut into. The result is then the same to the last bit on any number of
+    processes up to this one. Without it: one part per process, reduced by DDP, and the same up to rounding."""
+
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate over the steps: constant, or falling to zero in a line or along half a cosine."""
 
@@ -111,12 +115,12 @@ class Config:
     """Steps over which the learning rate first rises in a line."""
 
     max_grad_norm: Positive | None = None
-    """Largest norm of a network's gradient; larger ones are scaled down. Without it, no limit."""
+    """Largest norm of a network's gradient; larger ones are scaled down. none: no limit."""
 
     groups: ClassVar[Mapping[str, Sequence[str]]] = {
         "run": ("preset", "run_dir", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_last",
                 "peer_timeout", "wandb", "dry_run"),
-        "data": ("seed", "batch_size", "dataset", "data_root", "data", "length", "encoding"),
+        "data": ("seed", "batch_size", "micro_batches", "dataset", "data_root", "data", "length", "encoding"),
         "model": ("model", "kernel", "hidden_size", "latent_dim", "initialisation", "batch_norm"),
     }  # fmt: skip
     """Headings of the help page and the options below them; all others are below `recipe`."""
@@ -251,7 +255,7 @@ def from_command_line(
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", nargs="?", default=next(iter(presets)))
+    first.add_argument("--preset", nargs="?", const="", default=next(iter(presets)))
     chosen = first.parse_known_args(arguments)[0].preset
     defaults = presets.get(chosen, next(iter(presets.values())))
     defaults = dataclasses.replace(defaults, preset=chosen)
@@ -316,7 +320,16 @@ def _parsed(
 
 def _converted(hint: Any, words: Any) -> Any:
     adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False))
-    return adapter.validate_strings(words) if isinstance(words, str) else adapter.validate_python(words)
+    try:
+        return adapter.validate_strings(words) if isinstance(words, str) else adapter.validate_python(words)
+    except ValidationError:
+        if words == "none" and _allows_none(hint):
+            return None
+        raise
+
+
+def _allows_none(hint: Any) -> bool:
+    return _allows_none(get_args(hint)[0]) if get_origin(hint) is Annotated else type(None) in get_args(hint)
 
 
 def _bare(hint: Any) -> Any:
@@ -368,19 +381,22 @@ class _Parser(argparse.ArgumentParser):
             argument_default=argparse.SUPPRESS,
         )
         self.names = {
-            name: name if POSITIONAL in _metadata(hint) else option(name) for name, hint in hints.items()
+            name: name if POSITIONAL in _metadata(hint) else option(name)
+            for name, hint in hints.items()
+            if not dataclasses.is_dataclass(_bare(hint))  # which has no words
         }
         docs, listed = _docstrings(options_type), getattr(options_type, "groups", {})
         groups = {
             title: self.add_argument_group(title) for title in (*listed, "recipe" if listed else "options")
         }
-        for field in dataclasses.fields(options_type):
+        for field in (field for field in dataclasses.fields(options_type) if field.name in self.names):
             title = next((title for title, names in listed.items() if field.name in names), [*groups][-1])
             default = field.default if defaults is None else getattr(defaults, field.name)
             self._add(groups[title], field.name, hints[field.name], docs.get(field.name, ""), default)
 
     def _add(self, group: Any, name: str, hint: Any, doc: str, default: Any) -> None:
-        bare, shown = _bare(hint), f"{default:.4g}" if isinstance(default, float) else str(default)
+        bare, default = _bare(hint), default.value if isinstance(default, enum.Enum) else default
+        shown = f"{default:.4g}" if isinstance(default, float) else str(default)
         if not any(default is no for no in (None, False, dataclasses.MISSING)) and bare is not bool:
             doc = f"{doc} (default: {shown})"
         doc = doc.replace("%", "%%")
@@ -409,10 +425,10 @@ class _Parser(argparse.ArgumentParser):
             if not word.startswith("-"):
                 if not after_option:
                     yield f"{word} is not an option: see --help"
-            elif near := difflib.get_close_matches(name.replace("_", "-"), self.names.values(), 1):
-                yield f"{name} is unknown: did you mean {near[0]}?"
             elif name in _options_of_accelerate_launch():
                 yield f"{name} is an option of accelerate launch: give it before the name of the script"
+            elif near := difflib.get_close_matches(name.replace("_", "-"), self.names.values(), 1):
+                yield f"{name} is unknown: did you mean {near[0]}?"
             else:
                 yield f"{name} is unknown: see --help"
             after_option = word.startswith("-") and not value

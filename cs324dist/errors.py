@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -111,7 +111,7 @@ def _wait_for_the_first_rank() -> None:
 class _StderrThatMayClose:
     """A run goes on when the reader of its messages, such as `head`, has gone."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def __getattr__(self, name: str) -> object:

@@ -3,8 +3,7 @@
 import json
 import math
 import sys
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,16 +13,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from cs324dist.config import Config, as_json, from_command_line
+from cs324dist.data.counter_rng import stream_keys
 from cs324dist.data.streams import MicroBatch
-from cs324dist.distributed.batch_norm import convert_sync_batchnorm, freeze_cancelled_biases
-from cs324dist.distributed.collectives import SumOver, add_in_order, gather_rows
+from cs324dist.distributed.batch_norm import convert_sync_batchnorm, freeze_cancelled_biases, spans_the_batch
 from cs324dist.distributed.failures import ProcessLost, translate_errors
+from cs324dist.distributed.gradients import DDPGradients, ExactGradients
+from cs324dist.distributed.micro_batches import add_in_order, gather_rows
 from cs324dist.distributed.process import on_main_process, start_accelerator
 from cs324dist.distributed.stop import StopRequest
+from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import EXIT_STOPPED, ReportedError, RunFailed, UserError, exit_process, say, warn
 from cs324dist.runs.checkpoints import (
     TrainerState,
@@ -49,25 +50,32 @@ class Trainer:
         """Prepare the networks that are trained: their place, precision, BatchNorm and reduction.
 
         Raises:
-            UserError: an optimizer holds a parameter of no network, or networks are shared in part.
+            UserError: an optimizer holds a parameter of no network, or fp16 was asked for with micro-batches.
         """
         self.task, self.accelerator, self.config = task, accelerator, task.config
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        self.count = self.config.micro_batches or processes
+        self._own = range(-(-self.count * rank // processes), -(-self.count * (rank + 1) // processes))
         self._trained = {name: self._networks_of(name) for name in task.optimizers}
         networks = dict.fromkeys(network for some in self._trained.values() for network in some)
         plugin = accelerator.state.dynamo_plugin
         self.compiled = None if plugin.backend.value == "NO" else plugin.backend.value.lower()
         for network in networks:
             freeze_cancelled_biases(network)
-            if accelerator.num_processes > 1 and task.sync_batch_norm:
+            if self.count > 1 and task.sync_batch_norm:
                 convert_sync_batchnorm(network)
             accelerator.prepare_model(network, evaluation_mode=True)  # place and precision, not yet DDP
             if self.compiled:
                 network.compile(**plugin.to_kwargs())
-        reducers = {some: self._reducer(some) for some in dict.fromkeys(self._trained.values())}
-        self._reducers = {name: reducers[some] for name, some in self._trained.items()}
         for _, optimizer in each(task.optimizers):
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
+        self._gradients: DDPGradients | ExactGradients
+        if self.config.micro_batches is None:
+            self._gradients = DDPGradients(self._trained.values(), accelerator)
+        else:
+            meet = task.sync_batch_norm and any(map(spans_the_batch, networks))
+            self._gradients = ExactGradients(self.count, len(self._own), accelerator, meet=meet)
         self._step, self._is_logged = 0, False
         self._metrics: dict[str, dict[int, Tensor]] = {}
         self._skipped = SkippedSteps(accelerator)
@@ -83,39 +91,31 @@ class Trainer:
             raise UserError(f"optimizer {name!r} holds {len(foreign)} parameters of no network of the task")
         return networks
 
-    def _reducer(self, networks: tuple[nn.Module, ...]) -> nn.Module:
-        """A module that computes a loss and, in its backward pass, averages gradients over processes."""
-        losses = _Losses(networks)
-        if self.accelerator.num_processes == 1:
-            return losses
-        place = [self.accelerator.local_process_index] if self.accelerator.device.type == "cuda" else None
-        with warnings.catch_warnings():  # torch 2.13 has another name for `broadcast_buffers`
-            warnings.simplefilter("ignore", FutureWarning)
-            # BatchNorm over all ranks keeps the buffers equal: nothing to broadcast.
-            return DistributedDataParallel(
-                losses, place, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-
     def step(self, step: int, *, is_logged: bool) -> None:
         """Take step `step`, counted from 0; see `read_metrics` for what it logs."""
         self._step, self._is_logged, self._metrics = step, is_logged, {}
         self.task.step(step, self)
         self._skipped.observe()
 
-    @property
-    def _batches(self) -> Iterator[MicroBatch]:
-        """The micro-batches of this process."""
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        yield MicroBatch(self._step, self.config.batch_size, rank, world_size, self.accelerator.device)
+    def _batches(self) -> dict[int, MicroBatch]:
+        """The micro-batches of this process, by index."""
+        size, device = self.config.batch_size, self.accelerator.device
+        return {index: MicroBatch(self._step, size, index, self.count, device) for index in self._own}
 
     def update(self, name: str, loss: Loss) -> None:
         """See `Updater`."""
-        networks, reducer, scaler = self._trained[name], self._reducers[name], self.accelerator.scaler
+        networks, scaler = self._trained[name], self.accelerator.scaler
         optimizers = optimizers_of(self.task.optimizers, name)
-        for batch in self._batches:
-            value, metrics = reducer(loss, batch)
+
+        def loss_of(batch: MicroBatch) -> Tensor:
+            value, metrics = loss(batch)
             self._record(batch, metrics)
-            (scaler.scale(value) if scaler else value).backward()
+            return value
+
+        def seed_of(batch: MicroBatch) -> int:  # of what draws from torch's generator, such as dropout
+            return stream_keys(self.config.seed, f"step {batch.step}/{name}/{batch.index}")[0]
+
+        self._gradients.compute(networks, loss_of, seed_of, self._batches())
         if self.config.max_grad_norm is not None:
             for optimizer in optimizers if scaler else ():
                 scaler.unscale_(optimizer)
@@ -125,7 +125,8 @@ class Trainer:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-            scaler.step(optimizer) if scaler else optimizer.step()
+            with self._gradients.cores_for(optimizer):
+                scaler.step(optimizer) if scaler else optimizer.step()
             optimizer.zero_grad()
         if scaler:
             scaler.update()
@@ -134,12 +135,12 @@ class Trainer:
         """See `Updater`."""
         if self._is_logged:
             with torch.no_grad():
-                for batch in self._batches:
+                for batch in self._batches().values():
                     self._record(batch, loss(batch)[1])
 
     def sum(self, values: Mapping[int, Tensor]) -> Tensor:
         """See `Updater`."""
-        return add_in_order(gather_rows(values, self.accelerator.num_processes))[0]
+        return add_in_order(gather_rows(values, self.count))
 
     def _record(self, batch: MicroBatch, metrics: Metrics) -> None:
         for name, value in metrics.items():
@@ -147,14 +148,16 @@ class Trainer:
 
     def read_metrics(self) -> dict[str, float]:
         """The metrics of the last step, averaged over its micro-batches; waits for the device."""
-        found = {name: dict(by_batch) for name, by_batch in self._metrics.items()}
-        if not found:
+        names = list(self._metrics)
+        if not names:
             return self._skipped.read()
-        own = next(iter(found.values()))
-        rows = {index: torch.stack([found[name][index].double() for name in found]) for index in own}
-        count = self.accelerator.num_processes
-        means = add_in_order(gather_rows(rows, count)) / count
-        return {**dict(zip(found, means.tolist(), strict=True)), **self._skipped.read()}
+        rows = {i: torch.stack([self._metrics[name][i].double() for name in names]) for i in self._own}
+        means = add_in_order(gather_rows(rows, self.count)) / self.count
+        return {**dict(zip(names, means.tolist(), strict=True)), **self._skipped.read()}
+
+    def sum_over(self, until_stopped: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter) -> SumOver:
+        """For evaluations; see `SumOver`."""
+        return SumOver(self.accelerator, until_stopped, self._gradients.threads)
 
     def environment(self) -> Environment:
         """What the bits of its steps depend on."""
@@ -189,17 +192,6 @@ class Trainer:
         if state.loss_scale and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(dict(state.loss_scale))
         return state
-
-
-class _Losses(nn.Module):
-    """What DDP wraps: networks, and in place of a forward pass the loss that is computed with them."""
-
-    def __init__(self, networks: tuple[nn.Module, ...]) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-
-    def forward(self, loss: Loss, batch: MicroBatch) -> tuple[Tensor, Metrics]:
-        return loss(batch)
 
 
 class SkippedSteps:
@@ -294,7 +286,7 @@ class Run:
     def _evaluate(self, trackers: Trackers, completed: int) -> bool:
         """Evaluate and log; False if a signal interrupted it."""
         with trackers.paused(), self.trainer.evaluating():
-            evaluation = self.task.evaluate(SumOver(self.accelerator, self.stop.until_stopped))
+            evaluation = self.task.evaluate(self.trainer.sum_over(self.stop.until_stopped))
             if is_complete := not self.stop.interrupted():
                 trackers.log_evaluation(completed, evaluation)
         return is_complete
@@ -393,7 +385,7 @@ def main(task: str | type[Task[Any]], description: str | None) -> None:
     if config.dry_run:
         print(json.dumps(as_json(config), indent=2))
         return
-    accelerator = start_accelerator(config.batch_size, config.peer_timeout)
+    accelerator = start_accelerator(config.batch_size, config.micro_batches, config.peer_timeout)
     with StopRequest(accelerator.num_processes, config.peer_timeout) as stop:
         try:
             with translate_errors(config):

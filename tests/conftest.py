@@ -27,6 +27,14 @@ def denormals_as_they_were() -> Iterator[None]:
     torch.set_flush_denormal(False)
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Models and inputs that the test makes are in double precision."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="session")
 def mnist_root() -> Path:
     """A data root that holds MNIST: the environment's CS324DIST_TEST_DATA, or the repository's data/."""

@@ -7,17 +7,23 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cs324dist.distributed.micro_batches import Place, add_in_order, current_place
+
 
 def convert_sync_batchnorm(model: nn.Module) -> None:
-    """Let the BatchNorm layers inside `model` take their statistics over all ranks; their names stay."""
+    """Let the BatchNorm layers inside `model` take their statistics over the global batch; names stay."""
     for layer in model.modules():
         if isinstance(layer, _BatchNorm):
             layer.__class__ = _SyncBatchNorm
+
+
+def spans_the_batch(model: nn.Module) -> bool:
+    """Whether there are BatchNorm layers inside `model`."""
+    return any(isinstance(layer, _BatchNorm) for layer in model.modules())
 
 
 def freeze_cancelled_biases(model: nn.Module) -> None:
@@ -41,60 +47,62 @@ class _SyncBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        output, mean, variance, count = _NormaliseOverRanks.apply(input, self.weight, self.bias, self.eps)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        place = current_place()
+        output, mean, variance, count = _NormaliseOverBatch.apply(
+            input, self.weight, self.bias, self.eps, place
+        )
+        if place.is_first and self.running_mean is not None:
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                momentum = self.momentum if self.momentum is not None else 1 / int(self.num_batches_tracked)
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(variance * (count / (count - 1)), momentum)
         return output
 
 
-class _NormaliseOverRanks(torch.autograd.Function):
-    """One collective each way: every rank's mean and variance forward, two sums per channel backward.
+class _NormaliseOverBatch(torch.autograd.Function):
+    """One gathering each way: every part's mean and variance forward, two sums per channel backward.
 
     Variances are put together from centred squares, as E[x²] - E[x]² would lose the digits of a small
-    variance beside a large mean. Ranks hold equally many samples. The passes over `x` are those of torch's
+    variance beside a large mean. Parts hold equally many samples. The passes over `x` are those of torch's
     own kernels.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, place: Place
     ) -> tuple[Tensor, Tensor, Tensor, int]:
-        world_size = dist.get_world_size()
-        in_full = x.to(weight.dtype)  # the kernel takes no other
+        in_full = x if weight is None else x.to(weight.dtype)  # the kernel takes no other
         moments = torch.stack(
             torch.batch_norm_update_stats(in_full, None, None, 0.0)
         )  # mean, biased variance
-        of_all_ranks = moments.new_empty(world_size, *moments.shape)
-        dist.all_gather(list(of_all_ranks), moments)
-        means, variances = of_all_ranks.unbind(1)
+        means, variances = place.gather(moments).unbind(1)
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)
         ctx.save_for_backward(x, weight, mean, variance)
-        ctx.eps, ctx.count = eps, x.numel() // x.shape[1] * world_size
+        ctx.eps, ctx.place, ctx.count = eps, place, x.numel() // x.shape[1] * len(means)
         ctx.mark_non_differentiable(mean, variance)
         return F.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance, ctx.count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance = ctx.saved_tensors
+        scale = torch.ones_like(mean) if weight is None else weight
         # As if mean and variance were constants; what they contribute is taken off below.
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+            grad, x, scale, mean, variance, None, None, False, ctx.eps, [True, True, True]
         )
-        sums = torch.stack([grad_bias, grad_weight])
-        dist.all_reduce(sums)  # parameters' gradients stay local: DDP reduces those
+        # Gradients of parameters stay this part's own: they are averaged later.
+        sums = add_in_order(ctx.place.gather(torch.stack([grad_bias, grad_weight])))
         mean_grad, mean_product = sums / ctx.count
         inverse_std = (variance + ctx.eps).rsqrt()
-        # grad_x - weight·inverse_std·(mean_grad + normalised·mean_product), gathered by powers of x
-        slope = weight * inverse_std.square() * mean_product
-        offset = weight * inverse_std * mean_grad - slope * mean
+        # grad_x - scale·inverse_std·(mean_grad + normalised·mean_product), gathered by powers of x
+        slope = scale * inverse_std.square() * mean_product
+        offset = scale * inverse_std * mean_grad - slope * mean
         shape = [1, -1] + [1] * (x.dim() - 2)
         grad_x.addcmul_(x, slope.view(shape), value=-1).sub_(offset.view(shape))
-        return grad_x, grad_weight, grad_bias, None
+        own = (None, None) if weight is None else (grad_weight, grad_bias)
+        return grad_x, *own, None, None

@@ -24,7 +24,9 @@ from cs324dist.runs.environment import has_gpu
 Answer = TypeVar("Answer")
 
 
-def start_accelerator(batch_size: int | None = None, peer_timeout: int = 600) -> Accelerator:
+def start_accelerator(
+    batch_size: int | None = None, micro_batches: int | None = None, peer_timeout: int = 600
+) -> Accelerator:
     """Join the process group that the launcher described, or run alone.
 
     Raises:
@@ -41,11 +43,16 @@ def start_accelerator(batch_size: int | None = None, peer_timeout: int = 600) ->
     accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
     world_size = accelerator.num_processes
     check_launcher(world_size, accelerator.is_main_process)
-    if batch_size is not None and batch_size % world_size:
+    parts, title = (micro_batches, "--micro-batches") if micro_batches else (world_size, "the number of processes")
+    if batch_size is not None and batch_size % parts:
         raise UserError(
-            f"--batch-size {batch_size} is not divisible by the number of processes, {world_size}: "
-            f"give a multiple, such as {-(-batch_size // world_size) * world_size}"
+            f"--batch-size {batch_size} is not divisible by {title}, {parts}: "
+            f"give a multiple, such as {-(-batch_size // parts) * parts}"
         )
+    if parts < world_size:
+        raise UserError(f"--micro-batches {parts} is less than the number of processes, {world_size}: give more")
+    if micro_batches and accelerator.mixed_precision == "fp16":
+        raise UserError("--micro-batches with fp16 would depend on its loss scaling: give --mixed_precision bf16")
     return accelerator
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from cs324dist.data.images import LabelledImages, to_unit_range
 from cs324dist.data.palindromes import DIGITS, all_palindromes, encode, free_digits, palindromes
 from cs324dist.data.streams import Stream
-from cs324dist.distributed.collectives import SumOver
+from cs324dist.distributed.sum_over import SumOver
 
 Predict = Callable[[Tensor], Tensor]  # inputs to logits
 TRIALS = 10_000

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from cs324dist.distributed.collectives import SumOver
+from cs324dist.distributed.sum_over import SumOver
 from cs324dist.metrics.frechet import Moments, frechet_distance
 from cs324dist.models.digit_classifier import DigitClassifier
 from cs324dist.runs.models import read_tensors

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from cs324dist.data.images import load_images, to_unit_range
 from cs324dist.data.streams import Stream
-from cs324dist.distributed.collectives import SumOver
 from cs324dist.distributed.process import on_main_process, start_accelerator
+from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import UserError
 from cs324dist.metrics.digits import DigitStatistics, digit_classifier
 from cs324dist.models.digit_classifier import DigitClassifier

@@ -1,13 +1,12 @@
 """Curves as SVG paths in the data's own coordinates.
 
-The box that they are drawn in is 1000 by 1000 and stretched by the page; one transform maps the data to it.
-To zoom, the page's script sets another transform; to read values off, it parses the paths: they are the only
-copy of the data.
+They are drawn in a box of 1000 by 1000, which the page scales; one transform maps the data to the box. The
+page's script sets another transform to zoom, and reads the values off the paths, the only copy of the data.
 """
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 
@@ -16,8 +15,9 @@ from cs324dist.report.reading import Run, Series
 BOX = 1000
 MOST_POINTS = 800  # of a curve
 TABLE_ROWS = 11
-FAR = 4  # times as high as is usual
+FAR = 4  # times the usual highest value
 LARGE = 1e7  # numbers from here on have an exponent
+Runs = Sequence[tuple[int, Run]]  # the runs of a section, numbered as their curves are
 
 
 @dataclass(frozen=True)
@@ -33,27 +33,11 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Tick:
-    """A labelled place on an axis, in percent of it."""
-
-    place: float
-    label: str
-
-
-@dataclass(frozen=True)
 class Reference:
-    """A value to hold a curve against."""
+    """A value to compare a curve with."""
 
     value: float
     label: str
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One run's line."""
-
-    run: int
-    path: str
 
 
 @dataclass(frozen=True)
@@ -65,8 +49,10 @@ class Chart:
     unit: str  # "": a plain number, "%": a share, "log": a positive number on a logarithmic axis
     x: Axis
     y: Axis
-    curves: list[Curve]
-    described: str
+    curves: Mapping[int, str]
+    """SVG paths by the number of the run."""
+
+    description: str
     header: list[str]
     table: list[list[str]]
     reference: Reference | None = None
@@ -78,16 +64,15 @@ class Chart:
         return f"matrix({across:.9g} 0 0 {down:.9g} {-self.x.low * across:.9g} {-self.y.high * down:.9g})"
 
     @property
-    def x_ticks(self) -> list[Tick]:
-        """Steps to label."""
-        return [Tick(self.x.share(v), number(v)) for v in ticks(self.x) if v == int(v)]
+    def x_ticks(self) -> list[tuple[float, str]]:
+        """Where to label steps, in percent of the axis, and the labels."""
+        return [(self.x.share(v), number(v)) for v in ticks(self.x) if v == int(v)]
 
     @property
-    def y_ticks(self) -> list[Tick]:
-        """Values to label."""
-        if self.unit == "log":
-            return [Tick(self.y.share(math.log10(v)), number(v)) for v in log_ticks(self.y)]
-        return [Tick(self.y.share(v), formatted(v, self.unit)) for v in ticks(self.y)]
+    def y_ticks(self) -> list[tuple[float, str]]:
+        """Where to label values, in percent of the axis, and the labels."""
+        values = log_ticks(self.y) if self.unit == "log" else ticks(self.y)
+        return [(self.y.share(self.height(v)), formatted(v, self.unit)) for v in values]
 
     def height(self, value: float) -> float:
         """A value in data coordinates."""
@@ -95,12 +80,7 @@ class Chart:
 
 
 def chart(
-    title: str,
-    note: str,
-    metric: str,
-    unit: str,
-    runs: Sequence[tuple[int, Run]],
-    reference: Reference | None = None,
+    title: str, note: str, metric: str, unit: str, runs: Runs, reference: Reference | None = None
 ) -> Chart | None:
     """The curves of the runs that have the metric; None if none has."""
     drawn = {index: run for index, run in runs if run.last(metric) is not None}
@@ -119,8 +99,8 @@ def chart(
         unit=unit,
         x=Axis(0.0, float(max(last, 1))),
         y=limits([[math.log10(v) if unit == "log" else v for v in values] for values in shown], unit),
-        curves=[Curve(index, path(series, unit == "log")) for index, series in all_series.items()],
-        described=f"{title} over {number(last)} steps. {'; '.join(ends)}.",
+        curves={index: path(series, unit == "log") for index, series in all_series.items()},
+        description=f"{title} over {number(last)} steps. {'; '.join(ends)}.",
         header=[run.name for run in drawn.values()],
         table=_table(list(all_series.values()), unit),
         reference=reference,
@@ -130,7 +110,7 @@ def chart(
 def limits(curves: Sequence[Sequence[float]], unit: str) -> Axis:
     """An axis that holds the curves with a little room; a share's goes from 0 to 100 %.
 
-    A curve that leaves the others far behind, as one that diverges, leaves the picture.
+    A curve that is far higher than the others, such as one that diverges, leaves the picture.
     """
     low, high = min(map(min, curves)), max(map(max, curves))
     if unit == "" and (usual := median_low(map(max, curves))) > 0:
@@ -155,14 +135,14 @@ def path(series: Series, log: bool) -> str:
 
 
 def thinned(series: Series) -> Iterable[tuple[int, float | None]]:
-    """At most `MOST_POINTS` of the points, the least and the greatest of each interval among them."""
+    """At most `MOST_POINTS` of the points; of each interval, the lowest and the highest are kept."""
     points = list(series.items())
     if len(points) <= MOST_POINTS:
         return points
-    per_stretch = math.ceil(len(points) / (MOST_POINTS // 2 - 1))
+    per_interval = math.ceil(len(points) / (MOST_POINTS // 2 - 1))
     kept = {points[0], points[-1]}
-    for start in range(0, len(points), per_stretch):
-        interval = [p for p in points[start : start + per_stretch] if p[1] is not None]
+    for start in range(0, len(points), per_interval):
+        interval = [p for p in points[start : start + per_interval] if p[1] is not None]
         interval.sort(key=lambda point: point[1] or 0.0)
         kept.update(interval[:1] + interval[-1:])
     return sorted(kept, key=lambda point: point[0])
@@ -178,7 +158,7 @@ def ticks(axis: Axis, about: int = 5) -> list[float]:
 
 
 def log_ticks(axis: Axis) -> list[float]:
-    """1, 2, 5, 10, … on an axis of logarithms; powers of ten alone where those are many."""
+    """1, 2, 5, 10, … on an axis of logarithms; only powers of ten where there are many."""
     powers = range(math.floor(axis.low), math.ceil(axis.high) + 1)
     factors = (1, 2, 5) if axis.high - axis.low < 2.5 else (1,)
     values = (factor * 10.0**power for power in powers for factor in factors)
@@ -193,15 +173,14 @@ def number(value: int | float) -> str:
 
 
 def formatted(value: float | None, unit: str) -> str:
-    """A value with its unit; a share that is not quite 100 % does not read so."""
+    """A value with its unit; a share slightly below 100 % is not rounded up to it."""
     if value is None:
         return "\N{EN DASH}"
     if unit != "%":
         return number(float(f"{value:.3g}")) if abs(value) < 1000 else number(round(value))
     percent = 100 * value
-    return (
-        f"{math.floor(percent * 100) / 100 if 99 < percent < 100 else round(percent, 1):g}\N{NO-BREAK SPACE}%"
-    )
+    percent = math.floor(percent * 100) / 100 if 99 < percent < 100 else round(percent, 1)
+    return f"{percent:g}\N{NO-BREAK SPACE}%"
 
 
 def _table(all_series: list[Series], unit: str) -> list[list[str]]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cs324dist.report.charts import number
 from cs324dist.report.reading import Run
-from cs324dist.sampling.generators import generate, load_generator
+from cs324dist.runs.trained import load_generator
+from cs324dist.sampling.generators import generate
 from cs324dist.sampling.grids import grid
 from cs324dist.sampling.interpolation import STRIP_IMAGES, Method, interpolate, strip, walk_ends
 
@@ -61,13 +62,13 @@ def film(run: Run, most_frames: int) -> Film:
     chosen = sorted({steps[round(k * (len(steps) - 1) / max(count - 1, 1))] for k in range(count)})
     for step in chosen:
         shares = [run.series(f"eval/share_of_{digit}").get(step) for digit in range(10)]
-        whole = [share for share in shares if share is not None and 0 <= share <= 1]
+        valid = [share for share in shares if share is not None and 0 <= share <= 1]
         try:
             source = read_picture(run.samples[step])
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             problems.append(f"samples/{run.samples[step].name} cannot be read")
         else:
-            frames.append(Frame(f"step {number(step)}", [source], whole if len(whole) == 10 else None))
+            frames.append(Frame(f"step {number(step)}", [source], valid if len(valid) == 10 else None))
     return Film(frames, problems)
 
 
@@ -75,22 +76,14 @@ def read_picture(path: Path) -> str:
     """A grey picture from a file that may be anything.
 
     Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: it is no such picture.
+        OSError, ValueError, SyntaxError, Image.DecompressionBombError: it is not such a picture.
     """
     if path.stat().st_size > LARGEST_FILE:
         raise ValueError("too large")
     with Image.open(path, formats=["PNG"]) as picture:
         if max(picture.size) > LARGEST_SIDE:
             raise ValueError("too large")
-        return encoded(picture.convert("L"), lossy=True)
-
-
-def encoded(picture: Image.Image, *, lossy: bool = False) -> str:
-    """A picture in a `data:` address, which is a third longer than the file."""
-    file = io.BytesIO()
-    picture.save(file, "WEBP", quality=60, method=4) if lossy else picture.save(file, "PNG", optimize=True)
-    kind = "webp" if lossy else "png"
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+        return encoded(picture.convert("L"), "WEBP", quality=60, method=4)
 
 
 def walk(run: Run) -> Walk:
@@ -101,21 +94,21 @@ def walk(run: Run) -> Walk:
     """
     generator = load_generator(run.path)
     start, end, ends = walk_ends(generator, run.setting("dataset"))
-    strips: dict[str, str] = {}
-    frames = []
+    strips, columns = {}, []
     for method in METHODS:
-        strips[method] = encoded(_picture(strip(generator, start, end, STRIP_IMAGES, method)))
+        strips[method] = _as_png(strip(generator, start, end, STRIP_IMAGES, method))
         images = generate(generator, interpolate(start, end, WALK_FRAMES, method))
-        frames.append([encoded(_picture(grid(image[None], 1))) for image in images])
-    return Walk(
-        ends,
-        [
-            Frame(f"{k + 1} of {WALK_FRAMES}", list(sources))
-            for k, sources in enumerate(zip(*frames, strict=True))
-        ],
-        strips,
-    )
+        columns.append([_as_png(grid(image[None], 1)) for image in images])
+    rows = enumerate(zip(*columns, strict=True), 1)
+    return Walk(ends, [Frame(f"{k} of {WALK_FRAMES}", list(sources)) for k, sources in rows], strips)
 
 
-def _picture(tiles: UInt8[Tensor, "1 height width"]) -> Image.Image:
-    return Image.fromarray(tiles[0].contiguous().numpy())
+def _as_png(tiles: UInt8[Tensor, "1 height width"]) -> str:
+    return encoded(Image.fromarray(tiles[0].contiguous().numpy()), "PNG", optimize=True)
+
+
+def encoded(picture: Image.Image, kind: str, **options: int) -> str:
+    """A picture in a `data:` address, which is a third longer than the file."""
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"

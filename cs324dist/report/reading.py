@@ -1,39 +1,34 @@
 """What run folders say, as far as it can be read: running, failed and damaged runs are reported too.
 
-Nothing in a folder is trusted: text becomes one line of printable characters, numbers are finite, whatever
-else is left out.
+Nothing in a folder is trusted: records are read strictly, and a file that cannot be read becomes a problem.
 """
 
+import dataclasses
 import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
+from cs324dist.config import Config, from_json
 from cs324dist.errors import UserError
-from cs324dist.runs.checkpoints import TRAINER
-from cs324dist.runs.files import is_number, read_json
-from cs324dist.runs.run_dir import RunDir
+from cs324dist.runs.checkpoints import checkpoints_in, read_state
+from cs324dist.runs.environment import Environment
+from cs324dist.runs.files import read_record
+from cs324dist.runs.lease import Owner
+from cs324dist.runs.run_dir import RunDir, RunRecord, State
 
 Series = dict[int, float | None]  # value by step, in the order of steps; None: it was not finite
-LARGEST = 1e15  # beyond, a value is no longer drawn
+LARGEST = 1e15  # larger values are not drawn
 LONGEST = 300  # characters of a text
-MOST_METRICS, MOST_STARTS = 40, 100
-DOUBTED_AFTER = 60  # seconds without a sign of life after which a run that says it is running is doubted
-
-
-@dataclass(frozen=True)
-class Start:
-    """One process that ran it."""
-
-    since: str
-    where: str
-    from_step: int | None
-    lost_steps: int | None
-    seconds_away: float | None
+MOST_ROWS, MOST_METRICS, MOST_OWNERS = 200_000, 40, 100
+DOUBTED_AFTER = 60  # seconds without a sign of life after which a run is no longer believed to be running
+BASE_OPTIONS = {field.name for field in dataclasses.fields(Config)}
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -42,35 +37,54 @@ class Run:
 
     path: Path
     name: str
-    task: str
-    settings: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    state: str
+    record: RunRecord
+    options: Config | None
+    """The options that every task has; None if they cannot be read."""
+
+    state: State | Literal["not started", "unclear"]
     step: int
     why: str
     silent_for: float | None
     metrics: Mapping[str, Series]
     samples: Mapping[int, Path]
-    starts: list[Start]
-    """The last of them, of `started` in all."""
+    owners: Mapping[int, Owner]
+    """The last processes that ran it, by generation."""
+
     started: int
+    """How many processes ran it."""
+
+    environment: Environment | None
+    """That of the last owner that wrote it down."""
+
     processes: int | None
+    """How many trained it together when it was last saved."""
+
     problems: list[str]
+
+    @property
+    def task(self) -> str:
+        """The name of its task."""
+        return plain(self.record.task)
 
     @property
     def steps(self) -> int | None:
         """How many steps it is to take."""
-        return _count(self.settings.get("steps"))
+        return self.options.steps if self.options else None
 
     @property
     def reached(self) -> int:
-        """The step it has come to: of one that runs or does not say, the last that was logged."""
+        """The last saved step; the last logged one of a run that is running, or has no readable status."""
         logged = (step for series in self.metrics.values() for step in series)
         return max(self.step, *logged, 0) if self.state in ("running", "unclear") else self.step
 
+    @property
+    def seems_killed(self) -> bool:
+        """Whether it is marked as running, but probably is not."""
+        return self.silent_for is not None and self.silent_for > DOUBTED_AFTER
+
     def setting(self, name: str) -> str:
         """A setting as text."""
-        return plain(self.settings.get(name, "?"))
+        return plain(self.record.config.get(name, "?"))
 
     def series(self, name: str) -> Series:
         """A metric's values; empty if it has none."""
@@ -94,7 +108,7 @@ def plain(value: Any) -> str:
 
 
 def read_runs(paths: tuple[Path, ...]) -> tuple[list[Run], list[str]]:
-    """The runs among `paths`, and a line for each path that is none.
+    """The runs among `paths`, and a line for each path that is not one.
 
     Raises:
         UserError: none of them is a run.
@@ -104,7 +118,7 @@ def read_runs(paths: tuple[Path, ...]) -> tuple[list[Run], list[str]]:
     others = []
     for place, path in reversed(places.items()):
         try:
-            is_run, why = RunDir(path).exists, "is no run"
+            is_run, why = RunDir(path).exists, "is not a run folder"
         except OSError as error:
             is_run, why = False, f"cannot be read ({error.strerror})"
         if is_run:
@@ -123,54 +137,66 @@ def read_runs(paths: tuple[Path, ...]) -> tuple[list[Run], list[str]]:
 
 def read_run(path: Path, name: str) -> Run:
     """What the folder says."""
-    problems: list[str] = []
+    folder, problems = RunDir(path), []
 
-    def read(file: str) -> dict[str, Any]:
+    def read(reader: Callable[..., Answer], *arguments: Any) -> Answer | None:
         try:
-            return read_json(path / file)
-        except UserError as refusal:
-            problems.append(plain(str(refusal)))
-            return {}
+            return reader(*arguments)
+        except UserError as error:
+            problems.append(plain(str(error)))
+        except OSError as error:
+            problems.append(plain(f"{error.filename} cannot be read: {error.strerror}"))
+        return None
 
-    config = read("config.json")
+    record = read(folder.read_record)
+    options = read(_base_options, record.config, path) if record else None
     begun = (path / "status.json").exists()
-    status = read("status.json") if begun else {}
+    status = read(folder.read_status) if begun else None
     owners = _numbered(path / "owners", r"([1-9][0-9]{0,8})\.json")
-    checkpoints = _numbered(path / "checkpoints", r"([0-9]{1,18})")
-    trainer = read(f"checkpoints/{checkpoints[-1][1].name}/{TRAINER}") if checkpoints else {}
-    try:
-        rows = RunDir(path).read_metrics()
-    except OSError as error:
-        rows = []
-        problems.append(f"metrics.jsonl cannot be read: {error.strerror}")
-    state = plain(status.get("state", "")) or ("unclear" if begun else "not started")
+    touched = read(Path.stat, owners[-1][1]) if owners and status and status.state == "running" else None
+    last = ((number, read(read_record, Owner, file)) for number, file in owners[-MOST_OWNERS:])
+    read_owners = {number: owner for number, owner in last if owner}
+    environment = next((o.environment for o in reversed(read_owners.values()) if o.environment), None)
+    states = (read(read_state, checkpoint) for checkpoint in read(checkpoints_in, folder.checkpoints) or ())
+    saved = next((state for state in states if state), environment)  # either says how many processes
+    metrics, are_more = read(_read_metrics, folder) or ({}, False)
+    if are_more:
+        problems.append(f"metrics.jsonl has more than {MOST_ROWS} rows: only the first ones are shown")
     return Run(
         path=path,
         name=plain(name),
-        task=plain(config.get("task", "unknown")),
-        settings=_mapping(config.get("settings")),
-        environment=_mapping(config.get("environment")),
-        state=state,
-        step=_count(status.get("step")) or 0,
-        why=plain(status.get("why", "")),
-        silent_for=_silence(owners[-1][1]) if owners and state == "running" else None,
-        metrics=_metrics(rows),
+        record=record or RunRecord("unknown", "", {}, {}),
+        options=options,
+        state=status.state if status else "unclear" if begun else "not started",
+        step=status.step if status else 0,
+        why=plain(status.why) if status else "",
+        silent_for=time.time() - touched.st_mtime if touched else None,
+        metrics=metrics,
         samples=dict(_numbered(path / "samples", r"([0-9]{1,18})\.png")),
-        starts=[_start(owner) for _, owner in owners[-MOST_STARTS:]],
+        owners=read_owners,
         started=len(owners),
-        processes=_count(trainer.get("world_size")),
+        environment=environment,
+        processes=saved.processes if saved else None,
         problems=problems,
     )
 
 
-def _metrics(rows: list[dict[str, Any]]) -> dict[str, Series]:
-    found: dict[str, dict[int, float | None]] = {}
-    for row in sorted((row for row in rows if row["step"] >= 0), key=lambda row: row["step"]):
-        for name, value in row.items():
+def _base_options(config: Mapping[str, Any], run: Path) -> Config:
+    base = {name: value for name, value in config.items() if name in BASE_OPTIONS}
+    return from_json(Config, base, f"{run}/config.json")
+
+
+def _read_metrics(run: RunDir) -> tuple[dict[str, Series], bool]:
+    """The metrics in the first `MOST_ROWS` rows, and whether there are more rows."""
+    found: dict[str, Series] = {}
+    rows = run.read_metrics()
+    for row in islice(rows, MOST_ROWS):
+        for name, value in row.items() if row["step"] >= 0 else ():
             if name != "step" and (name in found or len(found) < MOST_METRICS):
                 fits = value is not None and abs(value) <= LARGEST
                 found.setdefault(name, {})[row["step"]] = float(value) if fits else None
-    return {plain(name): series for name, series in found.items()}
+    series = {plain(name): dict(sorted(points.items())) for name, points in found.items()}
+    return series, next(rows, None) is not None
 
 
 def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
@@ -179,40 +205,5 @@ def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
         paths = [path for path in folder.iterdir() if not path.is_symlink()]
     except OSError:
         return []
-    matches: Iterator[tuple[re.Match[str] | None, Path]] = ((re.fullmatch(pattern, p.name), p) for p in paths)
+    matches = ((re.fullmatch(pattern, path.name), path) for path in paths)
     return sorted((int(match[1]), path) for match, path in matches if match)
-
-
-def _start(owner: Path) -> Start:
-    try:
-        content = read_json(owner)
-    except UserError:
-        content = {}
-    job = f", Slurm job {plain(content['slurm_job'])}" if content.get("slurm_job") else ""
-    since = plain(content.get("since", "?")).replace("T", " ").replace("+00:00", " UTC")
-    return Start(
-        since,
-        f"{plain(content.get('host', '?'))}, process {plain(content.get('pid', '?'))}{job}",
-        _count(content.get("from_step")),
-        _count(content.get("lost_steps")),
-        _seconds(content.get("seconds_since_previous")),
-    )
-
-
-def _silence(owner: Path) -> float | None:
-    try:
-        return time.time() - owner.stat().st_mtime
-    except OSError:  # it has just withdrawn
-        return None
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _count(value: Any) -> int | None:
-    return value if type(value) is int and is_number(value) and value >= 0 else None
-
-
-def _seconds(value: Any) -> float | None:
-    return float(value) if is_number(value) and 0 <= value <= LARGEST else None

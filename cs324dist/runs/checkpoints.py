@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from annotated_types import Interval
@@ -37,6 +37,7 @@ Number = Annotated[int, Interval(ge=0, le=1 << 53)]
 Generation = Annotated[int, Interval(ge=1, le=LARGEST_GENERATION)]
 
 
+@runtime_checkable
 class Trained(Protocol):
     """What a checkpoint holds: a task, as far as this module knows it."""
 
@@ -187,16 +188,25 @@ def _write_trainer(folder: Path, state: TrainerState) -> None:
     sync(folder)
 
 
+def read_state(folder: Path) -> TrainerState:
+    """What a checkpoint knows beside tensors.
+
+    Raises:
+        UserError: `trainer.json` is missing or damaged.
+    """
+    content = read_json(folder / TRAINER)
+    if content.pop("own_sha256", None) != _digest(content):
+        raise UserError(f"{folder / TRAINER} is damaged: its content is not what its digest says")
+    return from_json(TrainerState, content, str(folder / TRAINER))
+
+
 def verify_checkpoint(folder: Path, needed: Iterable[str] = ()) -> TrainerState:
     """Check every file's digest, and that the files `needed` are among them.
 
     Raises:
         UserError: naming the first file that is missing or damaged.
     """
-    content = read_json(folder / TRAINER)
-    if content.pop("own_sha256", None) != _digest(content):
-        raise UserError(f"{folder / TRAINER} is damaged: its content is not what its digest says")
-    state = from_json(TrainerState, content, str(folder / TRAINER))
+    state = read_state(folder)
     if OPTIMIZERS not in state.sha256:
         raise UserError(f"{folder / TRAINER} lists no files: it is damaged, or not a file of this project")
     for name, expected in state.sha256.items():

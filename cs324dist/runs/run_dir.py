@@ -156,6 +156,8 @@ class RunDir:
         self._started = True
         before = self._latest_environment()
         for name, value in vars(environment).items():
+            if name in ("threads", "processes") and record.config.get("micro_batches"):
+                continue
             if before and value != (old := getattr(before, name)):
                 warn(f"{self} was made with {name} {printable(old)}, now {value}: bits may differ")
         if self.exists:

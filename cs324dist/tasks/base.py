@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol
+from typing import Any, ClassVar, Generic, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from cs324dist.config import ConfigT
 from cs324dist.data.streams import MicroBatch
-from cs324dist.distributed.collectives import SumOver
+from cs324dist.distributed.sum_over import SumOver
 
 Metrics = Mapping[str, Float[Tensor, ""]]
 Loss = Callable[[MicroBatch], tuple[Float[Tensor, ""], Metrics]]
@@ -28,6 +28,7 @@ class Evaluation:
     """Draws another picture; called only where somebody looks at it."""
 
 
+@runtime_checkable
 class Updater(Protocol):
     """What a step may ask of the trainer."""
 

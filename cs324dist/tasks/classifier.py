@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from cs324dist.config import MUTABLE, BatchSize, Config, Count, Positive
 from cs324dist.data.images import load_images, to_unit_range
 from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream, seeded
-from cs324dist.distributed.collectives import SumOver
+from cs324dist.distributed.sum_over import SumOver
 from cs324dist.metrics.accuracy import accuracy, image_accuracy
 from cs324dist.models.digit_classifier import DigitClassifier
 from cs324dist.tasks.base import Evaluation, Metrics, Task

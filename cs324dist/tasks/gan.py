@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from cs324dist.config import MUTABLE, Config, Count, Fraction, Positive
 from cs324dist.data.images import load_images, to_unit_range
 from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream, seeded
-from cs324dist.distributed.collectives import SumOver
+from cs324dist.distributed.sum_over import SumOver
 from cs324dist.metrics.digits import DigitStatistics
 from cs324dist.models.gan import Discriminator, Generator
 from cs324dist.sampling.grids import grid

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from cs324dist.config import MUTABLE, BatchSize, Config, Count, Positive
 from cs324dist.data.palindromes import DIGITS, encode, palindromes
 from cs324dist.data.streams import MicroBatch, Stream, seeded
-from cs324dist.distributed.collectives import SumOver
+from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import UserError, printable
 from cs324dist.metrics.accuracy import accuracy, count_correct, palindrome_accuracy
 from cs324dist.models.lstm import LSTM

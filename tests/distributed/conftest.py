@@ -1,33 +1,55 @@
 """The paths that different numbers of processes take from one seed."""
 
-import json
+import socket
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from safetensors.torch import load_file
-from torch import Tensor
+from launched import newest_checkpoint
+from paths import Weights, command, weights_in
 
-Weights = dict[str, Tensor]
 Follow = Callable[..., Weights]
-FOLLOW = Path(__file__).parent / "follow.py"
 
 
 @pytest.fixture(scope="session")
 def follow(launch, tmp_path_factory) -> Follow:
-    """The weights after some steps of a task in float64, on `processes` processes; each asked for once."""
+    """The weights of a task trained in float64 on `processes` processes; each asked for once."""
     known: dict[str, Weights] = {}
 
-    def run(
-        task: str, preset: str, settings: dict, processes: int = 1, steps: int = 20, fault: str = ""
-    ) -> Weights:
-        key = json.dumps([task, preset, settings, processes, steps, fault])
+    def run(case: str, config: dict, processes: int = 1, fault: str = "") -> Weights:
+        key = f"{case} {config} {processes} {fault}"
         if key not in known:
-            out = tmp_path_factory.mktemp("follow") / "weights.safetensors"
-            command = [FOLLOW, task, preset, out, "--steps", steps, "--settings", json.dumps(settings)]
-            command += ["--fault", fault] if fault else []
-            launch(*command, launcher="torchrun", options=("--nproc_per_node", str(processes)))
-            known[key] = load_file(out)
+            folder = tmp_path_factory.mktemp("follow") / "run"
+            launch(
+                *command(case, config, folder),
+                launcher="torchrun",
+                options=("--nproc_per_node", str(processes)),
+                environment={"FAULT": fault},
+            )
+            known[key] = weights_in(newest_checkpoint(folder))
         return known[key]
+
+    return run
+
+
+@pytest.fixture
+def launch_on_two_nodes(launch) -> Callable[..., list[str]]:
+    """Run a script on two nodes of two processes each; returns what each node says on stderr."""
+
+    def run(*command: object) -> list[str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        options = (
+            *("--config_file", "accelerate_configs/multi_node.yaml", "--mixed_precision", "no"),
+            *("--num_machines", "2", "--num_processes", "4"),
+            *("--main_process_ip", "127.0.0.1", "--main_process_port", str(port), "--machine_rank"),
+        )
+
+        def node(rank: str) -> str:
+            return launch(*command, launcher="accelerate", options=(*options, rank)).stderr
+
+        with ThreadPoolExecutor(2) as nodes:
+            return list(nodes.map(node, ("0", "1")))
 
     return run

@@ -1,54 +1,55 @@
-"""Deliberate faults: mistakes that DDP lets pass without a word. `docs/distributed.md` explains them."""
+"""The tasks in float64, with or without a deliberate fault: mistakes that DDP lets pass without a word.
 
-from torch.nn import functional as F
+    FAULT=sum_for_mean torchrun --nproc_per_node 2 launch/train.py tests/distributed/faults.py:LSTM
 
-from cs324dist.data import streams
-from cs324dist.tasks import gan, lstm
+`docs/distributed.md` explains them.
+"""
 
-GLOBAL_BATCH = 16
+import os
 
+import torch
+from torch import Tensor
 
-def local_batch_norm() -> None:
-    """Every rank normalises by the statistics of its own share of the batch."""
-    gan.convert_sync_batchnorm = lambda model, accelerator: None
+from cs324dist.data.streams import MicroBatch
+from cs324dist.distributed.sum_over import SumOver
+from cs324dist.tasks.base import Evaluation, Metrics
+from cs324dist.tasks.gan import GANTask
+from cs324dist.tasks.lstm import LSTMTask
 
-
-def offset_rank() -> None:
-    """Every rank's slice begins one sample late: one sample is seen by nobody, another twice."""
-    honest = streams.Shard.batch
-    streams.Shard.batch = lambda shard, step, batch_size: honest(shard, step, batch_size) + (shard.rank > 0)
-
-
-def sum_for_mean() -> None:
-    """The loss is a sum over the local batch, and DDP averages over ranks: steps shrink with their number."""
-    honest = F.cross_entropy
-    F.cross_entropy = lambda logits, labels: honest(logits, labels, reduction="sum") / GLOBAL_BATCH
+FAULT = os.environ.get("FAULT", "")
+torch.set_default_dtype(torch.float64)
+if backend := os.environ.get("BACKEND"):  # of the process group, where it is not the device's own
+    torch.distributed.init_process_group(backend)
 
 
-def unreduced_gradients() -> None:
-    """The bare module is called in place of the DDP wrapper: no gradient is ever reduced."""
-    honest = lstm.LSTMTask.__init__
-
-    def build(task: lstm.LSTMTask, *arguments: object) -> None:
-        honest(task, *arguments)
-        task.model = task.models[task.settings.model]
-
-    lstm.LSTMTask.__init__ = build
+class LSTM(LSTMTask):
+    def loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = super().loss(batch)
+        if FAULT == "sum_for_mean":
+            # A sum over the local batch, and DDP averages over ranks: steps shrink with their number.
+            loss = loss * len(batch.samples) / batch.batch_size
+        return loss, metrics
 
 
-def shuffle_restarted_on_resume() -> None:
-    """A DataLoader's shuffle begins anew when a run is continued: here after ten steps."""
-    honest = streams.Shard.batch
-    streams.Shard.batch = lambda shard, step, batch_size: honest(shard, step % 10, batch_size)
+class GAN(GANTask):
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        if FAULT == "local_batch_norm":  # every rank normalises by the statistics of its own share of the batch
+            self.sync_batch_norm = False
+
+    def evaluate(self, sum_over: object) -> Evaluation:
+        return Evaluation({})  # the classifier's weights are float32
 
 
-FAULTS = {
-    fault.__name__: fault
-    for fault in (
-        local_batch_norm,
-        offset_rank,
-        sum_for_mean,
-        unreduced_gradients,
-        shuffle_restarted_on_resume,
-    )
-}
+honest = MicroBatch.samples.func
+if FAULT == "offset_rank":
+    # Every rank's slice begins one sample late: one sample is seen by nobody, another twice.
+    MicroBatch.samples = property(lambda batch: honest(batch) + (batch.index > 0))
+elif FAULT == "shuffle_restarted_on_resume":
+    # A DataLoader's shuffle begins anew when a run is continued: here after ten steps.
+    MicroBatch.samples = property(lambda batch: honest(batch) - batch.step // 10 * 10 * batch.batch_size)
+elif FAULT == "unreduced_gradients":
+    # The bare module is called in place of the DDP wrapper: no gradient is ever reduced.
+    trainer.DistributedDataParallel = lambda module, *_, **__: module
+else:
+    assert FAULT in ("", "sum_for_mean", "local_batch_norm"), FAULT

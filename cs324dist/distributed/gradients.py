@@ -1,0 +1,140 @@
+"""How the gradient of a loss over the global batch is made: by DDP, or exactly by micro-batches."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from cs324dist.data.streams import MicroBatch
+from cs324dist.distributed.exact_mean import ExactMean
+from cs324dist.distributed.micro_batches import Threads
+from cs324dist.errors import RunFailed
+
+Networks = tuple[nn.Module, ...]
+LossOf = Callable[[MicroBatch], Float[Tensor, ""]]
+SeedOf = Callable[[MicroBatch], int]
+Batches = Mapping[int, MicroBatch]
+
+
+class DDPGradients:
+    """One micro-batch per process; DDP averages over processes, in floating point."""
+
+    threads: Threads | None = None
+
+    def __init__(self, trained: Iterable[Networks], accelerator: Accelerator) -> None:
+        """`trained` are the networks of each update."""
+        self._scaler = accelerator.scaler
+        place = [accelerator.local_process_index] if accelerator.device.type == "cuda" else None
+        self._reducers: dict[Networks, nn.Module] = {}
+        for networks in trained:
+            losses: nn.Module = _Losses(networks)
+            if accelerator.num_processes > 1:
+                losses = _wrapped(losses, place)
+            self._reducers.setdefault(networks, losses)
+
+    def compute(self, networks: Networks, loss_of: LossOf, seed_of: SeedOf, batches: Batches) -> None:
+        """Leave the mean gradient over all processes in `grad` of the networks' parameters."""
+        for batch in batches.values():
+            torch.manual_seed(seed_of(batch))
+            loss = self._reducers[networks](loss_of, batch)
+            (self._scaler.scale(loss) if self._scaler else loss).backward()
+
+    def cores_for(self, optimizer: Optimizer) -> AbstractContextManager[None]:
+        """Inside, as many cores as may be used by a step of this optimizer."""
+        return nullcontext()
+
+
+class _Losses(nn.Module):
+    """What DDP wraps: networks, and in place of a forward pass the loss that is computed with them."""
+
+    def __init__(self, networks: Networks) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, loss_of: LossOf, batch: MicroBatch) -> Tensor:
+        return loss_of(batch)
+
+
+def _wrapped(losses: nn.Module, place: list[int] | None) -> nn.Module:
+    with warnings.catch_warnings():
+        # torch 2.13 has another name for `broadcast_buffers`
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            losses,
+            place,
+            broadcast_buffers=False,  # BatchNorm over the batch keeps them equal
+            gradient_as_bucket_view=True,
+            # Without this, DDP adds up its first step in one bucket and later ones in several: a resumed run would
+            # add in another order than one that was never stopped, as soon as there are three processes.
+            find_unused_parameters=True,
+        )
+
+
+class ExactGradients:
+    """Any number of micro-batches per process, averaged so that nobody can tell who computed which of them."""
+
+    def __init__(self, count: int, own: int, accelerator: Accelerator, *, meet: bool) -> None:
+        """`own` of `count` micro-batches are this process's; with `meet`, layers in them span the batch."""
+        self._count, self._meet = count, meet
+        self._cores = torch.get_num_threads()
+        torch.set_num_threads(1)  # outside of `all_cores`, as sums depend on the number of threads
+        on_gpu = accelerator.device.type == "cuda"
+        self.threads = Threads(self._cores, accelerator.device)
+        # Layers that meet need a thread for each micro-batch; without them, a GPU takes one after the other.
+        self._workers = Threads(own if meet else 1 if on_gpu else min(own, self._cores), accelerator.device)
+        self._one = Threads(1, accelerator.device)
+        self._mean = ExactMean(count)
+        self._draws: dict[Networks, bool] = {}
+
+    @contextmanager
+    def all_cores(self) -> Iterator[None]:
+        """Inside, for work whose result does not depend on it, all cores of the process are used."""
+        torch.set_num_threads(self._cores)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(1)
+
+    def cores_for(self, optimizer: Optimizer) -> AbstractContextManager[None]:
+        """Inside, as many cores as may be used by a step of this optimizer: a fused one works value by value."""
+        fused = all(group.get("fused") for group in optimizer.param_groups)
+        return self.all_cores() if fused else nullcontext()
+
+    def compute(self, networks: Networks, loss_of: LossOf, seed_of: SeedOf, batches: Batches) -> None:
+        """Leave the mean gradient over all micro-batches in `grad` of the networks' parameters.
+
+        torch's generator is one for all threads: losses that draw from it are computed one after the other.
+
+        Raises:
+            RunFailed: a loss draws random numbers although its micro-batches must be computed at the same time.
+        """
+        trained = [p for network in networks for p in network.parameters() if p.requires_grad]
+        at_once = self._meet or self._draws.get(networks) is False
+
+        def gradients(batch: MicroBatch) -> tuple[Tensor | None, ...]:
+            state = None if at_once else torch.manual_seed(seed_of(batch)).get_state()
+            with torch.autograd.set_multithreading_enabled(False):  # so that backward passes meet on a GPU, too
+                found = torch.autograd.grad(loss_of(batch), trained, allow_unused=True)
+            if state is not None:
+                drew = not torch.equal(state, torch.get_rng_state())
+                self._draws[networks] = drew or self._draws.get(networks, False)
+            return found
+
+        before = torch.get_rng_state()
+        workers = self._workers if at_once else self._one
+        found = workers.map(gradients, batches, self._count, meet=self._meet)
+        if at_once and not torch.equal(before, torch.get_rng_state()):
+            raise RunFailed(
+                "with --micro-batches, a loss may not draw from torch's generator in some steps only, nor beside a "
+                "BatchNorm: draw from a Stream, or leave --micro-batches out"
+            )
+        with self.all_cores():
+            means = self._mean(found, trained)
+        for parameter, mean in zip(trained, means, strict=True):
+            parameter.grad = mean

@@ -1,0 +1,64 @@
+"""Measurements over all processes, which do not depend on their number."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from cs324dist.distributed.micro_batches import Threads, add_in_order, gather_rows
+
+Sums = Mapping[str, Tensor]
+Measure = Callable[[Int64[Tensor, " indices"]], Sums]
+
+
+class SumOver:
+    """Sums a measurement over [0, count): each process measures some pieces, and all get the sum.
+
+    The pieces are the same for any number of processes, and are added up in their order.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        until_stopped: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+        threads: Threads | None = None,
+    ) -> None:
+        """`until_stopped` may end a loop early; the sum is worth nothing then. `threads` measure pieces."""
+        self._rank, self._processes = accelerator.process_index, accelerator.num_processes
+        self._device, self._until_stopped = accelerator.device, until_stopped
+        self._map = map if threads is None else threads.map_ahead
+
+    def __call__(self, measure: Measure, count: int, piece: int = 500) -> dict[str, Float64[Tensor, "..."]]:
+        """The sums of what `measure` says of each `piece` of the indices.
+
+        Args:
+            measure: the sums over some indices, such as the number of right answers, by name.
+            count: how many indices there are.
+            piece: how many of them are measured together.
+
+        Returns:
+            The total of each, in float64 on the device, the same on every process.
+        """
+        pieces = torch.arange(count, device=self._device).split(piece)
+        shapes: dict[str, torch.Size] = {}
+
+        def row_of(indices: Tensor) -> Float64[Tensor, " width"]:
+            with torch.no_grad():
+                sums = measure(indices)
+            shapes.update({name: value.shape for name, value in sums.items()})
+            return torch.cat([value.double().flatten() for value in sums.values()])
+
+        rounds = range(0, len(pieces), self._processes)
+        # A process that has no piece in the last round measures the last piece in vain: all take part.
+        own = [pieces[min(first + self._rank, len(pieces) - 1)] for first in rounds]
+        rows: Iterator[Tensor] = iter(self._map(row_of, self._until_stopped(own)))
+        row = total = next(rows)
+        for number, first in enumerate(rounds):
+            row = row if number == 0 else next(rows, torch.zeros_like(row))
+            mine = row if first + self._rank < len(pieces) else torch.zeros_like(row)
+            of_round = gather_rows({self._rank: mine}, self._processes)
+            total = add_in_order(of_round if number == 0 else torch.cat([total[None], of_round]))
+        parts = total.split([shape.numel() for shape in shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}

@@ -1,0 +1,719 @@
+"""Options and records: what is allowed and how it is refused, what JSON keeps, what a run continues with."""
+
+import enum
+import json
+import math
+import re
+import runpy
+import sys
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+from annotated_types import Interval
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cs324dist.config import (
+    MUTABLE,
+    Config,
+    Count,
+    ForOlderRuns,
+    Fraction,
+    Positive,
+    as_json,
+    conflicts,
+    from_command_line,
+    from_json,
+    parse,
+)
+from cs324dist.errors import UserError
+from cs324dist.tasks import find_task
+from cs324dist.tasks.base import Task
+from cs324dist.trainer import run_record
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.py"))
+TASKS = {name: find_task(name) for name in ("gan", "lstm", "classifier")}
+PRESETS = {name: task.presets for name, task in TASKS.items()}
+MUTABLE_OPTIONS = {
+    "peer_timeout",
+    "preset",
+    "run_dir",
+    "steps",
+    "log_every",
+    "evaluate_every",
+    "checkpoint_every",
+    "keep_last",
+    "wandb",
+    "dry_run",
+    "data_root",
+    "kernel",
+}
+FIELDS = [(task, field.name) for task, presets in PRESETS.items() for field in fields(presets["fast"])]
+MOST_OPTIONS = 28
+COMMANDS = {"sample.py": ["grid", "tensor", "interpolate"], "train.py": ["examples/mlp.py:MLPTask"]}
+PAGES = [(script, command) for script in SCRIPTS for command in COMMANDS.get(script, [""])]
+
+
+def default(task: str, name: str) -> Any:
+    return getattr(PRESETS[task]["fast"], name)
+
+
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def stored(config: Config) -> Config:
+    """As it comes back from the run's config.json."""
+    return from_json(type(config), json.loads(json.dumps(as_json(config))), "config.json")
+
+
+def command_line(task: type[Task], *words: str) -> Config:
+    return from_command_line(task.presets, "", task.run_name, words)
+
+
+def refused(task: type[Task], *words: str) -> tuple[str, ...]:
+    with pytest.raises(UserError) as caught:
+        command_line(task, *words)
+    return caught.value.lines
+
+
+@dataclass(frozen=True)
+class Options:
+    """Some options."""
+
+    count: Count = 1
+    """How many."""
+
+    share: Fraction = 0.5
+    """What part."""
+
+    kind: Literal["red", "blue"] = "red"
+    """Which."""
+
+    digit: Annotated[int, Interval(ge=0, le=9)] | None = None
+    """Only this one."""
+
+    anything: int = 0
+    """No rule."""
+
+
+class TestRanges:
+    @given(st.floats() | st.integers(-(10**400), 10**400))
+    def test_a_closed_range_holds_both_ends_and_nothing_beyond(self, value):
+        @dataclass(frozen=True)
+        class Ranged:
+            value: Annotated[float, Interval(ge=0, le=9)]
+
+        try:
+            allowed = parse(Ranged, "", [f"--value={value!r}"]) == Ranged(value)
+        except UserError:
+            allowed = False
+        assert allowed == (0 <= value <= 9)
+
+    @pytest.mark.parametrize(
+        ("kind", "words", "allowed", "not_allowed"),
+        [
+            (Count, "at least 1 and at most 1e+09", [1, 10**9], [0, -1, 10**9 + 1]),
+            (Options.__annotations__["digit"], "at least 0 and at most 9", [0, 9], [-1, 10]),
+            (
+                Positive,
+                "more than 0 and at most 1e+09",
+                [1e-300, 1e9],
+                [0.0, -1e-9, 1.1e9, math.inf, math.nan],
+            ),
+            (Fraction, "at least 0 and less than 1", [0.0, 1 - 1e-16], [1.0, -0.5, math.inf, math.nan]),
+        ],
+        ids=["count", "digit", "positive", "fraction"],
+    )
+    def test_the_ends_of_a_range(self, kind, words, allowed, not_allowed):
+        options = dataclass(frozen=True)(type("Ranged", (), {"__annotations__": {"value": kind}}))
+        for value in allowed:
+            assert parse(options, "", [f"--value={value}"]).value == value
+        for value in not_allowed:
+            with pytest.raises(UserError) as caught:
+                parse(options, "", [f"--value={value}"])
+            assert caught.value.lines == (f"--value {value} is not allowed: give {words}",)
+
+    def test_a_word_must_be_one_of_the_words_exactly(self):
+        assert parse(Options, "", ["--kind", "blue"]).kind == "blue"
+        for word in ("bl", "Blue", ""):
+            with pytest.raises(UserError, match=rf"^--kind {word} is not allowed: give one of red, blue$"):
+                parse(Options, "", ["--kind", word])
+
+
+class TestOptions:
+    def test_without_words_there_are_the_defaults(self):
+        assert parse(Options, "", []) == Options()
+
+    def test_each_value_that_is_not_allowed_has_a_line_with_what_is(self):
+        words = ["--count=0", "--share=1.0", "--kind=green", "--digit=10", "--anything=-5"]
+        with pytest.raises(UserError) as caught:
+            parse(Options, "", words)
+        assert caught.value.lines == (
+            "--count 0 is not allowed: give at least 1 and at most 1e+09",
+            "--share 1.0 is not allowed: give at least 0 and less than 1",
+            "--kind green is not allowed: give one of red, blue",
+            "--digit 10 is not allowed: give at least 0 and at most 9",
+        )
+
+    def test_what_is_given_replaces_the_preset(self):
+        presets = {"mine": replace(Config(), keep_last=7, log_every=9)}
+        config = from_command_line(presets, "", lambda config: "run", ["--log-every", "11"])
+        assert (config.keep_last, config.log_every) == (7, 11)
+
+    def test_none_takes_a_limit_away(self):
+        assert PRESETS["lstm"]["fast"].max_grad_norm == 0.25
+        assert command_line(TASKS["lstm"], "--max-grad-norm", "none").max_grad_norm is None
+        assert command_line(TASKS["lstm"], "--run-dir", "none").run_dir == Path("none")
+        (line,) = refused(TASKS["lstm"], "--steps", "none")
+        assert line.startswith("--steps none is not allowed")
+
+    @pytest.mark.parametrize(
+        ("words", "line"),
+        [
+            ("--steps abc", "--steps abc is not allowed: give a whole number, at least 1 and at most 1e+09"),
+            ("--steps 1e4", "--steps 1e4 is not allowed: give a whole number, at least 1 and at most 1e+09"),
+            ("--length 4.5", "--length 4.5 is not allowed: give a whole number, at least 1 and at most 1e+07"),
+            ("--curriculum x", "--curriculum x is not allowed: give a number, at least 1 and at most 1e+09"),
+            ("--steps", "--steps needs a value"),
+            ("--preset", "--preset needs a value"),
+            ("--steps --seed 1", "--steps needs a value"),
+            ("--hiden-size 3", "--hiden-size is unknown: did you mean --hidden-size?"),
+            ("--max_grad_norm=3", "--max_grad_norm is unknown: did you mean --max-grad-norm?"),
+            ("--learning-rat 3", "--learning-rat is unknown: did you mean --learning-rate?"),
+            ("--xylophone", "--xylophone is unknown: see --help"),
+            ("stray", "stray is not an option: see --help"),
+            *(
+                (words, f"{words.split()[0].split('=')[0]} is an option of accelerate launch: "
+                        f"give it before the name of the script")
+                for words in ("--mixed_precision bf16", "--num_processes 2", "--num-processes=2", "--multi_gpu",
+                              "--config_file accelerate_configs/cpu.yaml", "--cpu", "--dynamo_backend=inductor")
+            ),
+        ],
+    )  # fmt: skip
+    def test_what_cannot_be_used_is_one_line_that_says_what_to_do(self, words, line):
+        assert refused(TASKS["lstm"], *words.split()) == (line,)
+
+    def test_everything_that_is_wrong_is_named_together(self):
+        words = "--steps abc --seed -1 --hiden-size 3 --mixed_precision bf16 --beta1 0.5"
+        assert {line.split()[0] for line in refused(TASKS["lstm"], *words.split())} == set(words.split()[::2])
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_every_option_that_has_a_rule_can_be_wrong_and_all_are_named_together(self, task):
+        free_text = {"run_dir", "data_root", "dry_run"}
+        names = [field.name for field in fields(PRESETS[task]["fast"]) if field.name not in free_text]
+        wrong = {name: "nonsense" if isinstance(default(task, name), str) else "-1" for name in names}
+        lines = refused(TASKS[task], *(f"{option(name)}={value}" for name, value in wrong.items()))
+        assert {line.split()[0] for line in lines} == set(map(option, names))
+
+
+class Shade(enum.Enum):
+    LIGHT = "light"
+    DARK = "dark"
+
+
+@dataclass(frozen=True)
+class Nested:
+    weight: float = 1.0
+    places: tuple[Path, ...] = ()
+    shade: Shade | None = None
+
+
+@dataclass(frozen=True)
+class Mixed(Config):
+    """Options of all kinds."""
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decays."""
+
+    widths: tuple[Count, ...] = (64, 64)
+    """Widths of the layers."""
+
+    shade: Shade = Shade.LIGHT
+    """Colour."""
+
+    table: Path = Path("table.csv")
+    """File."""
+
+    shuffled: bool = True
+    """Whether in another order."""
+
+    nested: Nested = Nested()
+
+
+class MixedTask(Task[Mixed]):
+    name = "mixed"
+    presets: ClassVar = {"default": Mixed(steps=5)}
+
+
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+PATHS = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1).map(Path)
+MIXED = st.builds(
+    Mixed,
+    betas=st.tuples(NUMBERS, NUMBERS),
+    widths=st.lists(st.integers(1, 10**9)).map(tuple),
+    shade=st.sampled_from(Shade),
+    table=PATHS,
+    shuffled=st.booleans(),
+    run_dir=PATHS,
+    nested=st.builds(
+        Nested, NUMBERS, st.lists(PATHS, max_size=3).map(tuple), st.none() | st.sampled_from(Shade)
+    ),
+)
+
+
+class TestRecords:
+    @given(MIXED)
+    def test_tuples_paths_choices_and_nested_options_come_back_from_json(self, config):
+        assert stored(config) == config
+        assert conflicts(config, stored(config)) == []
+
+    def test_json_holds_lists_and_words(self):
+        content = as_json(Mixed(run_dir=Path("runs/a")))
+        assert content["betas"] == [0.9, 0.99]
+        assert content["nested"] == {"weight": 1.0, "places": [], "shade": None}
+        assert (content["shade"], content["table"], content["run_dir"]) == ("light", "table.csv", "runs/a")
+        assert content["max_grad_norm"] is None
+
+    def test_they_are_given_on_the_command_line_too(self):
+        words = "--betas 0.5 0.75 --widths 3 --shade dark --table a/b.csv --no-shuffled"
+        config = command_line(MixedTask, *words.split())
+        assert (config.betas, config.widths, config.shade) == ((0.5, 0.75), (3,), Shade.DARK)
+        assert (config.table, config.shuffled) == (Path("a/b.csv"), False)
+        lines = refused(MixedTask, *"--betas 0.5 --widths 3.5 --shade red --nested 3".split())
+        assert sorted(line.split()[0] for line in lines) == ["--betas", "--nested", "--shade", "--widths"]
+
+    @pytest.mark.parametrize(
+        ("change", "line"),
+        [
+            ({"steps": "3"}, "steps is 3"),
+            ({"steps": True}, "steps is True"),
+            ({"steps": None}, "steps is None"),
+            ({"steps": 0}, "steps is 0"),
+            ({"seed": 2**63}, f"seed is {2**63}"),
+            ({"batch_size": 64.0}, "batch_size is 64.0"),
+            ({"dry_run": 1}, "dry_run is 1"),
+            ({"wandb": "perhaps"}, "wandb is perhaps"),
+            ({"betas": [0.9, "0.99"]}, "betas.1 is 0.99"),
+            ({"shade": "red"}, "shade is red"),
+            ({"table": 3}, "table is 3"),
+            ({"nested": {"weight": "1"}}, "nested.weight is 1"),
+            ({"nested": None}, "nested is None"),
+            ({"colour": 1}, "colour is unknown: it is damaged, or of a newer version"),
+            ({"\x1b[2J" + "x" * 999: 1}, "[2J" + "x" * 196 + " is unknown: it is damaged, or of a newer version"),
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_what_a_field_does_not_allow_is_refused_by_name(self, change, line):
+        with pytest.raises(UserError) as caught:
+            from_json(Mixed, {**as_json(Mixed()), **change}, "config.json")
+        assert caught.value.lines == (f"config.json: {line}",)
+
+    def test_every_field_that_is_wrong_has_a_line(self):
+        with pytest.raises(UserError) as caught:
+            from_json(Mixed, {**as_json(Mixed()), "steps": "3", "seed": -1}, "config.json")
+        assert sorted(caught.value.lines) == ["config.json: seed is -1", "config.json: steps is 3"]
+
+
+class TestAnOptionAddedLater:
+    @dataclass(frozen=True)
+    class Newer(Config):
+        """An older run knows none of these."""
+
+        plain: int = 3
+        """A default that changes nothing."""
+
+        better: Annotated[float, ForOlderRuns(0.0)] = 0.5
+        """A default that would train an older run differently."""
+
+        free: Annotated[str, ForOlderRuns("none"), MUTABLE] = "all"
+        """May change."""
+
+        made: list[int] = field(default_factory=list)
+        """A default that is made anew."""
+
+    def older(self, **stored: object) -> "TestAnOptionAddedLater.Newer":
+        return from_json(self.Newer, {**as_json(Config()), **stored}, "config.json")
+
+    def test_the_run_has_the_value_declared_for_it_or_else_the_default(self):
+        run = self.older()
+        assert (run.plain, run.better, run.free, run.made) == (3, 0.0, "none", [])
+
+    def test_a_value_that_the_run_has_stands(self):
+        run = self.older(plain=4, better=0.25, free="some", made=[1])
+        assert (run.plain, run.better, run.free, run.made) == (4, 0.25, "some", [1])
+
+    def test_the_run_is_continued_with_its_own_value_and_no_other(self):
+        assert conflicts(self.Newer(better=0.0), self.older()) == []
+        (line,) = conflicts(self.Newer(), self.older())
+        assert line.startswith("--better 0.5 differs from the run's 0.0: ")
+
+    def test_a_run_of_today_continues_though_it_lacks_an_option_that_has_a_default(self):
+        content = as_json(PRESETS["gan"]["fast"])
+        del content["warmup_steps"], content["max_grad_norm"]
+        older = from_json(type(PRESETS["gan"]["fast"]), content, "config.json")
+        assert conflicts(PRESETS["gan"]["fast"], older) == []
+
+    def test_what_has_no_default_is_missed(self):
+        @dataclass(frozen=True)
+        class Needed:
+            steps: int
+            why: Annotated[str, ForOlderRuns("unknown")]
+
+        with pytest.raises(UserError, match=r"^status.json: steps is missing$"):
+            from_json(Needed, {}, "status.json")
+        assert from_json(Needed, {"steps": 1}, "status.json") == Needed(1, "unknown")
+
+
+def another(task: str, name: str) -> Any:
+    """A value that the option does not have by default."""
+    hint = get_type_hints(type(PRESETS[task]["fast"]))[name]
+    if get_origin(hint) is Literal:
+        return next(choice for choice in get_args(hint) if choice != default(task, name))
+    match value := default(task, name):
+        case bool():
+            return not value
+        case int():
+            return value + 1
+        case float():
+            return value / 2 + 0.1
+        case str():
+            return f"other-{value}"
+        case Path():
+            return Path("elsewhere")
+        case None:
+            return {"run_dir": Path("elsewhere"), "max_grad_norm": 1.0, "micro_batches": 2}[name]
+    raise TypeError(value)
+
+
+class TestContinuing:
+    @pytest.mark.parametrize("task", TASKS)
+    @pytest.mark.parametrize("preset", ["fast", "course", "smoke"])
+    def test_with_the_same_options_nothing_is_in_conflict(self, task, preset):
+        config = PRESETS[task].get(preset, PRESETS[task]["fast"])
+        assert conflicts(config, stored(config)) == []
+
+    @pytest.mark.parametrize(("task", "name"), [(task, name) for task, name in FIELDS if name != "steps"])
+    def test_an_option_is_mutable_or_refused_with_old_and_new_value(self, task, name):
+        old = PRESETS[task]["fast"]
+        new = replace(old, **{name: another(task, name)})
+        lines = conflicts(new, stored(old))
+        if name in MUTABLE_OPTIONS:
+            assert lines == []
+        else:
+            (line,) = lines
+            values = f"{getattr(new, name)} differs from the run's {getattr(old, name)}: "
+            assert line.startswith(f"{option(name)} {values}")
+
+    def test_the_mutable_options_are_those_of_some_task(self):
+        assert {name for _, name in FIELDS} >= MUTABLE_OPTIONS
+
+    @pytest.mark.parametrize(
+        "old", [PRESETS["gan"]["course"], PRESETS["lstm"]["fast"]], ids=lambda config: type(config).__name__
+    )
+    def test_steps_go_up_and_not_down(self, old):
+        more, fewer = (replace(old, steps=old.steps + change) for change in (1, -1))
+        assert conflicts(more, stored(old)) == []
+        (line,) = conflicts(fewer, stored(old))
+        assert line.startswith(f"--steps {old.steps - 1} is less than the run's {old.steps}: ")
+
+    @pytest.mark.parametrize("change", [1, -1])
+    @pytest.mark.parametrize(
+        "old",
+        [
+            PRESETS["gan"]["fast"],
+            replace(PRESETS["gan"]["course"], schedule="linear"),
+            PRESETS["classifier"]["fast"],
+            replace(PRESETS["lstm"]["fast"], schedule="cosine", warmup_steps=7),
+        ],
+        ids=["gan fast", "gan course with decay", "classifier", "lstm with warm-up"],
+    )
+    def test_steps_that_the_learning_rate_depends_on_stay(self, old, change):
+        new = replace(old, steps=old.steps + change)
+        (line,) = conflicts(new, stored(old))
+        assert line.startswith(f"--steps {new.steps} differs from the run's {old.steps}, ")
+
+    def test_a_warm_up_alone_leaves_the_steps_free(self):
+        old = replace(PRESETS["lstm"]["fast"], warmup_steps=7)
+        assert conflicts(replace(old, steps=old.steps + 1), stored(old)) == []
+
+    def test_all_conflicts_are_named_together(self):
+        old = PRESETS["lstm"]["course"]
+        new = replace(old, seed=1, max_grad_norm=2.5, steps=7, wandb="disabled")
+        assert {line.split()[0] for line in conflicts(new, stored(old))} == {
+            "--seed",
+            "--max-grad-norm",
+            "--steps",
+        }
+
+    def test_a_tuple_that_changes_is_in_conflict(self):
+        (line,) = conflicts(Mixed(betas=(0.9, 0.999)), stored(Mixed()))
+        assert line.startswith("--betas (0.9, 0.999) differs from the run's (0.9, 0.99): ")
+
+
+class TestPresets:
+    @pytest.mark.parametrize(("task", "preset"), [(task, p) for task in TASKS for p in PRESETS[task]])
+    def test_a_preset_says_its_name_and_is_allowed(self, task, preset):
+        config = command_line(TASKS[task], "--preset", preset)
+        assert config.preset == preset
+        assert stored(config) == config
+
+    @pytest.mark.parametrize("words", [["--preset", "course"], ["--preset=course"]])
+    def test_the_courses_gan_is_the_courses(self, words):
+        config = command_line(TASKS["gan"], *words)
+        # 200 epochs of 60 000 images in batches of 64; Adam as torch has it by default.
+        assert config.steps == 200 * 60_000 // 64
+        assert (config.generator_lr, config.discriminator_lr, config.batch_size) == (2e-4, 2e-4, 64)
+        assert (config.beta1, config.beta2, config.schedule) == (0.9, 0.999, "constant")
+        assert (config.gradient_penalty, config.ema_decay, config.discriminator_every) == (0, 0, 2)
+
+    def test_the_courses_lstm_is_the_courses(self):
+        config = command_line(TASKS["lstm"], "--preset", "course")
+        assert (config.optimizer, config.learning_rate, config.max_grad_norm) == ("rmsprop", 1e-3, 10.0)
+        assert (config.hidden_size, config.batch_size) == (128, 128)
+        assert (config.encoding, config.initialisation, config.curriculum) == ("scalar", "linear", 1.0)
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["--preset", "course", "--max-grad-norm", "3", "--steps=9"],
+            ["--max-grad-norm", "3", "--steps=9", "--preset", "course"],
+        ],
+    )
+    def test_what_is_given_overrides_the_preset_in_any_order(self, words):
+        expected = replace(PRESETS["lstm"]["course"], max_grad_norm=3.0, steps=9, preset="course")
+        folder = Path("runs/lstm-length50-course-0")
+        assert command_line(TASKS["lstm"], *words) == replace(expected, run_dir=folder)
+
+    def test_without_a_preset_it_is_the_first_one(self):
+        fast = replace(PRESETS["gan"]["fast"], run_dir=Path("runs/gan-fast-0"))
+        assert command_line(TASKS["gan"]) == fast
+
+    def test_an_unknown_preset_is_named_with_everything_else_that_is_wrong(self):
+        assert refused(TASKS["gan"], "--preset", "slow", "--steps", "0", "--beta2", "1.0") == (
+            "--preset slow is not allowed: give one of fast, course, smoke",
+            "--steps 0 is not allowed: give at least 1 and at most 1e+09",
+            "--beta2 1.0 is not allowed: give at least 0 and less than 1",
+        )
+
+    def test_the_only_preset_of_a_task_may_have_any_name(self):
+        config = command_line(MixedTask)
+        assert config == replace(Mixed(steps=5), preset="default", run_dir=Path("runs/mixed-default-0"))
+        assert run_record(MixedTask, config).changed == {}
+        assert refused(MixedTask, "--preset", "fast") == (
+            "--preset fast is not allowed: give one of default",
+        )
+
+    def test_the_record_of_a_run_says_what_differs_from_its_preset(self):
+        config = command_line(MixedTask, "--steps", "9", "--run-dir", "mine", "--betas", "0", "0.5")
+        record = run_record(MixedTask, config)
+        assert record.changed == {"steps": 5, "betas": [0.9, 0.99]}
+        assert (record.task, record.config) == ("mixed", as_json(config))
+
+
+class TestRunNames:
+    def test_runs_of_other_tasks_have_folders_of_their_own(self):
+        class Bare(Task[Config]):
+            name = "bare"
+            presets: ClassVar = {"fast": Config()}
+
+        assert command_line(Bare).folder == Path("runs/bare-fast-0")
+        assert command_line(MixedTask, "--seed", "3").folder == Path("runs/mixed-default-3")
+
+    def test_runs_of_other_seeds_presets_and_data_have_folders_of_their_own(self):
+        folders = {
+            command_line(TASKS["gan"], *words.split()).folder
+            for words in ("", "--seed 1", "--preset course", "--dataset fashion-mnist")
+        }
+        assert len(folders) == 4
+        assert Path("runs/gan-fast-0") in folders
+        assert command_line(TASKS["gan"], "--run-dir", "mine", "--seed", "1").folder == Path("mine")
+
+
+class TestHelp:
+    """`start` runs a script in this process, as `__main__`, in a folder of its own; it gives the exit code."""
+
+    @pytest.fixture
+    def start(self, monkeypatch, tmp_path):
+        def run(script: str, *arguments: str) -> int:
+            monkeypatch.setattr(sys, "argv", [script, *arguments])
+            monkeypatch.setenv("COLUMNS", "1000")
+            monkeypatch.chdir(tmp_path)
+            try:
+                runpy.run_path(str(LAUNCH / script), run_name="__main__")
+            except SystemExit as stopped:
+                return int(stopped.code or 0)
+            return 0
+
+        return run
+
+    @pytest.fixture
+    def page(self, start, capsys):
+        """The help page of a script: what it says of each option, below its heading."""
+
+        def read(script: str, *arguments: str) -> dict[str, dict[str, str]]:
+            assert start(script, *arguments, "--help") == 0
+            return options_of(capsys.readouterr().out)
+
+        return read
+
+    @pytest.mark.parametrize(("script", "command"), PAGES)
+    def test_every_option_has_help(self, page, script, command):
+        command = command.replace("examples/", f"{LAUNCH.parent}/examples/")
+        helps = {
+            name: text for group in page(script, *command.split()).values() for name, text in group.items()
+        }
+        assert helps.keys() > {"--help"}
+        assert {name for name, text in helps.items() if len(bare(text)) < len("Optimizer.")} == set()
+        assert len(helps.keys() - {"--help"}) <= MOST_OPTIONS
+
+    def test_an_option_without_help_would_be_found(self, capsys):
+        @dataclass
+        class Undocumented:
+            """None of these says anything."""
+
+            number: int = 0
+            flag: bool = False
+
+        with pytest.raises(SystemExit):
+            parse(Undocumented, "", ["--help"])
+        (group,) = options_of(capsys.readouterr().out).values()
+        assert {name: bare(text) for name, text in group.items()} == {
+            "--help": "show this help message and exit",
+            "--number": "",
+            "--flag": "",
+        }
+
+    def test_the_options_of_a_task_are_in_groups(self, page):
+        gan, lstm = page("gan.py"), page("lstm.py")
+        assert [*gan] == [*lstm] == ["options", "run", "data", "model", "recipe"]
+        assert {group: {*options} for group, options in gan.items()} == {
+            "options": {"--help"},
+            "run": {
+                *(
+                    "--preset",
+                    "--run-dir",
+                    "--steps",
+                    "--log-every",
+                    "--evaluate-every",
+                    "--checkpoint-every",
+                ),
+                *("--keep-last", "--peer-timeout", "--wandb", "--dry-run"),
+            },
+            "data": {"--seed", "--batch-size", "--micro-batches", "--dataset", "--data-root"},
+            "model": {"--latent-dim", "--batch-norm"},
+            "recipe": {
+                *("--schedule", "--warmup-steps", "--max-grad-norm", "--generator-lr", "--discriminator-lr"),
+                *("--beta1", "--beta2", "--gradient-penalty", "--ema-decay"),
+                *("--discriminator-every", "--discriminator-unit"),
+            },
+        }
+        assert lstm["run"].keys() == gan["run"].keys()
+        assert lstm["data"].keys() == {"--seed", "--batch-size", "--micro-batches", "--length", "--encoding"}
+        assert lstm["model"].keys() == {"--model", "--kernel", "--hidden-size", "--initialisation"}
+
+    def test_the_choices_are_shown(self, page):
+        gan = page("gan.py")
+        assert gan["run"]["--preset"].startswith("{fast,course,smoke} ")
+        assert gan["run"]["--wandb"].startswith("{online,offline,disabled} ")
+        assert gan["recipe"]["--schedule"].startswith("{constant,linear,cosine} ")
+        assert page("sample.py", "grid")["options"]["--weights"].startswith("{averaged,raw} ")
+
+    def test_the_defaults_are_those_of_the_preset(self, page):
+        for words, rate, folder in (
+            ((), "0.01", "gan-fast-0"),
+            (("--preset=course",), "0.0002", "gan-course-0"),
+        ):
+            gan = page("gan.py", *words)
+            assert gan["recipe"]["--generator-lr"].endswith(f"(default: {rate})")
+            assert gan["run"]["--run-dir"].endswith(f"(default: runs/{folder})")
+
+    def test_a_learning_rate_has_four_digits(self, capsys):
+        @dataclass(frozen=True)
+        class Own(Config):
+            learning_rate: Positive = 1.23456789e-4
+            """Rate."""
+
+            shade: Shade = Shade.DARK
+            """Colour."""
+
+        with pytest.raises(SystemExit):
+            from_command_line({"mine": Own()}, "", lambda config: "own", ["--help"])
+        recipe = options_of(capsys.readouterr().out)["recipe"]
+        assert recipe["--learning-rate"] == "FLOAT Rate. (default: 0.0001235)"
+        assert recipe["--shade"] == "{light,dark} Colour. (default: dark)"
+
+    @pytest.mark.parametrize(
+        ("script", "run_dir"),
+        [
+            ("gan.py", "runs/gan-fake-smoke-7"),
+            ("lstm.py", "runs/lstm-length10-smoke-7"),
+            ("classifier.py", "runs/classifier-fake-smoke-7"),
+        ],
+    )
+    def test_a_dry_run_prints_all_options_and_touches_nothing(
+        self, start, page, capsys, tmp_path, script, run_dir
+    ):
+        dataset = [] if script == "lstm.py" else ["--dataset", "fake"]
+        assert start(script, "--preset", "smoke", "--seed", "7", *dataset, "--dry-run") == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["run_dir"] == run_dir
+        assert (printed["seed"], printed["steps"], printed["dry_run"]) == (7, 20, True)
+        assert list(tmp_path.iterdir()) == []
+        offered = {name.removeprefix("--") for group in page(script).values() for name in group} - {"help"}
+        assert {name.replace("_", "-") for name in printed} == offered
+
+    @pytest.mark.parametrize(
+        ("command", "line"),
+        [
+            ("lstm.py --steps abc", "--steps abc is not allowed: give a whole number, at least 1 and at most 1e+09"),
+            ("gan.py --beta3 0.5", "--beta3 is unknown: did you mean --beta2?"),
+            ("sample.py", "a command is missing: give grid, tensor, interpolate, and then the run"),
+            ("sample.py RUN", "RUN is not a command: give grid, tensor, interpolate, and then the run"),
+            ("sample.py grid", "missing: RUN"),
+            ("sample.py grid RUN --row 3", "--row is unknown: did you mean --rows?"),
+            ("evaluate.py RUN --count 10", "--count 10 is not allowed: give at least 1000 and at most 1e+09"),
+            ("train.py", "a task is missing: give path/to/file.py:Class or package.module:Class first"),
+            ("train.py mlp", "task 'mlp' is unknown: give lstm, gan, classifier, path/to/file.py:Class, or "
+                             "package.module:Class"),
+        ],
+    )  # fmt: skip
+    def test_a_script_refuses_in_one_line(self, start, capsys, command, line):
+        assert start(*command.split()) == 2
+        said = capsys.readouterr()
+        assert (said.out, said.err) == ("", f"error: {line}\n")
+
+    def test_the_commands_of_sample_are_listed(self, start, capsys):
+        assert start("sample.py", "--help") == 0
+        page = capsys.readouterr().out
+        for command in COMMANDS["sample.py"]:
+            assert re.search(rf"^ +{command}\s+[A-Z]", page, re.MULTILINE)
+
+
+def options_of(page: str) -> dict[str, dict[str, str]]:
+    """What a help page says of each option, by heading."""
+    groups: dict[str, dict[str, str]] = {}
+    group, name = groups, ""
+    for line in page.splitlines():
+        if heading := re.fullmatch(r"(\w+):", line):
+            group = groups.setdefault(heading[1], {})
+        elif groups and (found := re.match(r"  (?:-h, )?(\S+)(.*)", line)):
+            name = found[1]
+            group[name] = " ".join(found[2].split())
+        elif groups and line.strip():
+            group[name] = f"{group[name]} {line.strip()}".strip()
+    return groups
+
+
+def bare(text: str) -> str:
+    """What is said of an option, without placeholder and default."""
+    return re.sub(r"\(default: .*", "", re.sub(r"^(\{\S*\}|[A-Z]+)( |$)", "", text)).strip()
+
+
+def test_what_happens_every_so_many_steps_happens_after_the_last_one_too():
+    config = replace(PRESETS["lstm"]["fast"], steps=10)
+    assert [step for step in range(1, 11) if config.is_due(step, 4)] == [4, 8, 10]
+    assert [step for step in range(1, 11) if config.is_due(step, 50)] == [10]
