@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all coverage bench chaos fuzz slurm-test package lint clean
+.PHONY: help install train test test-all coverage same-bits bench chaos fuzz slurm-test package lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -46,6 +46,9 @@ coverage: .venv/installed  ## everything once more, and which lines of the packa
 	$(BIN)/coverage run -m pytest -n 2 --dist worksteal -m "not gpu"
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under 92
+
+same-bits: .venv/installed  ## every task on 1 to 8 processes, killed and not: the same bits (under 25 minutes on 2 cores)
+	$(BIN)/python tests/same_bits.py
 
 bench: .venv/installed  ## speed, against what users would write (under 10 minutes on 2 cores)
 	$(BIN)/python launch/fetch_data.py --dataset mnist

@@ -17,21 +17,21 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any
 
 import torch
-import tyro
 from accelerate import Accelerator
-from common import REPOSITORY, gan_task, logged, run_python
+from common import REPOSITORY, command_line, logged, run_python, trainer_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
-from cs324dist.distributed import process
+from cs324dist.distributed.process import prepare_process
 from cs324dist.models.gan import Discriminator, Generator
 from cs324dist.models.lstm import LSTM
-from cs324dist.sampling.generators import generate, load_generator
+from cs324dist.runs.trained import load_generator
+from cs324dist.sampling.generators import generate
 
 BATCH, LATENT = 64, 100  # the course recipe's
 DATA = REPOSITORY / "data"
@@ -51,16 +51,16 @@ def milliseconds(step: Callable[[int], object], steps: int, warm_up: int = 4) ->
     return 1000 * statistics.median(times)
 
 
-def gan_ours(precision: str = "no") -> float:
-    """The task's step, preset `course`."""
-    os.environ["ACCELERATE_MIXED_PRECISION"] = precision
-    task, _ = gan_task("course", data_root=DATA)
-    return milliseconds(task.step, 30)
+def ours(task: str, preset: str, precision: str = "no", threads: str = "", **changes: Any) -> float:
+    """The task's step in the trainer."""
+    os.environ |= {"ACCELERATE_MIXED_PRECISION": precision, "CS324DIST_THREADS": threads}
+    trainer = trainer_of(task, preset, **changes)
+    return milliseconds(partial(trainer.step, is_logged=False), 30)
 
 
 def gan_bare(without: str = "") -> float:
-    """The same mathematics on one fixed batch, without streams or Accelerate; and without one measure."""
-    process.prepare_process(on_cpu=True)
+    """The mathematics of preset `course` on one fixed batch, without the trainer; and without one measure."""
+    prepare_process(on_cpu=True)
     generator, discriminator = Generator(), Discriminator()
     if without == "pooling_first":
         layers = list(discriminator.net)
@@ -164,7 +164,7 @@ def gan_notebook(in_memory: bool = False, accelerated: bool = False) -> float:
 
 def gan_floor() -> float:
     """Its products at the rate of this machine's best matrix product, and one pass of Adam over memory."""
-    process.prepare_process(on_cpu=True)
+    prepare_process(on_cpu=True)
     generator, discriminator = notebook_networks()
     a = torch.randn(2048, 2048)
     rate = 2 * 2048**3 / milliseconds(lambda _: a @ a, 20)  # operations a millisecond
@@ -208,11 +208,8 @@ def lstm_step(model: nn.Module, length: int) -> float:
 
 
 def lstm_ours(length: int, kernel: str = "fused", without: str = "") -> float:
-    if without == "flushing":
-        torch.set_flush_denormal = lambda _: None
-    if without == "allocator":
-        process.keep_large_memory = lambda: None
-    process.prepare_process(on_cpu=True)
+    kept = {"flush_denormal": without != "flushing", "keep_memory": without != "allocator"}
+    prepare_process(on_cpu=True, **kept)
     model = LSTM(1, 128, 10, kernel=kernel)
     for weight in model.parameters():  # as torch.nn.LSTM draws them, for the sake of the comparison
         nn.init.uniform_(weight, -(128**-0.5), 128**-0.5)
@@ -268,10 +265,15 @@ def samples(to_file: bool) -> float:
 
 
 CASES: dict[str, Callable[[], float]] = {
-    **{case.__name__: case for case in (gan_ours, gan_bare, gan_notebook, gan_floor, imports, start)},
+    **{case.__name__: case for case in (gan_bare, gan_notebook, gan_floor, imports, start)},
+    "gan_ours": partial(ours, "gan", "course", data_root=DATA),
+    "gan_bf16": partial(ours, "gan", "course", "bf16", data_root=DATA),
+    "gan_fast": partial(ours, "gan", "fast", threads="2", data_root=DATA),
+    "gan_exact": partial(ours, "gan", "fast", threads="2", data_root=DATA, micro_batches=2),
+    "lstm_fast_50": partial(ours, "lstm", "fast", threads="2", curriculum=1.0),
+    "lstm_exact_50": partial(ours, "lstm", "fast", threads="2", curriculum=1.0, micro_batches=2),
     "gan_loop": partial(loop, BATCH, 100, 20, "launch/gan.py"),
     "lstm_loop": partial(loop, 128, 600, 50, "launch/lstm.py", "--length", 10),
-    "gan_bf16": partial(gan_ours, "bf16"),
     "gan_notebook_in_memory": partial(gan_notebook, in_memory=True),
     "gan_accelerate": partial(gan_notebook, accelerated=True),
     **{f"gan_without_{measure}": partial(gan_bare, measure) for measure in (
@@ -286,18 +288,21 @@ CASES: dict[str, Callable[[], float]] = {
     "samples_file": partial(samples, to_file=True),
     "samples_forward": partial(samples, to_file=False),
 }  # fmt: skip
-Case = Literal[tuple(CASES)]  # type: ignore[valid-type]
 
 
-def main(case: tyro.conf.Positional[Case], profile: bool = False) -> None:
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("case", choices=CASES, metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--profile", action="store_true", help="print where its time goes")
+    options = parser.parse_args()
     torch.manual_seed(0)
-    if not profile:
-        print(CASES[case]())
+    if not options.profile:
+        print(CASES[options.case]())
         return
     with torch.profiler.profile() as profiler:
-        CASES[case]()
+        CASES[options.case]()
     print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    main()

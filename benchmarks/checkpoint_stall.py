@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint_stall.py
 
-Times the training step and `trainer.save` (which checks that all is finite, copies, writes, syncs, hashes and
+Times the training step and `Run.save` (which checks that all is finite, copies, writes, syncs, hashes and
 renames) in turn, on one process with all cores, and takes medians. Takes about two minutes on two cores.
 """
 
@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import tyro
-from common import REPOSITORY, Row, gan_task, store
+from common import REPOSITORY, Row, command_line, store, trainer_of
 
+from cs324dist.distributed.stop import StopRequest
 from cs324dist.errors import exit_process
 from cs324dist.runs.run_dir import RunDir
-from cs324dist.trainer import save
+from cs324dist.trainer import Run, run_record
 
 WARM_UP = 5  # steps
 
@@ -30,21 +30,21 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 
 def measure(folder: Path, repeats: int, steps: int) -> Row:
-    run, dataset = RunDir(folder / "run"), "mnist" if Path("data/MNIST").is_dir() else "fake"
-    task, accelerator = gan_task("fast", dataset=dataset, run_dir=run.path, keep_last=2)
-    run.open("gan", task.settings.as_json())
-    for step in range(WARM_UP):
-        task.step(step)
-    step_times, save_times = [], []
-    for first in range(WARM_UP, WARM_UP + repeats * steps, steps):
-        last = first + steps
-        step_times += [milliseconds(lambda step=step: task.step(step)) for step in range(first, last)]
-        save_times.append(milliseconds(lambda last=last: save(task, run, accelerator, last)))
-    size = sum(path.stat().st_size for path in run.newest().rglob("*") if path.is_file())
-    run.release()
-    accelerator.end_training()
+    run_dir, dataset = RunDir(folder / "run"), "mnist" if Path("data/MNIST").is_dir() else "fake"
+    trainer = trainer_of("gan", "fast", dataset=dataset, run_dir=run_dir.path, keep_last=2)
+    task, config = trainer.task, trainer.config
+    run, step_times, save_times = Run(trainer, run_dir, StopRequest(world_size=1)), [], []
+    with run_dir.claimed(lambda: run_dir.check_fits(task.name, config), run.on_main):
+        run_dir.start(run_record(type(task), config), trainer.environment(), step=0, metrics_lines=0)
+        for step in range(WARM_UP):
+            trainer.step(step, is_logged=False)
+        for first in range(WARM_UP, WARM_UP + repeats * steps, steps):
+            for step in range(first, first + steps):
+                step_times.append(milliseconds(lambda step=step: trainer.step(step, is_logged=False)))
+            save_times.append(milliseconds(lambda last=first + steps: run.save(last)))
+        size = sum(path.stat().st_size for path in run_dir.newest().rglob("*") if path.is_file())
     step, stall = statistics.median(step_times), statistics.median(save_times)
-    interval = task.settings.checkpoint_every
+    interval = config.checkpoint_every
     return {
         "dataset": dataset,
         "repeats": repeats,
@@ -57,22 +57,20 @@ def measure(folder: Path, repeats: int, steps: int) -> Row:
     }
 
 
-def main(repeats: int = 15, steps: int = 60, folder: Path = REPOSITORY / "runs") -> None:
-    """Measure and store.
-
-    Args:
-        repeats: checkpoints written.
-        steps: steps before each.
-        folder: where to write them: the disk that counts.
-    """
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("--repeats", type=int, default=15, help="checkpoints written")
+    parser.add_argument("--steps", type=int, default=60, help="steps before each")
+    parser.add_argument("--folder", type=Path, default=REPOSITORY / "runs", help="on the disk that counts")
+    options = parser.parse_args()
     os.chdir(REPOSITORY)  # where data/ is
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="stall-", dir=folder) as temporary:
-        result = measure(Path(temporary).resolve(), repeats, steps)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="stall-", dir=options.folder) as temporary:
+        result = measure(Path(temporary).resolve(), options.repeats, options.steps)
     print(result)
     store("checkpoint_stall", result, load=round(os.getloadavg()[0], 2))
     exit_process(0)
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    main()

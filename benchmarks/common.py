@@ -1,16 +1,18 @@
-"""What the benchmarks share: stored results, runs of the package's scripts, and the GAN's task."""
+"""What the benchmarks share: stored results, runs of the package's scripts, and tasks to train."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import tyro
+if TYPE_CHECKING:
+    from cs324dist.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -29,7 +31,7 @@ def store(name: str, result: dict[str, Any], **environment: object) -> None:
     from cs324dist.runs.environment import environment as here
 
     path = RESULTS / f"{name}.json"
-    whole = {"environment": {**here(), "cores": os.cpu_count(), **environment}, **result}
+    whole = {"environment": {**asdict(here()), "cores": os.cpu_count(), **environment}, **result}
     path.write_text(json.dumps(whole) + "\n")
     print(path.relative_to(REPOSITORY))
 
@@ -42,15 +44,17 @@ def where(rows: Iterable[Row], **values: object) -> list[Row]:
 def run_parts(description: str, folder: str, *parts: Callable[[], list[Row]]) -> None:
     """Run the parts that the command line names, all by default, and store each as FOLDER/PART."""
     by_name = {part.__name__: part for part in parts}
-    names = tuple(by_name)
+    parser = command_line(description)
+    parser.add_argument("parts", nargs="*", choices=by_name, metavar="PART", help=", ".join(by_name))
+    for name in parser.parse_args().parts or by_name:
+        began = time.monotonic()
+        rows = by_name[name]()
+        store(f"{folder}/{name}", {"minutes": round((time.monotonic() - began) / 60, 1), "rows": rows})
 
-    def run(parts: tyro.conf.Positional[tuple[Literal[names], ...]] = names) -> None:  # type: ignore[valid-type]
-        for name in parts:
-            began = time.monotonic()
-            rows = by_name[name]()
-            store(f"{folder}/{name}", {"minutes": round((time.monotonic() - began) / 60, 1), "rows": rows})
 
-    tyro.cli(run, description=description)
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    style = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=style, allow_abbrev=False)
 
 
 def run_python(*arguments: object, **environment: str) -> str:
@@ -68,11 +72,13 @@ def logged(run: Path, name: str) -> list[Row]:
     return [row for row in rows if name in row]
 
 
-def gan_task(preset: str, **changes: Any) -> tuple[Any, Any]:
-    """A GAN to train with these settings, and the accelerator that it trains on."""
+def trainer_of(task: str, preset: str, **changes: Any) -> "Trainer":
+    """A trainer in this process, of a task with the options of a preset and some changes."""
     from cs324dist.distributed.process import start_accelerator
-    from cs324dist.tasks.gan import PRESETS, GANTask
+    from cs324dist.tasks import find_task
+    from cs324dist.trainer import Trainer
 
-    settings = replace(PRESETS[preset], **changes)
-    accelerator = start_accelerator(settings.batch_size)
-    return GANTask(settings, accelerator), accelerator
+    task_type = find_task(task)
+    config = replace(task_type.presets[preset], **changes)
+    accelerator = start_accelerator(config.batch_size, config.micro_batches)
+    return Trainer(task_type(config, accelerator.device), accelerator)

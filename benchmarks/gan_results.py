@@ -14,6 +14,7 @@ import os
 import shutil
 import statistics
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from torch import Tensor
 
 from cs324dist.data.images import load_images, to_unit_range
 from cs324dist.metrics.digits import read_digits
-from cs324dist.sampling.generators import generate, latents, load_generator
+from cs324dist.runs.lease import newest_generation, owner_of
+from cs324dist.runs.trained import load_generator
+from cs324dist.sampling.generators import generate, latents
 from cs324dist.sampling.grids import grid, save_png
 
 RUNS = REPOSITORY / "runs" / "results"
@@ -42,25 +45,34 @@ def trained(name: str, options: str = "", script: str = "gan", precision: str = 
 
 
 def config_of(run: Path) -> dict[str, Any]:
-    return json.loads((run / "config.json").read_text())
+    return json.loads((run / "config.json").read_text())["config"]
+
+
+def environment_of(run: Path) -> dict[str, Any]:
+    """What the last process ran in that took steps of a run."""
+    owners = (owner_of(run, number) for number in range(newest_generation(run / "owners"), 0, -1))
+    made_in = next(owner.environment for owner in owners if owner and owner.environment)
+    return {**asdict(made_in), "cores": os.cpu_count()}
 
 
 def measured(name: str, options: str = "", *evaluation: str | Path, precision: str = "no") -> Row:
     """What a run of these options achieves, and its curve: steps, distance, sure share."""
     run = trained(name, options, precision=precision)
     run_python("launch/evaluate.py", run, *evaluation)
-    config, seconds = config_of(run), run / "seconds"
+    seconds, found = run / "seconds", json.loads((run / "evaluation.json").read_text())
+    shares = {f"share_of_{digit}": share for digit, share in enumerate(found.pop("shares"))}
     curve = [
         [row["step"], round(row["eval/frechet_distance"], 2), round(row["eval/sure"], 4)]
         for row in logged(run, "eval/frechet_distance")
     ]
     return {
         "options": options,
-        "steps": config["settings"]["steps"],
+        "steps": config_of(run)["steps"],
         "seconds": int(seconds.read_text()) if seconds.exists() else None,
-        "environment": {**config["environment"], "cores": os.cpu_count()},
+        "environment": environment_of(run),
         "curve": curve,
-        **json.loads((run / "evaluation.json").read_text()),
+        **found,
+        **shares,
     }
 
 
@@ -117,10 +129,10 @@ def pace() -> list[Row]:
     rows = []
     for recipe in ("course", "fast"):
         run = trained(f"pace-{recipe}", f"--preset {recipe} --steps 400 --evaluate-every 1000")
-        name, config = "throughput/samples_per_second", config_of(run)
+        name = "throughput/samples_per_second"
         rate = statistics.median(row[name] for row in logged(run, name) if row["step"] > 100)
-        milliseconds = 1000 * config["settings"]["batch_size"] / rate
-        rows.append({"recipe": recipe, "milliseconds": milliseconds, "environment": config["environment"]})
+        milliseconds = 1000 * config_of(run)["batch_size"] / rate
+        rows.append({"recipe": recipe, "milliseconds": milliseconds, "environment": environment_of(run)})
     return rows
 
 
@@ -129,7 +141,7 @@ def ablation() -> list[Row]:
     variants = {
         "preset fast": "",
         "no averaging": "--ema-decay 0",
-        "constant learning rates": "--lr-decay none",
+        "constant learning rates": "--schedule constant",
         "no gradient penalty": "--gradient-penalty 0",
         "equal learning rates, 1e-3": "--generator-lr 1e-3",
         "Adam's beta1 0.5": "--beta1 0.5",

@@ -14,24 +14,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import REPOSITORY, Row, logged, run_parts
+from common import REPOSITORY, Row, logged, run_parts, trainer_of
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from cs324dist.data.palindromes import DIGITS, all_palindromes, encode, free_digits, palindromes
 from cs324dist.data.streams import Stream
-from cs324dist.distributed.process import start_accelerator
 from cs324dist.models.lstm import LSTM
-from cs324dist.tasks.lstm import PRESETS, LSTMSettings, LSTMTask
+from cs324dist.tasks.lstm import LSTMTask
+from cs324dist.trainer import Trainer
 
-FAST, COURSE = PRESETS["fast"], PRESETS["course"]
+FAST, COURSE = LSTMTask.presets["fast"], LSTMTask.presets["course"]
 LENGTHS = (5, 10, 15, 20, 50)  # the course report's
 UNSEEN_LENGTHS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 1500, 2000, 3000, 5000,
                   10_000, 20_000, 50_000, 100_000)  # fmt: skip
@@ -53,45 +53,52 @@ class FixedSet(Stream):
         return super().integers(indices % FIXED, components, below)
 
 
-def new_task(preset: LSTMSettings, change: Change | None = None, **settings: Any) -> LSTMTask:
-    """A task of these settings; `change` changes its weights."""
-    task = LSTMTask(replace(preset, **settings), accelerator)
+def new_trainer(preset: str, change: Change | None = None, **options: Any) -> Trainer:
+    """A trainer of a task with these options; `change` changes its weights."""
+    trainer = trainer_of("lstm", preset, **options)
     if change:
-        torch.manual_seed(task.settings.seed)
+        torch.manual_seed(trainer.config.seed)
         with torch.no_grad():
-            change(task.models["lstm"])
-    return task
+            change(trainer.task.model)
+    return trainer
+
+
+def step_of(trainer: Trainer, step: int) -> dict[str, float]:
+    """Take a step; returns its metrics."""
+    trainer.step(step, is_logged=False)
+    return trainer.read_metrics()
 
 
 def has_full_length(task: LSTMTask) -> bool:
-    return task.counters["length"] == task.settings.length
+    return task.length == task.config.length
 
 
-def accuracy_of(task: LSTMTask) -> float:
-    return task.evaluate().metrics["eval/accuracy"]
+def accuracy_of(trainer: Trainer) -> float:
+    with trainer.evaluating():
+        return trainer.task.evaluate(trainer.sum_over()).metrics["accuracy"]
 
 
-def train(task: LSTMTask, most: int, least: int = 0) -> Row:
+def train(trainer: Trainer, most: int, least: int = 0) -> Row:
     """Train until solved, at least `least` and at most `most` steps."""
-    settings, solved, curve = task.settings, None, []
-    for step in tqdm(range(1, most + 1), f"{settings.run_name()} seed {settings.seed}", disable=None):
-        metrics = {name: value.item() for name, value in task.step(step - 1).items()}
+    config, solved, curve = trainer.config, None, []
+    for step in tqdm(range(1, most + 1), LSTMTask.run_name(config), disable=None):
+        metrics = step_of(trainer, step - 1)
         right = metrics["train/accuracy"]
         if step % CURVE_EVERY == 0:
             curve.append([step, round(metrics["train/loss"], 4), round(right, 4)])
-        hopeful = right == 1 and step % TRY_EVERY[settings.preset] == 0 and has_full_length(task)
-        if solved is None and hopeful and accuracy_of(task) == 1:
+        hopeful = right == 1 and step % TRY_EVERY[config.preset] == 0 and has_full_length(trainer.task)
+        if solved is None and hopeful and accuracy_of(trainer) == 1:
             solved = step
         if solved and step >= least:
             break
-    accuracy = accuracy_of(task)
-    return {"seed": settings.seed, "solved": solved, "accuracy": accuracy, "steps": step, "curve": curve}
+    accuracy = accuracy_of(trainer)
+    return {"seed": config.seed, "solved": solved, "accuracy": accuracy, "steps": step, "curve": curve}
 
 
-def compare(label: str, variants: dict[str, Row], preset: LSTMSettings, most: int, length: int) -> list[Row]:
-    """Train each variant (arguments of `new_task`) from every seed."""
+def compare(label: str, variants: dict[str, Row], preset: str, most: int, length: int) -> list[Row]:
+    """Train each variant (arguments of `new_trainer`) from every seed."""
     return [
-        {label: name, **train(new_task(preset, length=length, seed=seed, **variant), most)}
+        {label: name, **train(new_trainer(preset, length=length, seed=seed, **variant), most)}
         for name, variant in variants.items()
         for seed in SEEDS
     ]
@@ -99,9 +106,9 @@ def compare(label: str, variants: dict[str, Row], preset: LSTMSettings, most: in
 
 def trained(length: int) -> nn.Module:
     """A model of preset `fast`, after all its steps."""
-    task = new_task(FAST, length=length)
-    train(task, FAST.steps, least=FAST.steps)
-    return task.models["lstm"].eval()
+    trainer = new_trainer("fast", length=length)
+    train(trainer, FAST.steps, least=FAST.steps)
+    return trainer.task.model.eval()
 
 
 @torch.no_grad()
@@ -124,13 +131,14 @@ def course() -> list[Row]:
     cells = [(model, length, "endless") for model in ("lstm", "rnn") for length in LENGTHS]
     rows = []
     for (model, length, data), seed in product([*cells, ("lstm", 50, "fixed")], SEEDS):
-        task = new_task(COURSE, length=length, model=model, seed=seed)
+        trainer = new_trainer("course", length=length, model=model, seed=seed)
+        task = trainer.task
         if data == "fixed":
             task.data = FixedSet(**asdict(task.data))
         most = 2500 if (model, length) == ("lstm", 50) else COURSE.steps
-        row = {"model": model, "length": length, "data": data, **train(task, most, least=COURSE.steps)}
+        row = {"model": model, "length": length, "data": data, **train(trainer, most, least=COURSE.steps)}
         if (model, length) == ("lstm", 10):  # lengths beyond 7 are only sampled otherwise
-            counted = count(task.models["lstm"].eval(), length, all_of(length), COURSE.encoding)
+            counted = count(task.model.eval(), length, all_of(length), COURSE.encoding)
             row["all"] = [counted["right"], counted["trials"]]
         rows.append(row)
     return rows
@@ -149,7 +157,7 @@ def readings() -> list[Row]:
         "forget gate's bias 1": {"change": lambda model: nn.init.ones_(model.gate("f")[2])},
         "clipped at 1": {"max_grad_norm": 1.0},
     }
-    return compare("reading", variants, COURSE, COURSE.steps, 50)
+    return compare("reading", variants, "course", COURSE.steps, 50)
 
 
 def initialisation() -> list[Row]:
@@ -170,13 +178,13 @@ def initialisation() -> list[Row]:
         "Xavier": {"change": xavier},
         "for the length": {"change": lambda model: model.initialise_for_length(20)},
     }
-    return compare("initialisation", variants, COURSE, COURSE.steps, 20)
+    return compare("initialisation", variants, "course", COURSE.steps, 20)
 
 
 def fast() -> list[Row]:
     """Preset `fast` at 50 and at 1 000 digits."""
     return [
-        {"length": length, **train(new_task(FAST, length=length, seed=seed), FAST.steps)}
+        {"length": length, **train(new_trainer("fast", length=length, seed=seed), FAST.steps)}
         for length, seeds in ((50, 10), (1000, 3))
         for seed in range(seeds)
     ]
@@ -195,19 +203,19 @@ def ablation() -> list[Row]:
         "clipped at 1": {"max_grad_norm": 1.0},
         "no clipping": {"max_grad_norm": 1e6},
     }
-    return compare("variant", variants, FAST, 1000, 50)
+    return compare("variant", variants, "fast", 1000, 50)
 
 
 def settled() -> list[Row]:
     """With either initialisation at 1 000 digits: is a batch still wrong once the full length is reached?"""
     rows = []
     for (name, option), seed in product((("for the length", "length"), ("as nn.Linear", "linear")), range(3)):
-        task, reached = new_task(FAST, length=1000, initialisation=option, seed=seed), 0
-        while not has_full_length(task):
-            task.step(reached)
+        trainer, reached = new_trainer("fast", length=1000, initialisation=option, seed=seed), 0
+        while not has_full_length(trainer.task):
+            trainer.step(reached, is_logged=False)
             reached += 1
         steps = range(reached, reached + SETTLING)
-        wrong = sum(int(task.step(step)["train/accuracy"] < 1) for step in steps)
+        wrong = sum(int(step_of(trainer, step)["train/accuracy"] < 1) for step in steps)
         rows.append({"initialisation": name, "seed": seed, "reached": reached, "wrong": wrong})
     return rows
 
@@ -268,5 +276,4 @@ def long() -> list[Row]:
 PARTS = (course, readings, initialisation, fast, ablation, settled, generalisation, held, certain, long)
 
 if __name__ == "__main__":
-    accelerator = start_accelerator(FAST.batch_size)
     run_parts(__doc__, "lstm", *PARTS)

@@ -24,8 +24,9 @@ _PLACES = {
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
 __all__ = [
-    "MUTABLE", "BatchSize", "Config", "Count", "Evaluation", "Fraction", "MicroBatch", "Positive", "ShuffledEpochs",
-    "Stream", "Task", "UserError", "accuracy", "count_correct", "load_generator", "load_network", "main", "seeded",
+    "MUTABLE", "BatchSize", "Config", "Count", "Evaluation", "Fraction", "MicroBatch", "Positive",
+    "ShuffledEpochs", "Stream", "Task", "UserError", "accuracy", "count_correct", "load_generator",
+    "load_network", "main", "seeded",
 ]  # fmt: skip
 
 

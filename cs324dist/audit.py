@@ -171,9 +171,7 @@ def _choose(
             continue
         comparable.append(interval)
         for name, value in differing.items():
-            warn(
-                f"{interval} of {run} were made with {name} {value}, now {getattr(here, name)}: bits may differ"
-            )
+            warn(f"{interval} were made with {name} {value}, now {getattr(here, name)}: bits may differ")
     if not comparable:
         made = intervals[-1].environment
         raise UserError(

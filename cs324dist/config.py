@@ -105,8 +105,8 @@ class Config:
     """Samples in the global batch; each process takes an equal share."""
 
     micro_batches: Count | None = None
-    """Equal parts that the global batch is cut into. The result is then the same to the last bit on any number of
-    processes up to this one. Without it: one part per process, reduced by DDP, and the same up to rounding."""
+    """Equal parts that the global batch is cut into. The result is then equal to the last bit on any number
+    of processes up to this one. Without it: one part per process, averaged by DDP, equal up to rounding."""
 
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate over the steps: constant, or falling to zero in a line or along half a cosine."""
@@ -211,6 +211,8 @@ def from_json(record_type: type[Record], content: Any, source: str) -> Record:
     try:
         return _adapter(record_type).validate_json(json.dumps({**older, **content}), strict=True)
     except ValidationError as invalid:
+        if invalid.errors()[0]["type"] == "json_invalid":  # nested too deeply, or half of a surrogate pair
+            raise UserError(f"{source} is damaged, or not a file of this project") from None
         lines = [
             f"{source}: {'.'.join(printable(part) for part in error['loc'])} is "
             f"{'missing' if error['type'] == 'missing' else printable(error['input'])}"

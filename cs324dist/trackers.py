@@ -127,8 +127,8 @@ def _warn(text: str) -> None:
 def open_wandb(accelerator: Accelerator, config: Config, run: RunDir) -> None:
     """Open the run's own Weights & Biases run through Accelerate, on the main process.
 
-    Without a login or a network, it records offline and says so in one line. Whatever its client raises, training
-    goes on.
+    Without a login or a network, it records offline and says so in one line. Whatever its client raises,
+    training goes on.
     """
     if config.wandb == "disabled" or not accelerator.is_main_process:
         return

@@ -25,7 +25,16 @@ from cs324dist.distributed.micro_batches import add_in_order, gather_rows
 from cs324dist.distributed.process import on_main_process, start_accelerator
 from cs324dist.distributed.stop import StopRequest
 from cs324dist.distributed.sum_over import SumOver
-from cs324dist.errors import EXIT_STOPPED, ReportedError, RunFailed, UserError, exit_process, say, warn
+from cs324dist.errors import (
+    EXIT_STOPPED,
+    ReportedError,
+    RunFailed,
+    UserError,
+    exit_process,
+    printable,
+    say,
+    warn,
+)
 from cs324dist.runs.checkpoints import (
     TrainerState,
     check_names,
@@ -195,7 +204,7 @@ class Trainer:
 
 
 class SkippedSteps:
-    """Counts, on the device, the steps in which an fp16 gradient overflowed, so that an optimizer did not move.
+    """Counts, on the device, the steps in which an fp16 gradient overflowed and an optimizer did not move.
 
     The scaler halves its scale after each; Accelerate's `step_was_skipped` misses them with fused Adam.
     """
@@ -248,6 +257,10 @@ class Run:
             with with_full_state(self.task.optimizers):
                 write_checkpoint(scratch / "0", self.task, TrainerState(0))
                 read_checkpoint(scratch / "0", self.task)
+        except (ReportedError, OSError):
+            raise
+        except Exception as error:
+            raise UserError(f"it cannot be saved: {type(error).__name__}: {printable(error)}") from error
         finally:
             clear(scratch)
 

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# The body of every *.sbatch here: run launch/TASK.py on this job's nodes, and requeue the job when it is stopped.
+# The body of every *.sbatch here: train on this job's nodes, and requeue the job when it is stopped.
 #
-#   slurm/train.sh TASK [options of launch/TASK.py]
+#   slurm/train.sh TASK [options]
+#
+# TASK is gan, lstm or classifier, or a task of your own: path/to/file.py:Class or package.module:Class.
 set -euo pipefail
 
 main() { # a function is read as a whole: the file may change while the job runs
@@ -20,13 +22,17 @@ main() { # a function is read as a whole: the file may change while the job runs
     restart=${SLURM_RESTART_COUNT:-0}
 
     # Options that are not allowed are refused here, once, and not on every node.
-    local settings
-    settings=$(python "launch/$task.py" "$@" --dry-run)
-    run=$(python -c 'import json, sys; print(json.load(sys.stdin)["run_dir"])' <<<"$settings")
+    local config
+    case $task in
+        *:*) set -- launch/train.py "$task" "$@" ;;
+        *) set -- "launch/$task.py" "$@" ;;
+    esac
+    config=$(python "$@" --dry-run)
+    run=$(python -c 'import json, sys; print(json.load(sys.stdin)["run_dir"])' <<<"$config")
 
     before=$(version)
     code=75
-    if [ -z "$stopping" ]; then train "launch/$task.py" "$@"; fi
+    if [ -z "$stopping" ]; then train "$@"; fi
     finish
 }
 
@@ -113,6 +119,7 @@ finish() {
     esac
     if [ "$what" != stopped ]; then
         count=$(cat "$crashes" 2>/dev/null || echo 0)
+        case $count in "" | *[!0-9]*) count=0 ;; esac # whatever stands there, it is a number or nothing
         if [ "$count" = 3 ]; then
             rm -f "$crashes"
             say "requeued 3 times after a crash, and no more: submit the job again to go on"

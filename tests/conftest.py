@@ -16,6 +16,10 @@ from cs324dist.data.fetch import fetch
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads that outnumber the cores cost thirty times
+    os.environ.setdefault("CS324DIST_THREADS", "1")
+    torch.set_num_threads(1)
+
 REPOSITORY = Path(__file__).parents[1]
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 

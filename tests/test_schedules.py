@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from cs324dist.config import Config
 from cs324dist.data.streams import MicroBatch
-from cs324dist.distributed.process import start_accelerator
 from cs324dist.schedules import SCHEDULES, learning_rate_factor
 from cs324dist.tasks.base import Metrics, Task
 from cs324dist.trainer import Trainer
@@ -116,7 +116,7 @@ class Falling(Task[Config]):
 def test_the_trainer_takes_each_optimizers_own_rate_times_the_factor_of_the_step():
     config = replace(Config(), schedule="linear", steps=4, warmup_steps=0, batch_size=1)
     task = Falling(config, torch.device("cpu"))
-    trainer = Trainer(task, start_accelerator())
+    trainer = Trainer(task, Accelerator(cpu=True))
     fallen, slowly = [], []
     for step in (0, 1, 2, 3):
         trainer.step(step, is_logged=False)

@@ -1,8 +1,8 @@
 """The mean of gradients over micro-batches, the same to the last bit whoever computed which of them.
 
-Sums of floating-point numbers depend on the order, sums of integers do not. So each gradient is multiplied by a
-power of two, which is exact, and added up as int64. The power follows from the tensor's largest value over all
-micro-batches. Climate models sum this way (Hallberg and Adcroft 2014, "An order-invariant real-to-integer
+Sums of floating-point numbers depend on the order, sums of integers do not. So each gradient is multiplied by
+a power of two, which is exact, and added up as int64. The power follows from the tensor's largest value over
+all micro-batches. Climate models sum this way (Hallberg and Adcroft 2014, "An order-invariant real-to-integer
 conversion sum").
 """
 
@@ -32,21 +32,24 @@ class ExactMean:
     def __call__(self, gradients: Sequence[Gradients], parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """The mean gradient of each parameter over the micro-batches of all processes.
 
-        It is off by at most half a unit in the last place and 2^(log2(micro_batches) - 61) of the largest value.
+        It is off by at most half a unit in the last place, and by 2^(log2(count) - 61) of the largest value.
 
         Args:
             gradients: by micro-batch of this process, then by parameter; None where a loss does not use it.
             parameters: all of them, for their shapes.
 
         Returns:
-            For each parameter float32 of its shape; None where no loss uses it, NaN where a gradient is not finite.
+            For each parameter float32 of its shape; None if no loss uses it, NaN if a gradient is not finite.
         """
         largest = torch.stack([_largest(of_one, parameters) for of_one in gradients]).amax(0)
         if dist.is_initialized():
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         exponents = torch.frexp(largest)[1].tolist()
         scales = [2.0 ** (HEAD - (self._count - 1).bit_length() - exponent) for exponent in exponents]
-        by_parameter = [[g.reshape(-1) for g in of_all if g is not None] for of_all in zip(*gradients, strict=True)]
+        by_parameter = [
+            [gradient.reshape(-1) for gradient in of_all if gradient is not None]
+            for of_all in zip(*gradients, strict=True)
+        ]
         means = [torch.empty(parameter.numel(), device=parameter.device) for parameter in parameters]
         if dist.is_initialized():
             buffer = self._buffer_for(means)

@@ -70,8 +70,8 @@ def _wrapped(losses: nn.Module, place: list[int] | None) -> nn.Module:
             place,
             broadcast_buffers=False,  # BatchNorm over the batch keeps them equal
             gradient_as_bucket_view=True,
-            # Without this, DDP adds up its first step in one bucket and later ones in several: a resumed run would
-            # add in another order than one that was never stopped, as soon as there are three processes.
+            # Otherwise DDP adds up its first step in one bucket and later ones in several: a resumed run of
+            # three processes would add in another order than one that ran through.
             find_unused_parameters=True,
         )
 
@@ -80,13 +80,13 @@ class ExactGradients:
     """Any number of micro-batches per process, averaged so that nobody can tell who computed which of them."""
 
     def __init__(self, count: int, own: int, accelerator: Accelerator, *, meet: bool) -> None:
-        """`own` of `count` micro-batches are this process's; with `meet`, layers in them span the batch."""
+        """`own` of `count` micro-batches are this process's; with `meet`, some layers span the batch."""
         self._count, self._meet = count, meet
         self._cores = torch.get_num_threads()
         torch.set_num_threads(1)  # outside of `all_cores`, as sums depend on the number of threads
         on_gpu = accelerator.device.type == "cuda"
         self.threads = Threads(self._cores, accelerator.device)
-        # Layers that meet need a thread for each micro-batch; without them, a GPU takes one after the other.
+        # Layers that meet need a thread for each micro-batch; otherwise a GPU takes them in turn.
         self._workers = Threads(own if meet else 1 if on_gpu else min(own, self._cores), accelerator.device)
         self._one = Threads(1, accelerator.device)
         self._mean = ExactMean(count)
@@ -102,7 +102,7 @@ class ExactGradients:
             torch.set_num_threads(1)
 
     def cores_for(self, optimizer: Optimizer) -> AbstractContextManager[None]:
-        """Inside, as many cores as may be used by a step of this optimizer: a fused one works value by value."""
+        """Inside, the cores that this optimizer's step may use: a fused one works value by value."""
         fused = all(group.get("fused") for group in optimizer.param_groups)
         return self.all_cores() if fused else nullcontext()
 
@@ -119,7 +119,7 @@ class ExactGradients:
 
         def gradients(batch: MicroBatch) -> tuple[Tensor | None, ...]:
             state = None if at_once else torch.manual_seed(seed_of(batch)).get_state()
-            with torch.autograd.set_multithreading_enabled(False):  # so that backward passes meet on a GPU, too
+            with torch.autograd.set_multithreading_enabled(False):  # so that they can meet on a GPU
                 found = torch.autograd.grad(loss_of(batch), trained, allow_unused=True)
             if state is not None:
                 drew = not torch.equal(state, torch.get_rng_state())
@@ -131,8 +131,8 @@ class ExactGradients:
         found = workers.map(gradients, batches, self._count, meet=self._meet)
         if at_once and not torch.equal(before, torch.get_rng_state()):
             raise RunFailed(
-                "with --micro-batches, a loss may not draw from torch's generator in some steps only, nor beside a "
-                "BatchNorm: draw from a Stream, or leave --micro-batches out"
+                "with --micro-batches, a loss may not draw from torch's generator in some steps only, nor beside "
+                "a BatchNorm: draw from a Stream, or leave --micro-batches out"
             )
         with self.all_cores():
             means = self._mean(found, trained)

@@ -25,7 +25,11 @@ def check_environment() -> None:
                 f"accelerate launch was asked for {title}, and this toolkit trains with DDP: "
                 f"leave it out of the launcher's options and configuration"
             )
-    if (steps := os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) not in ("", "1"):
+    _check_accumulation(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"))
+
+
+def _check_accumulation(steps: str | None) -> None:
+    if steps not in (None, "", "1"):
         raise UserError(
             f"--gradient_accumulation_steps {steps} of accelerate launch would change nothing: "
             f"give the script the global --batch-size that you want"
@@ -49,7 +53,9 @@ def check_launcher(world_size: int, is_main_process: bool) -> None:
     parser.add_argument("--num_processes", "--num-processes", type=int)
     parser.add_argument("--config_file", "--config-file")
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--gradient_accumulation_steps", "--gradient-accumulation-steps")
     asked, _ = parser.parse_known_args(command)
+    _check_accumulation(asked.gradient_accumulation_steps)  # the environment has it with DeepSpeed only
     config_file = asked.config_file
     if config_file is None and not asked.cpu and Path(default_config_file).is_file():
         config_file = default_config_file

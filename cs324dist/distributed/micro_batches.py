@@ -1,4 +1,4 @@
-"""The micro-batches of a process: computed in threads of one core each, which meet where statistics span the batch."""
+"""The micro-batches of a process: threads of one core each, which meet where statistics span the batch."""
 
 import threading
 from collections import deque
@@ -40,7 +40,7 @@ def add_in_order(rows: Shaped[Tensor, "count *row"]) -> Shaped[Tensor, "*row"]:
 
 
 class Meeting:
-    """Where the threads of a process put together a row of each micro-batch; the last to come gathers for all."""
+    """Where threads put together a row of each micro-batch; the last to come gathers for all."""
 
     def __init__(self, threads: int, count: int) -> None:
         """`threads` of this process meet, of `count` micro-batches in all."""
@@ -98,8 +98,8 @@ class Threads:
     ) -> list[Answer]:
         """The answers for the micro-batches of this process, by index, in order.
 
-        With `meet` they all run at the same time, and there must be a thread for each. The first error of one is
-        raised when all have ended.
+        With `meet` they all run at the same time, and there must be a thread for each. The first error of one
+        is raised when all have ended.
         """
         meeting = Meeting(len(items) if meet else 1, micro_batches)
         first = next(iter(items))

@@ -43,16 +43,17 @@ def start_accelerator(
     accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
     world_size = accelerator.num_processes
     check_launcher(world_size, accelerator.is_main_process)
-    parts, title = (micro_batches, "--micro-batches") if micro_batches else (world_size, "the number of processes")
+    parts = micro_batches or world_size
+    title = "--micro-batches" if micro_batches else "the number of processes"
     if batch_size is not None and batch_size % parts:
         raise UserError(
             f"--batch-size {batch_size} is not divisible by {title}, {parts}: "
             f"give a multiple, such as {-(-batch_size // parts) * parts}"
         )
     if parts < world_size:
-        raise UserError(f"--micro-batches {parts} is less than the number of processes, {world_size}: give more")
+        raise UserError(f"--micro-batches {parts} is less than {world_size} processes: give at least as many")
     if micro_batches and accelerator.mixed_precision == "fp16":
-        raise UserError("--micro-batches with fp16 would depend on its loss scaling: give --mixed_precision bf16")
+        raise UserError("--micro-batches would depend on fp16's loss scaling: give --mixed_precision bf16")
     return accelerator
 
 
@@ -68,16 +69,17 @@ def rejoin_after_restart(backend: str, timeout: timedelta) -> None:
         dist.init_process_group(backend, timeout=timeout, world_size=world_size, rank=rank, store=store)
 
 
-def prepare_process(on_cpu: bool) -> None:
-    """Settings of the process that must stand before its first tensor operation."""
+def prepare_process(on_cpu: bool, *, flush_denormal: bool = True, keep_memory: bool = True) -> None:
+    """Settings of the process that must stand before its first tensor operation; see docs/performance.md."""
     # A long backward pass makes denormal numbers, ten times slower; threads started earlier would keep them.
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(flush_denormal)
     if on_cpu:
         torch.set_num_threads(threads := _threads())
         os.environ["OMP_NUM_THREADS"] = str(threads)  # or Accelerate sets a number of its own
     else:
         torch.set_float32_matmul_precision("high")  # TF32, as torch's convolutions have it anyway
-    keep_large_memory()
+    if keep_memory:
+        keep_large_memory()
     launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if sys.platform == "linux" and launched:
         # A launcher that is killed would leave its workers running.

@@ -94,7 +94,8 @@ def walk(run: Run) -> Walk:
     """
     generator = load_generator(run.path)
     start, end, ends = walk_ends(generator, run.setting("dataset"))
-    strips, columns = {}, []
+    strips: dict[str, str] = {}
+    columns = []
     for method in METHODS:
         strips[method] = _as_png(strip(generator, start, end, STRIP_IMAGES, method))
         images = generate(generator, interpolate(start, end, WALK_FRAMES, method))

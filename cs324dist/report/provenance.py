@@ -15,7 +15,7 @@ def settings(run: Run) -> list[tuple[str, str, str | None]]:
     """Options, their values, and the preset's where that differs; those that differ come first."""
     changed = run.record.changed
     found = [
-        (option(plain(name)), plain(value), plain(changed[name]) if name in changed else None)
+        (option(plain(name)), plain(_text(value)), plain(_text(changed[name])) if name in changed else None)
         for name, value in run.record.config.items()
         if name not in WITHOUT_EFFECT
     ]
@@ -30,7 +30,7 @@ def command(run: Run) -> str | None:
     several = run.processes is not None and run.processes > 1
     launcher = ["torchrun", "--nproc_per_node", str(run.processes)] if several else ["python"]
     words = [*launcher, script, *(word for name, value in given.items() for word in _words(name, value))]
-    if not script or script.startswith("-") or None in given.values() or any(plain(w) != w for w in words):
+    if not script or script.startswith("-") or any(plain(word) != word for word in words):
         return None
     variables = ""
     if made_in and made_in.precision != "no":
@@ -51,7 +51,10 @@ def _words(name: str, value: Any) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    """A value as a command line has it."""
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def training_time(run: Run) -> float | None:

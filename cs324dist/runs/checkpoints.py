@@ -22,7 +22,7 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from cs324dist.config import as_json, from_json
-from cs324dist.errors import RunFailed, UserError
+from cs324dist.errors import RunFailed, UserError, printable
 from cs324dist.runs.files import clear, read_json, sha256, sync, write_json
 from cs324dist.runs.models import copy_into, model_tensors, read_tensors, save_model, save_tensors
 from cs324dist.runs.optimizers import Optimizers, load_optimizers, optimizer_tensors, read_optimizers
@@ -141,6 +141,7 @@ def _check_finite(trained: Trained, step: int) -> None:
         for name, network in trained.networks.items()
     }
     parts["optimizer"] = (list(optimizer_tensors(trained.optimizers, trained.networks).values()), [])
+    parts["task's state"] = ([], list(_split(trained.state_dict())[1].values()))
     for name, (finite, not_nan) in parts.items():
         floats = [tensor for tensor in finite if tensor.is_floating_point()]
         largest = torch._foreach_norm(floats, math.inf) if floats else ()  # NaN, if there is one
@@ -160,13 +161,17 @@ def _split(tree: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
         items = tree.items() if isinstance(tree, dict) else enumerate(tree)
         parts = {key: _split(part, f"{prefix}.{key}" if prefix else str(key)) for key, part in items}
         tensors = {name: tensor for _, found in parts.values() for name, tensor in found.items()}
+        if len(tensors) < sum(len(found) for _, found in parts.values()):
+            raise UserError(f"two tensors of the task's state are both {prefix}…: give keys without dots")
         if isinstance(tree, dict) and all(isinstance(key, str) for key in tree):
             return {key: plain for key, (plain, _) in parts.items()}, tensors
         if not isinstance(tree, dict):
             return [plain for plain, _ in parts.values()], tensors
     elif tree is None or type(tree) in (bool, int, str) or (type(tree) is float and math.isfinite(tree)):
         return tree, {}
-    raise UserError(f"the task's state holds {prefix} = {tree!r:.99}: give tensors, numbers and words")
+    raise UserError(
+        f"the task's state holds {prefix} = {printable(repr(tree)):.99}: give tensors, numbers and words"
+    )
 
 
 def _join(plain: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -60,9 +60,17 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace `path` by `content`."""
+    """Replace `path` by `content`.
+
+    Raises:
+        UserError: `read_json` would refuse it for its size.
+        OSError: it cannot be written.
+    """
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    if len(text) > LARGEST_JSON:
+        raise UserError(f"{path.name} would be larger than {LARGEST_JSON} bytes: give it less to hold")
     with replaced(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        temporary.write_text(text)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -106,11 +114,11 @@ def parse_json(text: bytes) -> Any:
     Raises:
         ValueError, RecursionError: it is none; NaN and the infinities are not JSON.
     """
+    return json.loads(text, parse_constant=_refuse)
 
-    def refuse(word: str) -> None:
-        raise ValueError(f"{word} is not JSON")
 
-    return json.loads(text, parse_constant=refuse)
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
 
 
 def is_number(value: Any) -> bool:

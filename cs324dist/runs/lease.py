@@ -3,9 +3,9 @@
 owners/2.json    the second process that ran it, in what environment and with which options, from which step
 owners/2.lock    locked while it lives
 
-Each owner has a generation and writes under it: its checkpoints carry it and replace none of a later one, and
-its metrics go to a file that the next owner replaces. Readers take the highest. So an owner that was cut off from
-the network and still runs can replace nothing that its successor wrote, however late it wakes up.
+Each owner has a generation and writes under it: its checkpoints carry it and replace none of a later one,
+and its metrics go to a file that the next owner replaces. Readers take the highest. So an owner that was cut
+off from the network and still runs can replace nothing that its successor wrote, however late it wakes up.
 """
 
 import errno

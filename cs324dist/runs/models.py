@@ -1,7 +1,7 @@
 """One model in a folder: `config.json` (class and arguments) and `model.safetensors`, the Hub's file names.
 
-Reading is strict: every tensor must be there and no other, each of the right shape and dtype. What a file claims
-to hold is compared with what is expected before any of it is read.
+Reading is strict: every tensor must be there and no other, each of the right shape and dtype. What a file
+claims to hold is compared with what is expected before any of it is read.
 """
 
 import json
@@ -46,9 +46,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if tensor.dtype not in DTYPES:
             raise UserError(f"{name} is of {tensor.dtype}, which no checkpoint can hold")
     path.touch()  # the mode that the umask gives, which safetensors replaces by 0600
-    mode = path.stat().st_mode
+    mode, stored, memory = path.stat().st_mode, {}, set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        pointer = plain.untyped_storage().data_ptr()
+        stored[name] = plain.clone() if pointer in memory else plain  # safetensors refuses shared memory
+        memory.add(pointer)
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        save_file(stored, path)
     except SafetensorError as error:  # which says "… (os error 28)" for a full disk
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else 0
@@ -130,11 +135,14 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     Raises:
         UserError: `load_model` would not take one of them.
     """
-    arguments = dict(getattr(model, "config", {}))
+    arguments = getattr(model, "config", {})
+    if not isinstance(arguments, Mapping):
+        raise UserError(f"{type(model).__name__}.config is no dictionary of the arguments of its constructor")
+    arguments = dict(arguments)
     if wrong := [name for name, value in arguments.items() if not _is_argument(value)]:
         raise UserError(
-            f"{type(model).__name__}.config[{wrong[0]!r}] is {printable(arguments[wrong[0]])}: give a string, a boolean, "
-            f"a finite number, or an integer of at most {LARGEST_SIZE}"
+            f"{type(model).__name__}.config[{wrong[0]!r}] is {printable(arguments[wrong[0]])}: "
+            f"give a string, a boolean, a finite number, or an integer of at most {LARGEST_SIZE}"
         )
     return arguments
 

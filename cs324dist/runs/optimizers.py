@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cs324dist.errors import UserError, printable
 from cs324dist.runs.models import read_tensors
 
 Optimizers = Mapping[str, Optimizer | Sequence[Optimizer]]
@@ -30,15 +31,20 @@ def each(optimizers: Optimizers) -> Iterator[tuple[str, Optimizer]]:
 
 
 def optimizer_tensors(optimizers: Optimizers, networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Every optimizer's state by name, such as `generator/generator.fc.0.weight/exp_avg`."""
+    """Every optimizer's state by name, such as `generator/generator.fc.0.weight/exp_avg`.
+
+    Raises:
+        UserError: something in it is neither a tensor nor a number.
+    """
     names = _parameter_names(networks)
-    return {
-        f"{optimizer_name}/{names[parameter]}/{key}": _as_tensor(value)
+    values = {
+        f"{optimizer_name}/{names[parameter]}/{key}": value
         for optimizer_name, optimizer in each(optimizers)
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
         if value is not None
     }
+    return {name: _as_tensor(name, value) for name, value in values.items()}
 
 
 def read_optimizers(path: Path, optimizers: Optimizers, networks: Mapping[str, nn.Module]) -> "Loaded":
@@ -53,11 +59,17 @@ def read_optimizers(path: Path, optimizers: Optimizers, networks: Mapping[str, n
         for parameter, state in zip(_parameters(optimizer), _states_after_a_step(optimizer), strict=True):
             prefix = f"{name}/{names[parameter]}"
             found.append((optimizer, parameter, prefix, state))
-            expected |= {
-                f"{prefix}/{k}": _as_tensor(value) for k, value in state.items() if value is not None
-            }
+            values = {f"{prefix}/{key}": value for key, value in state.items() if value is not None}
+            expected |= {key: _as_tensor(key, value) for key, value in values.items()}
     # A parameter that has had no gradient yet has no state.
-    return found, read_tensors(path, expected, all_needed=False)
+    tensors = read_tensors(path, expected, all_needed=False)
+    for _, _, prefix, state in found:
+        wanted = {f"{prefix}/{key}" for key, value in state.items() if value is not None}
+        if wanted & tensors.keys() and (absent := sorted(wanted - tensors.keys())):
+            raise UserError(f"{path} lacks {absent[0]!r:.99}: it is damaged")
+    if infinite := [name for name, tensor in tensors.items() if tensor.isinf().any()]:
+        raise UserError(f"{path}: {infinite[0]!r} holds values that are not finite: it is damaged")
+    return found, tensors
 
 
 def load_optimizers(loaded: "Loaded") -> None:
@@ -96,7 +108,8 @@ def _states_after_a_step(optimizer: Optimizer) -> list[dict[str, Any]]:
 
     It has everything that the state of this optimizer can have, in the right shapes and places.
     """
-    taken = copy.deepcopy(optimizer)
+    taken: Any = object.__new__(type(optimizer))  # a plain deep copy lacks a subclass's own attributes
+    vars(taken).update(copy.deepcopy(vars(optimizer), {id(optimizer): taken}))
     for parameter in _parameters(taken):
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     taken.step()
@@ -115,7 +128,10 @@ def _parameter_names(networks: Mapping[str, nn.Module]) -> dict[Tensor, str]:
     }
 
 
-def _as_tensor(value: Any) -> Tensor:
+def _as_tensor(name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
+    if not isinstance(value, int | float):
+        shown = printable(repr(value))[:99]
+        raise UserError(f"the state of an optimizer holds {name} = {shown}: give tensors and numbers")
     return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)

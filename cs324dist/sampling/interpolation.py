@@ -20,9 +20,9 @@ def interpolate(
 ) -> Float[Tensor, "points latent"]:
     """`points` latents from `start` to `end`, both included.
 
-    `linear` takes the straight line, on which the norm falls below what the generator was trained on. `spherical`
-    turns at constant speed and changes the norm evenly (Shoemake 1985; White 2016); if the ends are parallel,
-    opposite or zero, it takes the straight line too.
+    `linear` takes the straight line, on which the norm falls below what the generator was trained on.
+    `spherical` turns at constant speed and changes the norm evenly (Shoemake 1985; White 2016); if the ends
+    are parallel, opposite or zero, it takes the straight line too.
     """
     a, b = start.double(), end.double()
     t = torch.linspace(0, 1, points, dtype=torch.float64)[:, None]
@@ -39,7 +39,7 @@ def interpolate(
 def walk_ends(
     generator: Generator, dataset: str
 ) -> tuple[Float[Tensor, " latent"], Float[Tensor, " latent"], str]:
-    """Two latents to walk between, and what they show: a 4 and a 1, or any two images if it draws no digits."""
+    """Two latents to walk between, and what they show: a 4 and a 1, or any two images without digits."""
     if dataset != "fashion-mnist":  # whose images are no digits
         try:
             start, end = (surest(generator, digit, 1, seed=0)[0] for digit in (START, END))

@@ -27,7 +27,7 @@ def find_task(name: str) -> type[Task[Any]]:
     module_name, _, class_name = TASKS.get(name, name).rpartition(":")
     if not module_name:
         raise UserError(
-            f"task {name!r} is unknown: give {', '.join(TASKS)}, path/to/file.py:Class, or package.module:Class"
+            f"task {name!r} is unknown: give {', '.join(TASKS)}, path/file.py:Class, or package.module:Class"
         )
     try:
         module = (

@@ -35,7 +35,7 @@ class Updater(Protocol):
     def update(self, name: str, loss: Loss) -> None:
         """Take one step of the optimizers `name` with the gradient of `loss` over the global batch.
 
-        `loss` returns the mean loss of a micro-batch, and metrics to log: scalars, averaged over the global batch.
+        `loss` returns the mean loss of a micro-batch, and metrics to log: scalars, averaged over the batch.
         """
 
     def measure(self, loss: Loss) -> None:
@@ -82,7 +82,7 @@ class Task(Generic[ConfigT]):
         return Evaluation({})
 
     def state_dict(self) -> dict[str, Any]:
-        """Whatever else belongs to the state: tensors, numbers and words, nested in dictionaries and lists."""
+        """Whatever else belongs to the state: tensors, numbers and words, nested in dicts and lists."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ class ClassifierConfig(Config):
     """Train the digit classifier."""
 
     preset: Annotated[str, MUTABLE] = "fast"
-    """Recipe that the other defaults come from: fast (that of the weights in the package), smoke (seconds)."""
+    """Recipe that the other defaults come from: fast (of the weights in the package), smoke (seconds)."""
 
     steps: Annotated[Count, MUTABLE] = 3000
     batch_size: BatchSize = 128

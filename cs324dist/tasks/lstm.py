@@ -45,7 +45,7 @@ class LSTMConfig(Config):
     """lstm, or rnn: the Elman network that the course report compares it with."""
 
     kernel: Annotated[Literal["fused", "equations"], MUTABLE] = "fused"
-    """How the LSTM is computed: by torch's fused kernel, or by the equations as written; equal to rounding."""
+    """How the LSTM is computed: by torch's fused kernel, or by its equations; equal to rounding."""
 
     hidden_size: Annotated[int, Interval(ge=1, le=65_536)] = 128
     """Width of the hidden state."""
@@ -118,9 +118,9 @@ class LSTMTask(Task[LSTMConfig]):
     def step(self, step: int, trainer: Updater) -> None:
         """One update, and every second time the curriculum's decision."""
         trainer.update(self.config.model, self.loss)
-        if self.length < self.config.length and (step + 1) % LENGTHEN_EVERY == 0:
-            if trainer.sum(self.right) >= ENOUGH * self.config.batch_size:
-                self.length = min(self.config.length, int(self.length * self.config.curriculum) + 1)
+        decides = self.length < self.config.length and (step + 1) % LENGTHEN_EVERY == 0
+        if decides and trainer.sum(self.right) >= ENOUGH * self.config.batch_size:
+            self.length = min(self.config.length, int(self.length * self.config.curriculum) + 1)
 
     def loss(self, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """Cross-entropy of the last digit."""

@@ -10,9 +10,8 @@ import os
 import torch
 from torch import Tensor
 
-from cs324dist.data.streams import MicroBatch
-from cs324dist.distributed.sum_over import SumOver
-from cs324dist.tasks.base import Evaluation, Metrics
+from cs324dist import Evaluation, MicroBatch
+from cs324dist.distributed import gradients
 from cs324dist.tasks.gan import GANTask
 from cs324dist.tasks.lstm import LSTMTask
 
@@ -34,7 +33,9 @@ class LSTM(LSTMTask):
 class GAN(GANTask):
     def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)
-        if FAULT == "local_batch_norm":  # every rank normalises by the statistics of its own share of the batch
+        if (
+            FAULT == "local_batch_norm"
+        ):  # every rank normalises by the statistics of its own share of the batch
             self.sync_batch_norm = False
 
     def evaluate(self, sum_over: object) -> Evaluation:
@@ -50,6 +51,6 @@ elif FAULT == "shuffle_restarted_on_resume":
     MicroBatch.samples = property(lambda batch: honest(batch) - batch.step // 10 * 10 * batch.batch_size)
 elif FAULT == "unreduced_gradients":
     # The bare module is called in place of the DDP wrapper: no gradient is ever reduced.
-    trainer.DistributedDataParallel = lambda module, *_, **__: module
+    gradients.DistributedDataParallel = lambda module, *_, **__: module
 else:
     assert FAULT in ("", "sum_for_mean", "local_batch_norm"), FAULT

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
-from cs324dist.data.streams import Shard, Stream
+from cs324dist.data.streams import MicroBatch, Stream
 from cs324dist.distributed.batch_norm import convert_sync_batchnorm
 from cs324dist.errors import exit_process
 
@@ -19,7 +19,7 @@ SHAPES = {"vectors": (12, 5), "images": (12, 3, 4, 4)}
 def inputs(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch with a large mean beside a small variance, and the gradient that comes back to its output."""
     shape, samples = SHAPES[name], torch.arange(SHAPES[name][0])
-    numbers = Stream(0, name).normals(samples, 2 * torch.Size(shape[1:]).numel(), torch.float64)
+    numbers = Stream(0, name).normals(samples, 2 * torch.Size(shape[1:]).numel()).double()
     x, grad = numbers.view(shape[0], 2, *shape[1:]).unbind(1)
     return 100 + 0.1 * x, grad
 
@@ -38,10 +38,10 @@ if __name__ == "__main__":
     found = {}
     for name in SHAPES:
         whole, whole_grad = inputs(name)
-        share = Shard(rank, world_size).samples(0, len(whole))
+        share = MicroBatch(0, len(whole), rank, world_size).samples
         x, grad = whole[share].requires_grad_(), whole_grad[share]
         layers = nn.Sequential(norm_for(name))
-        convert_sync_batchnorm(layers, accelerator)
+        convert_sync_batchnorm(layers)
         output = layers(x)
         output.backward(grad)
         for parameter in layers.parameters():

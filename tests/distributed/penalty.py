@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from cs324dist.data.streams import Shard, Stream
+from cs324dist.data.streams import MicroBatch, Stream
 from cs324dist.models.gan import Discriminator
 
 if __name__ == "__main__":
@@ -20,10 +20,11 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    discriminator = Discriminator().double()
+    torch.set_default_dtype(torch.float64)
+    discriminator = Discriminator()
     wrapped = DistributedDataParallel(discriminator, static_graph=static_graph)
-    indices = Shard(dist.get_rank(), dist.get_world_size()).batch(0, 8)
-    images = Stream(0, "images").normals(indices, 784, torch.float64).view(-1, 1, 28, 28).requires_grad_()
+    batch = MicroBatch(0, 8, dist.get_rank(), dist.get_world_size())
+    images = Stream(0, "images").normals(batch.samples, 784).view(-1, 1, 28, 28).requires_grad_()
     for _ in range(2):  # a static graph is recorded in the first pass and relied on from the second on
         discriminator.zero_grad()
         logits = wrapped(images)
@@ -31,4 +32,4 @@ if __name__ == "__main__":
         (F.softplus(-logits).mean() + slope.square().sum((1, 2, 3)).mean()).backward()
     if dist.get_rank() == 0:
         save_file({name: p.grad for name, p in discriminator.named_parameters()}, out)
-    os._exit(0)  # see `leave`
+    os._exit(0)  # see `exit_process`

@@ -5,8 +5,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-BATCH, LENGTH = 16, 12
-LSTM_SETTINGS = {"batch_size": BATCH, "length": LENGTH, "curriculum": 1.0}
+LSTM = {
+    "batch_size": 16,
+    "length": 12,
+    "curriculum": 1.0,
+    "steps": 20,
+}  # as in test_equality.py: a run is shared
+GAN = {"batch_size": 16, "dataset": "fake", "steps": 20}
 
 
 def largest_distance(weights, expected):
@@ -18,20 +23,18 @@ def largest_distance(weights, expected):
 
 
 @pytest.mark.parametrize(
-    ("fault", "case", "settings"),
+    ("fault", "case", "config"),
     [
-        ("offset_rank", "lstm report", LSTM_SETTINGS),
-        ("sum_for_mean", "lstm report", LSTM_SETTINGS),
-        ("unreduced_gradients", "lstm report", LSTM_SETTINGS),
-        ("shuffle_restarted_on_resume", "lstm report", LSTM_SETTINGS),
-        pytest.param(
-            "local_batch_norm", "gan report", {"batch_size": BATCH, "dataset": "fake"}, marks=pytest.mark.slow
-        ),
+        ("offset_rank", "lstm course", LSTM),
+        ("sum_for_mean", "lstm course", LSTM),
+        ("unreduced_gradients", "lstm course", LSTM),
+        ("shuffle_restarted_on_resume", "lstm course", LSTM),
+        pytest.param("local_batch_norm", "gan course", GAN, marks=pytest.mark.slow),
     ],
 )
-def test_the_fault_is_noticed(follow, fault, case, settings):
-    honest = follow(*case.split(), settings, processes=1)
-    faulty = follow(*case.split(), settings, processes=2, fault=fault)
+def test_the_fault_is_noticed(follow, fault, case, config):
+    honest = follow(case, config, processes=1)
+    faulty = follow(case, config, processes=2, fault=fault)
     assert largest_distance(faulty, honest) > 1e-4
 
 

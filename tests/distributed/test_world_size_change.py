@@ -6,51 +6,46 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from launched import newest_checkpoint
+from paths import assert_same_path, command, weights_in
 
-FOLLOW = Path(__file__).parent / "follow.py"
 BEFORE, AFTER = 10, 20  # steps
-TOLERANCE = 1e-9  # norm of difference over norm, float64
+EVERY = {"steps": BEFORE + AFTER, "checkpoint_every": BEFORE}
 CASES = {
-    "lstm fast": {"batch_size": 16, "length": 12, "steps": BEFORE + AFTER},
-    "gan fast": {"batch_size": 8, "dataset": "fake", "steps": BEFORE + AFTER},
+    "lstm fast": {"batch_size": 16, "length": 12, **EVERY},
+    "gan fast": {"batch_size": 8, "dataset": "fake", **EVERY},
 }
 
 
 @pytest.fixture(scope="module", params=CASES)
-def stopped(request, launch, tmp_path_factory):
-    """A function that takes a run to a step on so many processes, and the run where two left it."""
-    folder = tmp_path_factory.mktemp("runs")
-    case, settings = request.param, json.dumps(CASES[request.param])
+def train(request, launch):
+    """A function that takes a run to its end on so many processes."""
 
-    def follow(run: Path, processes: int, steps: int) -> dict[str, torch.Tensor]:
-        out = run.with_suffix(".safetensors")
-        command = (FOLLOW, *case.split(), out, "--settings", settings, "--steps", steps, "--folder", run)
-        launch(*command, launcher="torchrun", options=("--nproc_per_node", str(processes)))
-        trainer = json.loads((run / "checkpoints" / f"{steps:09d}" / "trainer.json").read_text())
-        assert trainer["world_size"] == processes
-        return load_file(out)
+    def train(run: Path, processes: int) -> None:
+        options = ("--nproc_per_node", str(processes))
+        launch(*command(request.param, CASES[request.param], run), launcher="torchrun", options=options)
+        assert json.loads((newest_checkpoint(run) / "trainer.json").read_text())["processes"] == processes
 
-    follow(folder / "stopped", processes=2, steps=BEFORE)
-    return follow, folder / "stopped"
+    return train
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(stopped):
-    follow, run = stopped
-    return follow(run.with_name("uninterrupted"), processes=2, steps=BEFORE + AFTER)
+def uninterrupted(train, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "run"
+    train(run, processes=2)
+    return run
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_it_stays_on_the_path(stopped, uninterrupted, processes):
-    follow, run = stopped
-    continued = run.with_name(f"on-{processes}")
-    shutil.copytree(run, continued)
-    before = load_file(run.with_suffix(".safetensors"))
-    after = follow(continued, processes, steps=BEFORE + AFTER)
-    assert after.keys() == uninterrupted.keys()
-    for name, tensor in uninterrupted.items():
-        difference, size = (after[name] - tensor).double().norm(), tensor.double().norm()
-        assert difference <= TOLERANCE * size, f"{name}: {difference / size:.1e}"
+def test_it_stays_on_the_path(train, uninterrupted, tmp_path, processes):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    for checkpoint in (run / "checkpoints").iterdir():
+        if int(checkpoint.name) > BEFORE:
+            shutil.rmtree(checkpoint)
+    before = weights_in(newest_checkpoint(run))
+    train(run, processes)
+    after = weights_in(newest_checkpoint(run))
+    assert_same_path(after, weights_in(newest_checkpoint(uninterrupted)))
     moved = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
     assert len(moved) > len(after) / 2

@@ -1,14 +1,16 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import Rank, on_ranks
 from torch import Tensor
 
 from cs324dist.data.images import LabelledImages, load_images, to_unit_range
-from cs324dist.data.streams import Shard
+from cs324dist.distributed.sum_over import SumOver
 from cs324dist.metrics.digits import DigitStatistics, digit_classifier, read_digits
 
-COUNT = 500
+COUNT = 600  # two pieces
 
 
 @pytest.fixture(scope="module")
@@ -17,30 +19,19 @@ def digits(mnist_root: Path) -> LabelledImages:
     return LabelledImages(test.images[:COUNT], test.labels[:COUNT])
 
 
-def own_share(tensor: Tensor) -> Tensor:
-    """What `reduce` is in a world of one process."""
-    return tensor
-
-
 def sums(statistics: DigitStatistics) -> dict[str, Tensor]:
-    moments = statistics.moments
-    return {
-        "sure": statistics.sure,
-        "counts": statistics.counts,
-        "count": moments.count,
-        "total": moments.total,
-        "outer": moments.outer,
-    }
+    return {"sure": statistics.sure, "counts": statistics.counts, **vars(statistics.moments)}
 
 
-def of_shard(images: Tensor, shard: Shard, batch: int) -> DigitStatistics:
-    indices = shard.samples(0, len(images)).split(batch)
-    return DigitStatistics.of((to_unit_range(images[part]) for part in indices), own_share)
+def of(images: Tensor) -> Callable[[SumOver], dict[str, Tensor]]:
+    return lambda sum_over: sums(
+        DigitStatistics.of(lambda indices: to_unit_range(images[indices]), len(images), sum_over)
+    )
 
 
 @pytest.fixture(scope="module")
 def whole(digits: LabelledImages) -> dict[str, Tensor]:
-    return sums(DigitStatistics.of([to_unit_range(digits.images)], own_share))
+    return of(digits.images)(SumOver(Rank(0, 1)))
 
 
 def test_they_count_what_the_classifier_says(digits: LabelledImages, whole: dict[str, Tensor]) -> None:
@@ -62,27 +53,29 @@ def test_they_count_what_the_classifier_says(digits: LabelledImages, whole: dict
     torch.testing.assert_close(whole["outer"], stacked.T @ stacked, rtol=1e-5, atol=1e-2)
 
 
-def test_three_shards_in_small_batches_add_up_to_the_whole(digits, whole) -> None:
-    shares = [sums(of_shard(digits.images, Shard(rank, 3), batch=64)) for rank in range(3)]
-    assert [share["count"].item() for share in shares] == [167, 167, 166]
-    added = {name: sum(share[name] for share in shares) for name in whole}
-    torch.testing.assert_close(added, whole, rtol=1e-5, atol=1e-3)
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_any_number_of_ranks_finds_the_same_to_the_last_bit(digits, whole, ranks: int) -> None:
+    """Also with ranks that are left without images."""
+    for found in on_ranks(ranks, of(digits.images)):
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
-def test_every_sum_is_reduced_once(digits: LabelledImages) -> None:
-    batches = [to_unit_range(digits.images[:20])]
-    alone = sums(DigitStatistics.of(batches, own_share))
-    twins = sums(DigitStatistics.of(batches, lambda tensor: 2 * tensor))  # two ranks with the same share
-    torch.testing.assert_close(twins, {name: 2 * tensor for name, tensor in alone.items()})
-
-
-def test_a_rank_left_without_images_adds_nothing(digits: LabelledImages) -> None:
-    nothing = sums(of_shard(digits.images[:2], Shard(2, 3), batch=500))
-    assert not any(tensor.any() for tensor in nothing.values())
+def test_they_are_compared_as_shares(digits: LabelledImages, whole: dict[str, Tensor]) -> None:
+    sum_over = SumOver(Rank(0, 1))
+    statistics, half = (
+        DigitStatistics.of(lambda indices: to_unit_range(digits.images[indices]), count, sum_over)
+        for count in (COUNT, COUNT // 2)
+    )
+    found = statistics.compared_with(statistics)
+    assert found["frechet_distance"] == pytest.approx(0, abs=1e-4)
+    assert found["sure"] == whole["sure"].item() / COUNT
+    assert [found[f"share_of_{digit}"] for digit in range(10)] == (whole["counts"] / COUNT).tolist()
+    assert half.compared_with(statistics)["frechet_distance"] > 1
 
 
 def test_test_digits_are_read_right_and_surely(digits: LabelledImages) -> None:
-    found, confidence, features = read_digits(to_unit_range(digits.images, torch.bfloat16))
+    found, confidence, features = read_digits(to_unit_range(digits.images).bfloat16())
     assert (found == digits.labels).float().mean() > 0.97
     assert ((confidence >= 0.1) & (confidence <= 1)).all()
     assert confidence.median() > 0.99

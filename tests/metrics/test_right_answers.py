@@ -2,12 +2,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from ranks import on_ranks
 from torch import Tensor, nn
 
 from cs324dist.data.images import LabelledImages
 from cs324dist.data.palindromes import palindromes
-from cs324dist.data.streams import Shard, Stream
-from cs324dist.metrics.accuracy import count_right_images, count_right_palindromes, share_right
+from cs324dist.data.streams import Stream
+from cs324dist.metrics.accuracy import accuracy, count_correct, image_accuracy, palindrome_accuracy
 from cs324dist.models.lstm import LSTM
 
 STREAM = Stream(0, "palindromes/test")
@@ -28,11 +29,11 @@ class Stub(nn.Module):
         return nn.functional.one_hot(answers, 10).to(x.dtype)
 
 
-def count(
-    model: nn.Module, length: int, shard: Shard | None = None, encoding: str = "scalar"
-) -> tuple[int, int]:
-    right, trials = count_right_palindromes(model, encoding, length, STREAM, shard or Shard(), torch.float32)
-    return right.item(), trials
+def measure(model: nn.Module, length: int, ranks: int = 1, encoding: str = "scalar") -> float:
+    """The accuracy that each of the ranks finds, which is the same."""
+    found = on_ranks(ranks, lambda sum_over: palindrome_accuracy(model, encoding, length, STREAM, sum_over))
+    assert len(set(found)) == 1
+    return found[0]
 
 
 def first(sample: tuple[int, ...]) -> int:
@@ -43,12 +44,12 @@ class TestPalindromes:
     @pytest.mark.parametrize(("length", "all_there_are"), [(1, 10), (4, 1000), (5, 1000), (7, 10_000)])
     def test_short_ones_are_all_tried_once(self, length: int, all_there_are: int) -> None:
         model = Stub(first)
-        assert count(model, length) == (all_there_are, all_there_are)
+        assert measure(model, length) == 1
         assert len(model.asked) == len(set(model.asked)) == all_there_are
 
     def test_longer_ones_are_ten_thousand_of_the_stream(self) -> None:
         model = Stub(first)
-        assert count(model, 8) == (10_000, 10_000)
+        assert measure(model, 8) == 1
         digits, _ = palindromes(STREAM, torch.arange(10_000), 8)
         assert model.asked == [tuple(sample) for sample in digits.tolist()]
 
@@ -59,11 +60,11 @@ class TestPalindromes:
                 return nn.functional.one_hot(x[0, :, 0].long(), 10).float()
 
         passes: list[int] = []
-        assert count(First(), 2001) == (1000, 1000)
+        assert measure(First(), 2001) == 1
         assert sum(passes) == 1000 * 2001
         assert max(passes) <= 250_000  # what a forward pass may hold
         passes.clear()
-        assert count(First(), 20_000) == (1000, 1000)
+        assert measure(First(), 20_000) == 1
         assert len(passes) == 20  # of 50 palindromes: fewer at once would take as long
 
     def test_onehot_digits_count_alike(self) -> None:
@@ -71,53 +72,59 @@ class TestPalindromes:
             def forward(self, x: Tensor) -> Tensor:
                 return x[0]
 
-        assert count(First(), 5, encoding="onehot") == (1000, 1000)
+        assert measure(First(), 5, encoding="onehot") == 1
 
     def test_a_model_that_answers_the_second_digit_is_right_where_it_equals_the_first(self) -> None:
-        assert count(Stub(lambda sample: sample[1]), 5) == (100, 1000)
+        assert measure(Stub(lambda sample: sample[1]), 5) == 100 / 1000
 
-    def test_one_mistake_is_one_missed(self) -> None:
+    @pytest.mark.parametrize("ranks", [1, 4])
+    def test_one_mistake_is_one_missed(self, ranks: int) -> None:
         model = Stub(lambda sample: 9 if sample == (4, 7, 1, 1, 7) else sample[0])
-        assert count(model, 5) == (999, 1000)
-        shares = [count(model, 5, Shard(rank, 4)) for rank in range(4)]
-        assert shares == [(250, 1000), (249, 1000), (250, 1000), (250, 1000)]  # 471 is in the second quarter
+        assert measure(model, 5, ranks) == 999 / 1000
+        model = Stub(lambda sample: 9 if sample[:2] == (4, 7) else sample[0])
+        assert measure(model, 2000, ranks) < 1  # in pieces, which the ranks share
 
-    @pytest.mark.parametrize("length", [5, 9])
-    @pytest.mark.parametrize("world", [2, 3, 7])
-    def test_the_shares_of_the_ranks_add_up_to_the_whole(self, length: int, world: int) -> None:
-        def often_right(sample: tuple[int, ...]) -> int:
-            return sample[0] if sum(sample) % 3 else sample[1]
+    @pytest.mark.parametrize("length", [5, 9, 700])
+    @pytest.mark.parametrize("ranks", [2, 3, 7])
+    def test_any_number_of_ranks_finds_the_same(self, length: int, ranks: int) -> None:
+        class OftenRight(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                digits = x[:, :, 0].long()
+                answers = torch.where(digits.sum(0) % 3 != 0, digits[0], digits[1])
+                return nn.functional.one_hot(answers, 10).float()
 
-        whole, trials = count(Stub(often_right), length)
-        assert 0 < whole < trials
-        shares = [count(Stub(often_right), length, Shard(rank, world)) for rank in range(world)]
-        assert sum(right for right, _ in shares) == whole
-        assert {of for _, of in shares} == {trials}
+        whole = measure(OftenRight(), length)
+        assert 0 < whole < 1
+        assert measure(OftenRight(), length, ranks) == whole
 
     @pytest.mark.parametrize("kernel", ["fused", "equations"])
-    def test_a_rank_left_without_trials_counts_none(self, kernel: str) -> None:
-        assert count(LSTM(1, 4, kernel=kernel), 1, Shard(15, 16)) == (0, 10)
+    def test_ranks_left_without_trials_change_nothing(self, kernel: str) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = LSTM(1, 4, kernel=kernel)
+        alone = measure(model, 1)
+        assert alone * 10 == pytest.approx(round(alone * 10))  # of the ten that there are
+        assert measure(model, 1, ranks=16) == alone
 
 
-def test_images_are_counted_over_all_shards() -> None:
-    labels = torch.arange(23) % 10
-    images = torch.zeros(23, 28, 28, dtype=torch.uint8)
+def test_images_are_counted_over_all_ranks() -> None:
+    labels = torch.arange(1203) % 10
+    images = torch.zeros(1203, 28, 28, dtype=torch.uint8)
     images[:, 0, 0] = labels
-    images[5, 0, 0] = 9  # reads wrong
+    images[[5, 700, 1202], 0, 0] = 10  # read wrong, in each of three pieces
 
     class FirstPixel(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.one_hot(((x[:, 0, 0, 0] + 1) * 127.5).round().long(), 10).float()
+            return nn.functional.one_hot(((x[:, 0, 0, 0] + 1) * 127.5).round().long(), 11).float()
 
     labelled = LabelledImages(images, labels)
-    shares = [
-        count_right_images(FirstPixel(), labelled, Shard(rank, 3), torch.float32, batch=4).item()
-        for rank in range(3)
-    ]
-    assert shares == [7, 8, 7]
-    assert count_right_images(FirstPixel(), labelled, Shard(), torch.float32).item() == 22
+    for ranks in (1, 2, 3, 4):
+        found = on_ranks(ranks, lambda sum_over: image_accuracy(FirstPixel(), labelled, sum_over))
+        assert found == [1200 / 1203] * ranks
 
 
 def test_the_share_of_right_answers_in_a_batch() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0], [-3.0, -2.0, -1.0], [0.0, 0.0, 1.0]])
-    assert share_right(logits, torch.tensor([1, 0, 2, 0])).item() == 0.75
+    labels = torch.tensor([1, 0, 2, 0])
+    assert accuracy(logits, labels).item() == 0.75
+    assert count_correct(logits, labels).item() == 3

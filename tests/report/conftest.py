@@ -1,13 +1,9 @@
 """Runs to report on."""
 
-import os
 from pathlib import Path
 
 import pytest
-from made_runs import HOSTILE, make_damaged, make_gan, make_lstm
-
-from cs324dist.runs.run_dir import RunDir
-from cs324dist.tasks import lstm
+from made_runs import HOSTILE, leave, make_damaged, make_gan, make_lstm, started
 
 
 @pytest.fixture(scope="session")
@@ -20,10 +16,9 @@ def runs(tmp_path_factory) -> Path:
     make_gan(root / "gan-fast-0")
     make_gan(root / "gan-young", frames=1, checkpoint=False, distance=1e6)
     make_damaged(root / HOSTILE)
-    empty = RunDir(root / "empty")
-    empty.open("lstm", lstm.PRESETS["fast"].as_json())
-    empty.release()
+    with started(root / "empty", "lstm", "fast"):
+        pass
+    (root / "empty" / "status.json").unlink()
     for folder in root.iterdir():
-        for owner in (folder / "owners").glob("*.json"):
-            os.utime(owner, (0, 0))
+        leave(folder)
     return root

@@ -70,7 +70,7 @@ def test_the_transform_maps_the_axes_to_the_box(tmp_path) -> None:
     assert (a * drawn.x.high + e, d * drawn.y.high + f, d * drawn.y.low + f) == pytest.approx(
         (1000, 0, 1000), abs=1e-3
     )
-    assert drawn.described == "Loss over 300 steps. run ends at 0.115."
+    assert drawn.description == "Loss over 300 steps. run ends at 0.115."
     steps = [10, 40, 70, 100, 130, 150, 180, 210, 240, 270, 300]
     assert [row[0] for row in drawn.table] == [number(step) for step in steps]
 

@@ -70,9 +70,9 @@ def test_every_picture_has_an_alternative_text(page: Page) -> None:
 def test_what_has_not_finished_says_so_at_the_top(page: Page) -> None:
     text = " ".join(page.texts)
     top = text[: text.index("The network reads")]
-    assert "Eight runs: six finished" in top
+    assert "8 runs: 6 finished" in top
     assert "failed: RuntimeError:" in top
-    assert "has not begun" in top
+    assert "has not started" in top
 
 
 def test_the_lstm_table(page: Page) -> None:
@@ -98,7 +98,7 @@ def test_a_task_of_ones_own_has_its_metrics_drawn(tmp_path: Path) -> None:
     assert "train/accuracy" in text
 
 
-@pytest.mark.parametrize("content", ["{", '{"task": 3, "settings": [], "environment": "x"}', "{}"])
+@pytest.mark.parametrize("content", ["{", '{"format": 2, "task": 3, "config": []}', "{}"])
 def test_a_run_whose_configuration_is_damaged(tmp_path: Path, content: str) -> None:
     path = make_gan(tmp_path / "run")
     (path / "config.json").write_text(content)
@@ -131,15 +131,16 @@ def test_the_page_before_stands_if_the_new_one_cannot_be_written(tmp_path: Path,
 
 
 class TestCommand:
-    def test_it_writes_the_page_and_leaves_out_what_is_no_run(self, launch, runs, tmp_path):
+    def test_it_writes_the_page_and_leaves_out_what_is_not_a_run(self, launch, runs, tmp_path):
         out = tmp_path / "report.html"
         done = launch("launch/report.py", runs / "lstm-length5", tmp_path, "--out", out)
         assert done.stdout == f"{out}\n"
-        assert done.stderr == f"warning: {tmp_path} is no run: left out\n"
+        assert done.stderr == f"warning: {tmp_path} is not a run folder: left out\n"
         assert out.read_text().startswith("<!doctype html>")
 
     def test_no_run_is_refused_in_one_line(self, launch, tmp_path):
         done = launch("launch/report.py", tmp_path, "--out", tmp_path / "report.html", check=False)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == f"error: {tmp_path} is no run: give run folders, such as runs/gan-fast-0\n"
+        refusal = f"{tmp_path} is not a run folder: give run folders, such as runs/gan-fast-0"
+        assert done.stderr == f"error: {refusal}\n"
         assert list(tmp_path.iterdir()) == []

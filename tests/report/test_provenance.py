@@ -1,49 +1,92 @@
-import json
-import os
+import html
+import re
 import shlex
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
-from made_runs import make_gan, make_lstm
+from made_runs import leave, make_gan, make_lstm, save_generator
 
+from cs324dist.config import Config, Positive, from_command_line
 from cs324dist.report import provenance
+from cs324dist.report.page import TEMPLATES
 from cs324dist.report.reading import Run, read_run
-from cs324dist.settings import from_command_line
-from cs324dist.tasks import gan, lstm
+from cs324dist.runs.checkpoints import TrainerState
+from cs324dist.runs.lease import this_process
+from cs324dist.tasks.base import Task
+from cs324dist.tasks.gan import GANTask
+from cs324dist.tasks.lstm import LSTMTask
+from cs324dist.trainer import run_record
 
 
 def read(path: Path) -> Run:
     return read_run(path, path.name)
 
 
+def text(macro: str, of: object) -> str:
+    """What the page says, as it is read there."""
+    written = getattr(TEMPLATES.get_template("texts.html").module, macro)(of)
+    return " ".join(html.unescape(re.sub("<[^>]*>", " ", written)).split())
+
+
 def test_what_differs_from_the_preset_comes_first(tmp_path: Path) -> None:
     settings = provenance.settings(read(make_lstm(tmp_path / "run", length=7, max_grad_norm=0.5)))
-    differing = [(s.name, s.value, s.usual) for s in settings if s.usual is not None]
-    assert differing == [
+    assert settings[:3] == [
         ("--steps", "300", "1500"),
-        ("--length", "7", "50"),
         ("--max-grad-norm", "0.5", "10.0"),
+        ("--length", "7", "50"),
     ]
-    assert [s.usual is None for s in settings] == [False] * 3 + [True] * (len(settings) - 3)
-    assert ("--hidden-size", "128", None) in [(s.name, s.value, s.usual) for s in settings]
+    assert [usual is None for _, _, usual in settings] == [False] * 3 + [True] * (len(settings) - 3)
+    assert ("--hidden-size", "128", None) in settings
+
+
+@dataclass(frozen=True)
+class OwnConfig(Config):
+    betas: tuple[float, ...] = (0.9, 0.99)
+    tied: bool = True
+    noisy: bool = False
+    shift: float = 0.5
+    limit: Positive | None = 10.0
+    words: str = "some"
+
+
+class OwnTask(Task[OwnConfig]):
+    name = "mine"
+    presets: ClassVar = {"default": OwnConfig(), "deep": OwnConfig(steps=7)}
 
 
 @pytest.mark.parametrize(
-    "changed",
+    ("task", "preset", "changes"),
     [
-        replace(lstm.PRESETS["course"], length=7, learning_rate=3e-4, seed=5),
-        replace(lstm.PRESETS["fast"], model="rnn"),
-        replace(gan.PRESETS["fast"], dataset="fake", data_root=Path("a folder; with 'quotes'")),
+        (LSTMTask, "course", {"length": 7, "learning_rate": 3e-5, "seed": 5}),
+        (LSTMTask, "fast", {"model": "rnn", "max_grad_norm": None, "micro_batches": 4}),
+        (GANTask, "fast", {"dataset": "fake", "data_root": Path("a folder; with 'quotes'")}),
+        (
+            OwnTask,
+            "deep",
+            {
+                "betas": (0.0, 0.5),
+                "tied": False,
+                "noisy": True,
+                "shift": -1.5,
+                "limit": None,
+                "words": "-ü $x",
+            },
+        ),
     ],
-    ids=["lstm", "rnn", "gan"],
+    ids=["lstm", "rnn", "gan", "own"],
 )
-def test_the_command_asks_for_the_same_settings(tmp_path: Path, changed) -> None:
-    task, module = ("gan", gan) if isinstance(changed, gan.GANSettings) else ("lstm", lstm)
-    run = replace(read(make_lstm(tmp_path / "run")), task=task, settings=changed.as_json())
+def test_the_command_asks_for_the_same_settings(
+    tmp_path: Path, task: type[Task[Any]], preset: str, changes: dict[str, Any]
+) -> None:
+    config = replace(task.presets[preset], preset=preset, **changes)
+    record = replace(run_record(task, config), script="some where/train.py")
+    run = replace(read(make_lstm(tmp_path / "run")), record=record)
     python, script, *arguments = shlex.split(provenance.command(run) or "")
-    assert (python, script) == ("python", f"launch/{task}.py")
-    assert from_command_line(module.PRESETS, "", arguments) == changed
+    assert (python, script) == ("python", "some where/train.py")
+    asked = from_command_line(task.presets, "", task.run_name, arguments)
+    assert replace(asked, run_dir=None) == config
 
 
 def test_a_run_of_several_processes_is_repeated_by_as_many(tmp_path: Path) -> None:
@@ -51,31 +94,68 @@ def test_a_run_of_several_processes_is_repeated_by_as_many(tmp_path: Path) -> No
     assert command == "torchrun --nproc_per_node 2 launch/gan.py --preset fast --steps 400"
 
 
-def test_a_run_in_bf16_is_repeated_in_it(tmp_path: Path) -> None:
+def test_after_a_takeover_it_is_repeated_by_as_many_as_the_new_owner_has(tmp_path: Path) -> None:
+    path = make_gan(tmp_path / "run")  # saved at step 400 by two processes, which were cut off then
+    save_generator(path / "checkpoints" / "000000300", TrainerState(300, processes=4, generation=2))
+    run = read(path)
+    assert run.processes == 4
+    assert (provenance.command(run) or "").startswith("torchrun --nproc_per_node 4 launch/gan.py ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "variables"),
+    [
+        ({"precision": "bf16"}, "ACCELERATE_MIXED_PRECISION=bf16"),
+        ({"compiled": "inductor"}, "ACCELERATE_DYNAMO_BACKEND=inductor"),
+        ({"compiled": "x; rm y\n"}, "ACCELERATE_DYNAMO_BACKEND='x; rm y'"),
+    ],
+)
+def test_a_run_is_repeated_in_its_precision_and_as_compiled(
+    tmp_path: Path, changes: dict[str, str], variables: str
+) -> None:
     run = read(make_lstm(tmp_path / "run"))
-    run = replace(run, environment={**run.environment, "precision": "bf16"})
-    assert (provenance.command(run) or "").startswith(
-        "ACCELERATE_MIXED_PRECISION=bf16 python launch/lstm.py "
-    )
+    run = replace(run, environment=replace(run.environment, **changes))
+    assert (provenance.command(run) or "").startswith(f"{variables} python launch/lstm.py --preset course ")
 
 
-def test_a_task_of_ones_own_has_no_command(tmp_path: Path) -> None:
-    run = replace(read(make_lstm(tmp_path / "run")), task="mine")
-    assert provenance.command(run) is None
-    assert {s.usual for s in provenance.settings(run)} == {None}
+def test_a_command_from_a_stranger_s_folder_is_quoted(tmp_path: Path) -> None:
+    run = read(make_lstm(tmp_path / "run"))
+    config = {"preset": "$(a)", "b; c": "`d`", "e": ["&&", "f g"], "h": {"i": "'"}}
+    changed = dict.fromkeys(("b; c", "e", "h", "z"))
+    record = replace(run.record, script="x.py | y", config=config, changed=changed)
+    words = ["python", "x.py | y", "--preset", "$(a)"]
+    words += ["--b; c", "`d`", "--e", "&&", "f g", "--h", '{"i": "\'"}']
+    assert shlex.split(provenance.command(replace(run, record=record)) or "") == words
 
 
-def test_by_what_it_was_made(tmp_path: Path) -> None:
-    facts = dict(provenance.environment(read(make_gan(tmp_path / "run"))))
-    assert facts["Processes"] == "2"
-    assert facts["Precision"] == "float32"
-    assert "torch 2." in facts["Versions"]
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"script": ""},
+        {"script": "-cimport os"},
+        {"script": "x\u202egp.py"},
+        {"config": {"preset": "a\nb"}},
+        {"config": {"preset": "x" * 301}},
+    ],
+)
+def test_there_is_no_command_where_it_cannot_be_shown(tmp_path: Path, changes: dict[str, Any]) -> None:
+    run = read(make_lstm(tmp_path / "run"))
+    assert provenance.command(run) is not None
+    assert provenance.command(replace(run, record=replace(run.record, **changes))) is None
+
+
+def test_the_environment(tmp_path: Path) -> None:
+    said = text("environment", read(make_gan(tmp_path / "run")))
+    assert "Processes 2 " in said
+    assert "Precision float32 " in said
+    assert re.search(r"Versions Python 3\.\d+\.\d+, cs324dist .*, torch 2\.", said)
+    assert "Compiled" not in said
 
 
 def test_training_time_follows_from_the_rates(tmp_path: Path) -> None:
     run = read(make_lstm(tmp_path / "run"))
     assert provenance.training_time(run) == pytest.approx(300 * 128 / 1000)
-    assert provenance.training_time(replace(run, settings={})) is None
+    assert provenance.training_time(replace(run, options=None)) is None
 
 
 @pytest.mark.parametrize(
@@ -93,25 +173,25 @@ def test_durations(seconds: float | None, text: str) -> None:
         (
             "stopped",
             "a signal asked for it",
-            "was stopped at step 300 of 300: a signal asked for it.",
+            "was stopped at step 300 of 300: a signal asked for it. The same command continues it.",
         ),
-        (
-            "failed",
-            "train/loss is nan",
-            "failed: train/loss is nan. It was last saved at step 300",
-        ),
-        ("odd", "", "is odd"),
+        ("failed", "train/loss is nan", "failed: train/loss is nan. It was last saved at step 300 of 300."),
+        ("failed", "", "failed: no reason was recorded. It was last saved at step 300 of 300."),
+        ("unclear", "", "has a status that cannot be read, step 300 of 300"),
+        ("not started", "", "has not started: its folder holds no status yet"),
+        ("finished", "", ""),
     ],
 )
 def test_an_unfinished_run_says_why(tmp_path: Path, state: str, why: str, said: str) -> None:
     run = replace(read(make_lstm(tmp_path / "run")), state=state, why=why)
-    assert (provenance.notice(run) or "").startswith(said)
+    assert text("notice", run) == said
 
 
 def test_a_run_that_was_killed_is_not_said_to_be_running(tmp_path: Path) -> None:
     path = make_lstm(tmp_path / "run", state="running")
-    os.utime(path / "owners" / "1.json", (0, 0))
-    assert "it was probably killed" in (provenance.notice(read(path)) or "")
+    assert text("notice", read(path)).startswith("is still running")
+    leave(path)
+    assert "it was probably killed" in text("notice", read(path))
 
 
 @pytest.mark.parametrize(
@@ -119,18 +199,18 @@ def test_a_run_that_was_killed_is_not_said_to_be_running(tmp_path: Path) -> None
     [
         (
             {"from_step": 1200, "lost_steps": 15, "seconds_since_previous": 130.2},
-            "from step 1 200, took at least 15 steps again, 2 min after the last sign of life before it",
+            "from step 1 200, repeated at least 15 steps, "
+            "2 min after the previous process's last sign of life",
         ),
         ({"from_step": 0, "lost_steps": 0}, "from step 0"),
-        ({"from_step": -1, "lost_steps": "x", "seconds_since_previous": -3}, ""),
+        ({"seconds_since_previous": 7.0}, "7 s after the previous process's last sign of life"),
         ({}, ""),
     ],
 )
-def test_a_start_says_what_it_cost(tmp_path: Path, written: dict[str, object], said: str) -> None:
-    path = make_lstm(tmp_path / "run")
-    (path / "owners" / "2.json").write_text(json.dumps(written))
-    assert provenance.resumption(read(path).starts[1]).replace("\N{NARROW NO-BREAK SPACE}", " ") == said
+def test_a_start_says_what_it_cost(written: dict[str, Any], said: str) -> None:
+    assert text("resumption", replace(this_process(), **written)) == said
 
 
-def test_a_finished_run_says_nothing(tmp_path: Path) -> None:
-    assert provenance.notice(read(make_lstm(tmp_path / "run"))) is None
+def test_a_start_says_when_and_where() -> None:
+    owner = replace(this_process(), host="node<b>", pid=12, slurm_job="34", since="2026-11-26T07:18:39+00:00")
+    assert text("origin", owner) == "2026-11-26 07:18:39 UTC node<b>, process 12, Slurm job 34"

@@ -1,14 +1,14 @@
-import json
 import os
+import shutil
 import time
 from pathlib import Path
 
 import pytest
-from made_runs import HOSTILE, make_gan, make_lstm
+from made_runs import ENDS_SCRIPT, HOSTILE, edit, make_gan, make_lstm, started
 
 from cs324dist.errors import UserError
+from cs324dist.report import reading
 from cs324dist.report.reading import LONGEST, plain, read_run, read_runs
-from cs324dist.runs.run_dir import RunDir
 
 
 @pytest.mark.parametrize(
@@ -47,13 +47,43 @@ def test_a_run_is_read(runs: Path) -> None:
     assert run.problems == []
 
 
-def test_of_many_starts_the_last_are_shown_and_all_are_counted(tmp_path: Path) -> None:
+def add_owner(run: Path, number: int, **changes: object) -> None:
+    new = run / "owners" / f"{number}.json"
+    shutil.copy(run / "owners" / "1.json", new)
+    edit(new, **changes)
+
+
+def test_of_many_owners_the_last_are_shown_and_all_are_counted(tmp_path: Path) -> None:
     run = make_lstm(tmp_path / "run")
     for number in range(2, 151):
-        (run / "owners" / f"{number}.json").write_text(json.dumps({"host": f"node{number}"}))
+        add_owner(run, number, host=f"node{number}")
     read = read_run(run, "run")
-    assert (read.started, len(read.starts)) == (150, 100)
-    assert read.starts[-1].where.startswith("node150")
+    assert (read.started, list(read.owners)) == (150, list(range(51, 151)))
+    assert read.owners[150].host == "node150"
+
+
+def test_the_environment_is_that_of_the_last_owner_that_has_one(tmp_path: Path) -> None:
+    run = make_lstm(tmp_path / "run")
+    add_owner(run, 2, environment={"threads": 77})
+    add_owner(run, 3, environment=None)  # killed before it began
+    (run / "owners" / "4.json").write_text("{")
+    read = read_run(run, "run")
+    assert (read.environment.threads, read.processes) == (77, 1)
+    assert list(read.owners) == [1, 2, 3]
+    assert [problem.split()[0] for problem in read.problems] == [f"{run}/owners/4.json"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"from_step": -1}, {"lost_steps": "x"}, {"seconds_since_previous": -3}, {"new": 1}]
+)
+def test_an_owner_that_holds_what_no_owner_writes_is_a_problem(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    run = make_lstm(tmp_path / "run")
+    edit(run / "owners" / "1.json", **changes)
+    read = read_run(run, "run")
+    assert (read.owners, read.started, read.environment) == ({}, 1, None)
+    assert [f"{run}/owners/1.json" in problem for problem in read.problems] == [True]
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:
@@ -78,12 +108,30 @@ def test_what_is_no_number_is_a_gap(runs: Path) -> None:
     ]
     assert run.series("train/accuracy")[320] is None
     assert run.last("train/accuracy") == 1
-    assert run.steps is None
-    assert [start.where[:9] for start in run.starts[1:]] == ['{"a": "<b', "?, proces"]
+
+
+def test_of_a_damaged_run_the_rest_is_read(runs: Path) -> None:
+    run = read_run(runs / HOSTILE, "damaged")
+    assert (run.task, run.state, run.setting("length")) == ("lstm", "failed", "7")
+    assert (run.options, run.steps) == (None, None)
+    assert list(run.owners) == [1]
+    assert ENDS_SCRIPT in run.owners[1].environment.packages
+    for file, problem in zip(("config.json", "owners/2.json", "owners/3.json"), run.problems, strict=True):
+        assert problem.startswith(f"{runs / HOSTILE / file}")
+        assert problem == plain(problem)
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"step": 1}', '{"state": 3, "step": "x"}', '{"settings": 7}']
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"step": 1}',
+        '{"state": 3, "step": "x"}',
+        '{"config": 7}',
+        '{"state": "odd", "step": 1}',
+    ],
 )
 @pytest.mark.parametrize("name", ["config.json", "status.json", "checkpoints/000000400/trainer.json"])
 def test_a_damaged_file_is_named_and_the_rest_is_read(tmp_path: Path, name: str, content: str) -> None:
@@ -91,16 +139,57 @@ def test_a_damaged_file_is_named_and_the_rest_is_read(tmp_path: Path, name: str,
     (run_dir / name).write_text(content)
     run = read_run(run_dir, "run")
     assert len(run.samples) == 4
-    assert [name in problem for problem in run.problems] == ([True] if len(content) < 3 else [])
+    assert [name in problem for problem in run.problems] == [True]
+
+
+@pytest.mark.parametrize("why", [r'"\ud800"', "[" * 500 + "]" * 500], ids=["surrogate", "nested"])
+def test_what_is_json_to_python_alone_is_a_problem(tmp_path: Path, why: str) -> None:
+    path = make_lstm(tmp_path / "run")
+    (path / "status.json").write_text(f'{{"state": "failed", "step": 1, "why": {why}}}')
+    (problem,) = read_run(path, "run").problems
+    assert problem == f"{path}/status.json is damaged, or not a file of this project"
+
+
+def test_a_folder_of_another_format_is_a_problem(tmp_path: Path) -> None:
+    path = make_lstm(tmp_path / "run")
+    edit(path / "config.json", format=1)
+    run = read_run(path, "run")
+    assert len(run.series("train/loss")) == 30
+    (problem,) = run.problems
+    assert problem.startswith(f"{path}/config.json has format 1, this version reads format 2")
+
+
+def test_the_processes_are_those_of_the_newest_checkpoint_that_can_be_read(tmp_path: Path) -> None:
+    path = make_gan(tmp_path / "run")
+    for owner in (path / "owners").glob("*.json"):
+        owner.unlink()
+    (path / "checkpoints" / "000000500").mkdir()
+    run = read_run(path, "run")
+    assert run.processes == 2
+    assert ["000000500/trainer.json" in problem for problem in run.problems] == [True]
+
+
+def test_of_very_many_rows_the_first_are_shown(tmp_path: Path, monkeypatch) -> None:
+    assert reading.MOST_ROWS == 200_000
+    monkeypatch.setattr(reading, "MOST_ROWS", 30)
+    path = make_lstm(tmp_path / "run", steps=10)
+    with (path / "metrics.jsonl").open("w") as file:
+        file.writelines(f'{{"step": {step}, "x": 1}}\n' for step in range(30))
+    assert read_run(path, "run").problems == []
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "x": 1}\n')
+    run = read_run(path, "run")
+    assert list(run.series("x")) == list(range(30))
+    assert run.problems == ["metrics.jsonl has more than 30 rows: only the first ones are shown"]
 
 
 def test_while_it_runs_the_metrics_say_how_far_it_is(tmp_path: Path) -> None:
     run = read_run(make_lstm(tmp_path / "run", state="running"), "run")
     assert (run.step, run.reached) == (300, 300)
     status = tmp_path / "run" / "status.json"
-    status.write_text(json.dumps({"state": "running", "step": 100}))
+    edit(status, step=100)
     assert read_run(tmp_path / "run", "run").reached == 300
-    status.write_text(json.dumps({"state": "failed", "step": 100}))
+    edit(status, state="failed")
     assert read_run(tmp_path / "run", "run").reached == 100
 
 
@@ -115,7 +204,7 @@ def test_each_run_is_read_once_and_the_rest_is_named(runs: Path) -> None:
     gan = runs / "gan-fast-0"
     found, others = read_runs((gan, runs, gan / "samples" / "..", runs / "absent", runs / "lstm-length5"))
     assert [run.name for run in found] == ["gan-fast-0", "lstm-length5"]
-    assert others == [f"{runs} is no run", f"{runs / 'absent'} is no run"]
+    assert others == [f"{runs} is not a run folder", f"{runs / 'absent'} is not a run folder"]
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
@@ -138,8 +227,10 @@ def test_a_run_whose_status_is_damaged_is_as_far_as_its_metrics(tmp_path: Path) 
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
-    folder = RunDir(tmp_path / "new")
-    folder.open("lstm", {})
-    folder.release()
+    with started(tmp_path / "new", "lstm", "fast"):
+        pass
+    (tmp_path / "new" / "status.json").unlink()
+    edit(tmp_path / "new" / "owners" / "1.json", environment=None)
     run = read_run(tmp_path / "new", "new")
     assert (run.state, run.step, run.metrics, run.samples, run.processes) == ("not started", 0, {}, {}, None)
+    assert run.problems == []

@@ -1,0 +1,135 @@
+"""Sums over pieces: those of a plain loop to the last bit, however many processes share the pieces."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import on_ranks
+from torch import Tensor
+
+from cs324dist.distributed.micro_batches import Threads, add_in_order, gather_rows
+from cs324dist.distributed.sum_over import SumOver
+
+COUNT, PIECE = 1234, 100
+
+
+def measure(indices: Tensor) -> dict[str, Tensor]:
+    """Of different shapes and types, and such that sums depend on their order."""
+    values = (indices.double() / 7).cos()
+    return {
+        "even": (indices % 2 == 0).sum(),
+        "total": values.sum(),
+        "by_rest": values.new_zeros(3).index_add(0, indices % 3, values),
+        "float32": values.float().square().sum().expand(2, 1),
+    }
+
+
+def plain_loop(pieces: Iterable[range]) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    for piece in pieces:
+        for name, value in measure(torch.tensor(piece)).items():
+            total[name] = total.get(name, 0) + value.double()
+    return total
+
+
+def pieces_of(count: int, piece: int) -> list[range]:
+    return [range(start, min(start + piece, count)) for start in range(0, count, piece)]
+
+
+def assert_equal_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == torch.float64
+        assert torch.equal(found[name], value), name
+
+
+def test_one_process_finds_what_a_plain_loop_finds():
+    found = SumOver(Accelerator(cpu=True))(measure, COUNT, PIECE)
+    assert_equal_bits(found, plain_loop(pieces_of(COUNT, PIECE)))
+    assert found["even"] == COUNT / 2
+    backwards = plain_loop(reversed(pieces_of(COUNT, PIECE)))
+    assert not torch.equal(found["total"], backwards["total"])  # the order matters here
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5, 13, 16])
+def test_any_number_of_processes_finds_the_same(processes):
+    expected = plain_loop(pieces_of(COUNT, PIECE))
+    for found in on_ranks(processes, lambda sum_over: sum_over(measure, COUNT, PIECE)):
+        assert_equal_bits(found, expected)
+
+
+@given(count=st.integers(1, 40), piece=st.integers(1, 50), processes=st.integers(1, 4))
+def test_whatever_the_pieces_are(count, piece, processes):
+    expected = plain_loop(pieces_of(count, piece))
+    for found in on_ranks(processes, lambda sum_over: sum_over(measure, count, piece)):
+        assert_equal_bits(found, expected)
+
+
+def test_threads_that_measure_ahead_change_nothing():
+    found = SumOver(Accelerator(cpu=True), threads=Threads(3, torch.device("cpu")))(measure, COUNT, PIECE)
+    assert_equal_bits(found, plain_loop(pieces_of(COUNT, PIECE)))
+
+
+def test_each_process_measures_its_share_without_gradients():
+    weight = torch.nn.Parameter(torch.ones(1))
+
+    def work(sum_over: SumOver) -> list[list[int]]:
+        asked: list[list[int]] = []
+
+        def remember(indices: Tensor) -> dict[str, Tensor]:
+            asked.append(indices.tolist())
+            return {"total": (weight * indices).sum()}
+
+        found = sum_over(remember, 13, 2)
+        assert found == {"total": sum(range(13))}
+        assert not found["total"].requires_grad
+        return asked
+
+    # Seven pieces in three rounds; those who have none in the last round measure the last piece in vain.
+    assert on_ranks(3, work) == [
+        [[0, 1], [6, 7], [12]],
+        [[2, 3], [8, 9], [12]],
+        [[4, 5], [10, 11], [12]],
+    ]
+
+
+def test_a_process_that_is_stopped_measures_no_more_and_keeps_the_others_waiting_for_nothing():
+    measured = []
+
+    def first_only(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        return itertools.islice(pieces, 1)
+
+    def remember(indices: Tensor) -> dict[str, Tensor]:
+        measured.append(len(indices))
+        return measure(indices)
+
+    assert len(on_ranks(2, lambda sum_over: sum_over(remember, COUNT, PIECE), first_only)) == 2
+    assert measured == [PIECE, PIECE]
+
+
+def test_rows_are_in_order_and_zero_where_nobody_has_any():
+    rows = {3: torch.tensor([1.5, -0.1]), 0: torch.tensor([2.0, 1e-30])}
+    assert (
+        gather_rows(rows, 5).tolist()
+        == torch.tensor([[2, 1e-30], [0, 0], [0, 0], [1.5, -0.1], [0, 0]]).tolist()
+    )
+    matrices = gather_rows({1: torch.ones(2, 3, dtype=torch.float64)}, 2)
+    assert (matrices.shape, matrices.dtype) == ((2, 2, 3), torch.float64)
+    assert gather_rows({0: torch.tensor(7)}, 1).tolist() == [7]
+
+
+@given(st.lists(st.lists(st.floats(-1e30, 1e30), min_size=2, max_size=2), min_size=1, max_size=9))
+def test_rows_are_added_one_after_the_other(rows):
+    expected = [0.0, 0.0]
+    for row in rows:
+        expected = [total + value for total, value in zip(expected, row, strict=True)]  # Python's are float64
+    assert add_in_order(torch.tensor(rows, dtype=torch.float64)).tolist() == expected
+
+
+def test_a_sum_keeps_shape_and_type():
+    found = add_in_order(torch.tensor([[[0.1]], [[0.2]]]))
+    assert (found.shape, found.dtype) == ((1, 1), torch.float32)

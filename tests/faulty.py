@@ -1,0 +1,107 @@
+"""The LSTM with a fault in its run, which the environment's FAULT names, started through launch/train.py.
+
+FAULT="hangs in a step" python launch/train.py tests/faulty.py:LSTM --preset smoke
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cs324dist.runs import checkpoints, run_dir
+from cs324dist.runs.run_dir import RunDir
+from cs324dist.tasks.base import Updater
+from cs324dist.tasks.lstm import LSTMTask
+
+FAULT, _, VALUE = os.environ["FAULT"].partition(": ")
+RANK = os.environ.get("RANK", "0")
+
+
+class LSTM(LSTMTask):
+    def step(self, step: int, trainer: Updater) -> None:
+        if fault := BEFORE_A_STEP.get(FAULT):
+            fault(step)
+        super().step(step, trainer)
+        if FAULT == "diverges" and step >= 9:
+            with torch.no_grad():
+                self.model.output.weight.mul_(float("inf"))
+
+
+def hangs(step: int) -> None:
+    """For about a minute, in one call, in which no signal handler runs."""
+    if step == 2:
+        print("in the long step", file=sys.stderr, flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 50_000_000)
+
+
+def dies_beside_a_busy_one(step: int) -> None:
+    """Rank 1 dies while rank 0 is busy: the launcher sees it, and sends TERM, every tenth of a second."""
+    if step == 2:
+        if RANK == "1":
+            os._exit(9)
+        time.sleep(5)
+
+
+def killed_once(step: int) -> None:
+    """Rank 1 dies if the file VALUE does not exist yet."""
+    if step == 30 and RANK == "1" and not Path(VALUE).exists():
+        Path(VALUE).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+BEFORE_A_STEP = {"hangs": hangs, "dies beside a busy one": dies_beside_a_busy_one, "killed once": killed_once}
+
+
+def replaced(owner: Any, name: str, fault: Callable[..., None]) -> None:
+    """Call `fault` before a function of the package, with its arguments."""
+    honest = getattr(owner, name)
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        fault(*arguments)
+        return honest(*arguments, **named)
+
+    setattr(owner, name, wrapped)
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+
+def stops(matches: Callable[..., bool] = lambda *_: True) -> Callable[..., None]:
+    """Stop this process in its tracks, the VALUE-th time that the arguments match."""
+    left = int(VALUE)
+
+    def stop(*arguments: Any) -> None:
+        nonlocal left
+        left -= matches(*arguments)
+        if left == 0 and matches(*arguments):
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    return stop
+
+
+match FAULT:
+    case "another was faster":  # and made the run VALUE, of other options
+        replaced(RunDir, "_claim", lambda run: shutil.copytree(VALUE, run.path))
+    case "no room to rewind":
+        replaced(RunDir, "_rewind", full_disk)
+    case "stops before a checkpoint gets its name":
+        replaced(Path, "rename", stops(lambda path, *_: path.name.endswith(".1.tmp")))
+    case "stops while a checkpoint is written":
+        replaced(checkpoints, "save_tensors", stops())
+    case "stops before a line of metrics is written":
+        metrics = type("Metrics", (run_dir.FileIO,), {})
+        replaced(metrics, "write", stops())
+        run_dir.FileIO = metrics
+    case "stops before the status is written":
+        replaced(run_dir, "write_record", stops(lambda path, *_: path.name == "status.json"))
+    case _:
+        assert FAULT in (*BEFORE_A_STEP, "diverges"), FAULT

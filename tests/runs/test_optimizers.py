@@ -1,0 +1,294 @@
+"""The state of any optimizer comes back to the last bit, and a run's first steps are those of plain torch."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from cs324dist.config import Config
+from cs324dist.data.streams import MicroBatch
+from cs324dist.distributed.stop import StopRequest
+from cs324dist.errors import UserError
+from cs324dist.models.rnn import RNN
+from cs324dist.runs.checkpoints import TrainerState, read_checkpoint, write_checkpoint
+from cs324dist.runs.optimizers import optimizer_tensors, with_full_state
+from cs324dist.runs.run_dir import RunDir
+from cs324dist.tasks.base import Metrics, Task, Updater
+from cs324dist.trainer import Run, Trainer
+
+Networks = dict[str, nn.Module]
+Optimizers = dict[str, Optimizer | list[Optimizer]]
+Build = Callable[[Networks], Optimizers]
+
+optim = torch.optim
+KINDS: dict[str, Callable[..., Optimizer]] = {
+    "fused Adam": lambda parameters: optim.Adam(parameters, 1e-2, (0.0, 0.99), fused=True),
+    "Adam with AMSGrad": lambda parameters: optim.Adam(parameters, 1e-2, amsgrad=True),
+    "AdamW": lambda parameters: optim.AdamW(parameters, 1e-2, weight_decay=0.1),
+    "Adamax": lambda parameters: optim.Adamax(parameters, 1e-2),
+    "NAdam": lambda parameters: optim.NAdam(parameters, 1e-2),
+    "RAdam": lambda parameters: optim.RAdam(parameters, 1e-2),
+    "RMSprop": lambda parameters: optim.RMSprop(parameters, 1e-3, foreach=True),
+    "centred RMSprop": lambda parameters: optim.RMSprop(parameters, 1e-3, centered=True, momentum=0.9),
+    "Rprop": lambda parameters: optim.Rprop(parameters, 1e-2),
+    "ASGD": lambda parameters: optim.ASGD(parameters, 1e-1, t0=2),
+    "SGD": lambda parameters: optim.SGD(parameters, 1e-1),
+    "SGD with dampening": lambda parameters: optim.SGD(parameters, 1e-1, momentum=0.9, dampening=0.5),
+    "Adagrad": lambda parameters: optim.Adagrad(parameters, 1e-1, initial_accumulator_value=0.1),
+    "Adadelta": lambda parameters: optim.Adadelta(parameters, 1.0),
+    "Adafactor": lambda parameters: optim.Adafactor(parameters, 1e-2),
+}
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+KEYS = {  # as torch's source names them
+    "fused Adam": MOMENTS,
+    "AdamW": MOMENTS,
+    "NAdam": MOMENTS | {"mu_product"},
+    "RMSprop": {"step", "square_avg"},
+    "Rprop": {"step", "prev", "step_size"},
+    "ASGD": {"step", "eta", "mu", "ax"},
+    "SGD": set(),
+    "SGD with dampening": {"momentum_buffer"},
+    "Adagrad": {"step", "sum"},
+    "Adadelta": {"step", "square_avg", "acc_delta"},
+}
+
+
+def one(kind: str) -> Build:
+    return lambda networks: {"rnn": KINDS[kind](networks["rnn"].parameters())}
+
+
+def several_under_one_name(networks: Networks) -> Optimizers:
+    matrices = [p for p in networks["rnn"].parameters() if p.dim() > 1]
+    biases = [p for p in networks["rnn"].parameters() if p.dim() == 1]
+    return {"rnn": [KINDS["NAdam"](matrices), KINDS["SGD with dampening"](biases), KINDS["Rprop"](biases)]}
+
+
+def one_over_two_networks(networks: Networks) -> Optimizers:
+    return {"both": KINDS["NAdam"]([p for network in networks.values() for p in network.parameters()])}
+
+
+def two_names_for_one_network(networks: Networks) -> Optimizers:
+    return {name: KINDS[kind](networks["rnn"].parameters()) for name, kind in (("a", "ASGD"), ("b", "Rprop"))}
+
+
+BUILDS: dict[str, Build] = {
+    **{kind: one(kind) for kind in KINDS},
+    "several under one name": several_under_one_name,
+    "one over two networks": one_over_two_networks,
+    "two names for one network": two_names_for_one_network,
+}
+
+
+def networks() -> Networks:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made: Networks = {"rnn": RNN(2, 3, 4), "head": nn.Linear(4, 4)}
+        made["rnn"].unused = nn.Linear(2, 2)  # never has a gradient
+    with torch.no_grad():  # a step could disturb these without anyone seeing it in a sum
+        made["rnn"].output.bias.copy_(torch.tensor([0.0, -0.0, 1e-30, 1.0]))
+    return made
+
+
+def loss_at(step: int, networks: Mapping[str, nn.Module]) -> Tensor:
+    x = torch.randn(5, 8, 2, generator=torch.Generator().manual_seed(step))
+    return F.cross_entropy(networks["head"](networks["rnn"](x).clamp(-9, 9)), torch.arange(8) % 4)
+
+
+def bits(networks: Mapping[str, nn.Module]) -> dict[str, bytes]:
+    return {
+        f"{name}.{key}": tensor.numpy().tobytes()
+        for name, network in networks.items()
+        for key, tensor in network.state_dict().items()
+    }
+
+
+class Learner(Task[Config]):
+    name = "learner"
+    presets: ClassVar = {"default": Config(batch_size=8)}
+    build: Build
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        super().__init__(config, device)
+        self.networks = networks()
+        self.optimizers = type(self).build(self.networks)
+
+    def step(self, step: int, trainer: Updater) -> None:
+        for name in self.optimizers:
+            trainer.update(name, self.loss)
+
+    def loss(self, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+        loss = loss_at(batch.step, self.networks)
+        return loss, {"loss": loss}
+
+
+def start(build: Build) -> tuple[Learner, Trainer]:
+    task_type = type("Learner", (Learner,), {"build": staticmethod(build)})
+    task = task_type(Learner.presets["default"], torch.device("cpu"))
+    return task, Trainer(task, Accelerator(cpu=True))
+
+
+def plain_torch(build: Build, steps: int) -> dict[str, bytes]:
+    """The weights after some steps that nobody interrupts."""
+    trained = networks()
+    optimizers = build(trained)
+    for step in range(steps):
+        for some in optimizers.values():
+            loss_at(step, trained).backward()
+            for optimizer in some if isinstance(some, list) else [some]:
+                optimizer.step()
+                optimizer.zero_grad()
+            for network in trained.values():  # what another optimizer trains
+                network.zero_grad()
+    return bits(trained)
+
+
+@pytest.fixture(params=KEYS)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=BUILDS)
+def build(request) -> Build:
+    return BUILDS[request.param]
+
+
+def test_a_run_is_plain_torch_from_its_first_step_and_across_a_restart(build, tmp_path):
+    task, trainer = start(build)
+    Run(trainer, RunDir(tmp_path / "run"), StopRequest(1)).resume()
+    for step in range(3):
+        trainer.step(step, is_logged=False)
+    assert bits(task.networks) == plain_torch(build, 3)
+    write_checkpoint(tmp_path / "3", task, TrainerState(3))
+
+    task, trainer = start(build)
+    trainer.restore(tmp_path / "3")
+    for step in range(3, 7):
+        trainer.step(step, is_logged=False)
+    assert bits(task.networks) == plain_torch(build, 7)
+    assert bits(task.networks) != plain_torch(build, 3)
+
+
+def test_what_is_restored_takes_the_place_of_a_state_that_was_there(build, tmp_path):
+    task, trainer = start(build)
+    write_checkpoint(tmp_path / "0", task, TrainerState(0))
+    for step in range(2):
+        trainer.step(step, is_logged=False)
+    trainer.restore(tmp_path / "0")
+    for step in range(3):
+        trainer.step(step, is_logged=False)
+    assert bits(task.networks) == plain_torch(build, 3)
+
+
+def test_inside_the_state_is_complete_and_outside_nothing_has_changed(kind):
+    task, _ = start(one(kind))
+    optimizer = task.optimizers["rnn"]
+    before = {parameter: dict(state) for parameter, state in optimizer.state.items()}
+    names = {name for name, _ in task.networks["rnn"].named_parameters()}
+    with with_full_state(task.optimizers):
+        tensors = optimizer_tensors(task.optimizers, task.networks)
+        assert tensors.keys() == {f"rnn/rnn.{name}/{key}" for name in names for key in KEYS[kind]}
+        for parameter, state in optimizer.state.items():
+            values = [value for key, value in state.items() if key not in ("step", "eta", "mu", "mu_product")]
+            assert all(value is None or value.shape == parameter.shape for value in values)
+        assert bits(task.networks) == bits(networks())
+    assert {parameter: dict(state) for parameter, state in optimizer.state.items()} == before
+    assert all(parameter.grad is None for parameter in task.networks["rnn"].parameters())
+    assert bits(task.networks) == bits(networks())
+
+
+def test_tensors_are_named_by_optimizer_network_parameter_and_kind():
+    def names(build: Build) -> set[str]:
+        task, _ = start(build)
+        with with_full_state(task.optimizers):
+            return set(optimizer_tensors(task.optimizers, task.networks))
+
+    moments = {"exp_avg", "exp_avg_sq", "step", "mu_product"}
+    found = names(one_over_two_networks)
+    assert {f"both/rnn.input.weight/{key}" for key in moments} < found
+    assert {f"both/head.bias/{key}" for key in moments} < found
+    found = names(several_under_one_name)
+    assert {f"rnn/rnn.input.weight/{key}" for key in moments} < found
+    assert {"rnn.1/rnn.input.bias/momentum_buffer", "rnn.2/rnn.input.bias/step_size"} < found
+    assert not any(
+        "head" in name or "rnn/rnn.input.bias" in name for name in found
+    )  # which these do not train
+    found = names(two_names_for_one_network)
+    assert {"a/rnn.input.bias/eta", "b/rnn.input.bias/step_size"} < found
+
+
+def test_a_parameter_that_has_had_no_gradient_has_no_state_before_and_after(tmp_path):
+    task, trainer = start(one("fused Adam"))
+    trainer.step(0, is_logged=False)
+    write_checkpoint(tmp_path / "1", task, TrainerState(1))
+    other, _ = start(one("fused Adam"))
+    read_checkpoint(tmp_path / "1", other)
+    for learner in (task, other):
+        found = optimizer_tensors(learner.optimizers, learner.networks)
+        assert "rnn/rnn.output.weight/exp_avg" in found
+        assert not any("unused" in name for name in found)
+
+
+@pytest.mark.parametrize(("written", "read"), [("NAdam", "fused Adam"), ("fused Adam", "RMSprop")])
+def test_the_state_of_another_optimizer_is_refused_and_nothing_changes(tmp_path, written, read):
+    task, trainer = start(one(written))
+    trainer.step(0, is_logged=False)
+    write_checkpoint(tmp_path / "1", task, TrainerState(1))
+    other, _ = start(one(read))
+    with pytest.raises(UserError) as caught:
+        read_checkpoint(tmp_path / "1", other)
+    (line,) = caught.value.lines
+    assert line.startswith(f"{tmp_path / '1' / 'optimizers.safetensors'} holds ")
+    assert "tensors too many, the first of them 'rnn/rnn." in line
+    assert bits(other.networks) == bits(networks())
+    assert not other.optimizers["rnn"].state
+
+
+class Remembers(optim.SGD):
+    """Has something of its own in its state."""
+
+    def __init__(self, parameters, remembered: object) -> None:
+        super().__init__(parameters, 1e-1)
+        self.remembered = remembered
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["remembered"] = self.remembered
+
+
+@pytest.mark.parametrize("value", [3, -0.1, 2**40])
+def test_numbers_in_a_state_come_back_as_numbers(tmp_path: Path, value: float):
+    def build(networks: Networks) -> Optimizers:
+        return {"rnn": Remembers(networks["rnn"].parameters(), value)}
+
+    task, trainer = start(build)
+    trainer.step(0, is_logged=False)
+    write_checkpoint(tmp_path / "1", task, TrainerState(1))
+    other, _ = start(build)
+    read_checkpoint(tmp_path / "1", other)
+    found = {state["remembered"] for state in other.optimizers["rnn"].state.values()}
+    assert found == {value}
+    assert {type(one) for one in found} == {type(value)}
+
+
+@pytest.mark.parametrize("value", ["warm", [torch.zeros(2)]], ids=["a word", "a list"])
+def test_what_else_is_in_a_state_is_refused_before_the_first_step(tmp_path, value):
+    task, trainer = start(lambda networks: {"rnn": Remembers(networks["rnn"].parameters(), value)})
+    with pytest.raises(UserError) as caught:
+        Run(trainer, RunDir(tmp_path / "run"), StopRequest(1)).resume()
+    (line,) = caught.value.lines
+    assert line.startswith("the state of an optimizer holds rnn/rnn.input.weight/remembered = ")
+    assert bits(task.networks) == bits(networks())
+
+
+def test_an_optimizer_of_something_else_is_refused():
+    with pytest.raises(UserError, match=r"^optimizer 'rnn' holds 1 parameters of no network of the task$"):
+        start(lambda networks: {"rnn": KINDS["SGD"]([*networks["rnn"].parameters(), torch.zeros(2)])})
