@@ -20,7 +20,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm import tqdm
 
-from cs324dist.config import Config
+from cs324dist.config import Config, from_json
 from cs324dist.distributed.failures import translate_errors
 from cs324dist.distributed.process import on_main_process, start_accelerator
 from cs324dist.errors import RunFailed, UserError, say, warn
@@ -59,11 +59,12 @@ class Interval:
     state: TrainerState
     """Of the checkpoint at its end."""
 
-    owner: Owner
-    """The process that took the steps."""
+    owner: Path
+    """The file of the process that took the steps."""
 
     environment: Environment
-    """Its environment."""
+    config: dict[str, Any]
+    """Its options."""
 
     def __str__(self) -> str:
         return f"steps {self.first} to {self.state.step}"
@@ -106,7 +107,7 @@ def audit(
     config_type = type(next(iter(presets.values())))
 
     def config_of(interval: Interval) -> Config:
-        config = run.read_config(config_type, interval.owner.config)
+        config = from_json(config_type, interval.config, str(interval.owner))
         return dataclasses.replace(config, data_root=data_root) if data_root else config
 
     config = run.read_config(config_type)
@@ -123,7 +124,7 @@ def audit(
         trainer, trained_config = None, None
         for interval in chosen:
             config = config_of(interval)
-            check_sizes(run, record.task, config, interval.end)
+            check_sizes(interval.owner, record.task, config, interval.end)
             if trainer is None or config != trained_config or interval.start is None:
                 trainer, trained_config = Trainer(task_type(config, accelerator.device), accelerator), config
             differences = _replay(trainer, interval, rows)
@@ -150,10 +151,20 @@ def _intervals(run: RunDir, steps: int, from_start: bool) -> Iterator[Interval]:
         state = verify_checkpoint(end)
         if state.step > steps:
             raise UserError(f"{end} is of a later step than the run's last, {steps}")
-        owner = owner_of(run.path, state.generation)
+        file, owner = _owner_of_steps(run, state)
         if owner is None or owner.environment is None or owner.config is None:
-            raise UserError(f"{run}/owners/{state.generation}.json does not say how {end} was made")
-        yield Interval(start, end, state, owner, owner.environment)
+            raise UserError(f"{file} does not say how {end} was made")
+        yield Interval(start, end, state, file, owner.environment, owner.config)
+
+
+def _owner_of_steps(run: RunDir, state: TrainerState) -> tuple[Path, Owner | None]:
+    """The owner that took the steps before a checkpoint: later ones may have made up for its evaluation."""
+    generation = state.generation
+    owner = owner_of(run.path, generation)
+    while owner and generation > 1 and (owner.from_step is None or owner.from_step >= state.step):
+        generation -= 1
+        owner = owner_of(run.path, generation)
+    return run.path / "owners" / f"{generation}.json", owner
 
 
 def _choose(
@@ -186,8 +197,8 @@ def _choose(
     return sorted(drawn, key=lambda interval: interval.first)
 
 
-def check_sizes(run: RunDir, task: str, config: Config, checkpoint: Path) -> None:
-    """Check that the options ask for networks of the stored size, and so for no more memory.
+def check_sizes(owner: Path, task: str, config: Config, checkpoint: Path) -> None:
+    """Check that an owner's options ask for networks of the stored size, and so for no more memory.
 
     Raises:
         UserError: they do not.
@@ -199,7 +210,7 @@ def check_sizes(run: RunDir, task: str, config: Config, checkpoint: Path) -> Non
     for folder, model, size, name in found:
         there, given = load_model(checkpoint / folder, model).config[size], getattr(config, name)
         if given != there:
-            raise UserError(f"{run}/config.json: {name} is {given}, but {there} in {checkpoint}")
+            raise UserError(f"{owner}: {name} is {given}, but {there} in {checkpoint}")
 
 
 def _replay(trainer: Trainer, interval: Interval, rows: Mapping[int, Mapping[str, float]]) -> list[str]:

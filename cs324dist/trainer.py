@@ -76,7 +76,12 @@ class Trainer:
             accelerator.prepare_model(network, evaluation_mode=True)  # place and precision, not yet DDP
             if self.compiled:
                 network.compile(**plugin.to_kwargs())
-        for _, optimizer in each(task.optimizers):
+        for name, optimizer in each(task.optimizers):
+            if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+                raise UserError(
+                    f"optimizer {name!r} has a scheduler of torch, which no checkpoint would hold: "
+                    f"use --schedule, or override Config.learning_rate_factor"
+                )
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
         self._gradients: DDPGradients | ExactGradients

@@ -510,7 +510,7 @@ def judge(reader: Callable[[Copy], None], w: Copy) -> tuple[str, str, int]:
     there = {path.name for path in folders}
     said, raised, trace = io.StringIO(), None, ""
     w.rows, w.step = None, None  # of metrics; that it goes on from
-    w.origin, w.problem = STEPS[-1], ""  # the original checkpoint that it has read, or what it is else
+    w.origin, w.problem = STEPS[-1], ""  # the original checkpoint that it has read, or what is wrong
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = peak()
     signal.setitimer(signal.ITIMER_REAL, PATIENCE)

@@ -1,9 +1,14 @@
-"""Who says why a run of several processes ends."""
+"""Who says why a run of several processes ends, and what happens when nobody listens."""
 
 import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from launched import metrics, status, wait_for_line
+
+from cs324dist.errors import ReportedError, RunFailed, UserError, printable
 
 REPOSITORY = Path(__file__).parents[1]
 REFUSES = """
@@ -45,6 +50,56 @@ def test_a_reader_that_has_enough_ends_it_quietly():
     assert process.returncode == 1
 
 
+LSTM = ("launch/lstm.py", "--length", "4", "--hidden-size", "8", "--batch-size", "8", "--steps", "40",
+        "--log-every", "1", "--evaluate-every", "20", "--checkpoint-every", "10",
+        "--wandb", "disabled")  # fmt: skip
+
+
+def test_a_run_goes_on_when_the_reader_of_its_messages_has_gone(launch_environment, tmp_path):
+    """As in `python launch/lstm.py 2>&1 | head`."""
+    command = [sys.executable, *LSTM, "--run-dir", str(tmp_path / "run")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=REPOSITORY, env=launch_environment, text=True, **pipes) as process:
+        wait_for_line(process, "step 2/40")
+        process.stderr.close()
+        assert process.stdout.read() == ""
+    assert process.returncode == 0
+    assert status(tmp_path / "run") == {"state": "finished", "step": 40, "why": ""}
+    assert [row["step"] for row in metrics(tmp_path / "run") if "train/loss" in row] == [*range(1, 41)]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        'say("hello")',
+        'warn("hello")',
+        'tqdm.write("hello", file=sys.stderr)',
+        'print("hello", file=sys.stderr, flush=True)',
+        'sys.stderr.writelines(["hello"])',
+        '[None for _ in tqdm(range(3), "hello")]',
+        'raise UserError("hello")',
+    ],
+)
+def test_whatever_says_something_does_not_fail_for_that(message):
+    code = f"""
+import sys
+from tqdm import tqdm
+from cs324dist.errors import UserError, errors_as_exit_codes, exit_process, say, warn
+with errors_as_exit_codes():
+    sys.stdin.readline()
+    for _ in range(3):
+        {message}
+    print(f"still here, {{sys.stderr.fileno()}}")
+    exit_process(0)
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as process:
+        process.stderr.close()
+        said, _ = process.communicate("now\n")
+    refused = "UserError" in message
+    assert (process.returncode, said) == ((2, "") if refused else (0, "still here, 2\n"))
+
+
 def test_one_process_alone_has_no_rank_to_name():
     code = """
 from cs324dist.errors import errors_as_exit_codes
@@ -54,3 +109,17 @@ with errors_as_exit_codes():
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "error: no\n")
+
+
+def test_a_run_that_failed_is_no_error_of_the_user():
+    assert not issubclass(RunFailed, UserError)
+    assert (UserError("a", "b").exit_code, RunFailed("a").exit_code) == (2, 1)
+    assert str(UserError("a", "b")) == "a\nb"
+    assert issubclass(UserError, ReportedError)
+    assert issubclass(RunFailed, ReportedError)
+
+
+def test_a_value_of_a_stranger_is_part_of_one_line():
+    assert printable("\x1b[31mred\n\u202eright") == "[31mredright"
+    assert printable({"a": "é"}) == "{'a': 'é'}"
+    assert len(printable("x" * 10_000)) == 200

@@ -94,7 +94,8 @@ def headline(runs: Sequence[Run]) -> str:
     total = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     if len(states) == 1:
         return f"{total}, {'all ' if len(runs) > 1 else ''}{states[0][0]}"
-    return f"{total}: {', '.join(f'{count} {state}' for state, count in states)}"
+    parts = [f"{count}\N{NO-BREAK SPACE}{state}" for state, count in states]
+    return f"{total}: {', '.join(parts)}"
 
 
 def _by_length(run: Run) -> tuple[int, str, str]:

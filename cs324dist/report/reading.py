@@ -143,7 +143,7 @@ def read_run(path: Path, name: str) -> Run:
         try:
             return reader(*arguments)
         except UserError as error:
-            problems.append(plain(str(error)))
+            problems.append(plain(error.lines[0]))
         except OSError as error:
             problems.append(plain(f"{error.filename} cannot be read: {error.strerror}"))
         return None

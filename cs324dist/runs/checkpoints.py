@@ -136,13 +136,12 @@ def _write_files(folder: Path, trained: Trained, state: TrainerState) -> None:
 
 @torch.no_grad()
 def _check_finite(trained: Trained, step: int) -> None:
-    parts: dict[str, tuple[list[Tensor], list[Tensor]]] = {
-        name: (list(network.parameters()), list(network.buffers()))
-        for name, network in trained.networks.items()
-    }
-    parts["optimizer"] = (list(optimizer_tensors(trained.optimizers, trained.networks).values()), [])
-    parts["task's state"] = ([], list(_split(trained.state_dict())[1].values()))
-    for name, (finite, not_nan) in parts.items():
+    parts: list[tuple[str, Iterable[Tensor], Iterable[Tensor]]] = [
+        (name, network.parameters(), network.buffers()) for name, network in trained.networks.items()
+    ]
+    parts.append(("optimizer", optimizer_tensors(trained.optimizers, trained.networks).values(), ()))
+    parts.append(("task's state", (), _split(trained.state_dict())[1].values()))
+    for name, finite, not_nan in parts:
         floats = [tensor for tensor in finite if tensor.is_floating_point()]
         largest = torch._foreach_norm(floats, math.inf) if floats else ()  # NaN, if there is one
         if not all(math.isfinite(x) for x in largest) or any(t.isnan().any() for t in not_nan):

@@ -173,7 +173,8 @@ class Lease:
         for path in (self._path, self._path.with_suffix(".lock")):
             path.unlink(missing_ok=True)
         if self._is_first:
-            self._folder.rmdir()
+            with suppress(OSError):  # another process has come
+                self._folder.rmdir()
 
     def _give_signs_of_life(self) -> None:
         while not self._released.wait(HEARTBEAT):

@@ -7,6 +7,7 @@ claims to hold is compared with what is expected before any of it is read.
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -173,9 +174,12 @@ def load_model(folder: Path, expected: type[Model]) -> Model:
         raise UserError(f"{folder / 'config.json'} has values that no model takes: {printable(arguments)}")
     weights = folder / "model.safetensors"
     try:
-        with torch.device("meta"):  # shapes without memory, whatever sizes the file claims
+        # Shapes without memory, whatever sizes the file claims; torch warns of zero.
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             tensors = read_tensors(weights, model_tensors(expected(**arguments)))
-    except (TypeError, ValueError, RuntimeError):
+    except UserError:
+        raise
+    except Exception:  # whatever its constructor raises
         raise UserError(
             f"{folder / 'config.json'} has arguments that {name} does not take: "
             f"{printable(sorted(arguments))}"

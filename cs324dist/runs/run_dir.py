@@ -82,7 +82,7 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lease: Lease | None = None
-        self._started = False
+        self._is_new = self._started = False
         self._metrics: FileIO | None = None
         self._metrics_lines = 0
         self._unwritten = b""
@@ -134,12 +134,13 @@ class RunDir:
                 self._metrics.close()
             if self._lease is not None:
                 self._lease.release() if self._started else self._lease.withdraw()
-                if not self._started:
-                    with suppress(OSError):  # it is not empty: it was there before
+                if self._is_new and not self._started:
+                    with suppress(OSError):  # somebody has put something there
                         self.path.rmdir()
             self._lease = self._metrics = None
 
     def _claim(self) -> None:
+        self._is_new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lease = Lease(self.path, after=newest_generation(self.checkpoints))
@@ -212,10 +213,9 @@ class RunDir:
         """
         return read_record(RunRecord, self.path / "config.json")
 
-    def read_config(self, config_type: type[Any], values: Mapping[str, Any] | None = None) -> Any:
-        """The options of the run, or `values`, as `config_type`; raises as `read_record` does."""
-        stored = self.read_record().config if values is None else values
-        return from_json(config_type, stored, f"{self.path / 'config.json'}")
+    def read_config(self, config_type: type[Any]) -> Any:
+        """The options of the run, as `config_type`; raises as `read_record` does."""
+        return from_json(config_type, self.read_record().config, f"{self.path / 'config.json'}")
 
     def read_status(self) -> Status:
         """What `status.json` holds; raises as `read_record` does."""

@@ -212,6 +212,7 @@ class TestCurves:
     def test_dragging_chooses_steps(self, page):
         section = page.locator("#palindromes")
         plot, ticks = section.locator(".plot").first, section.locator(".x-axis").first.locator("span")
+        plot.scroll_into_view_if_needed()
         box = plot.bounding_box()
         for share, act in ((0.2, page.mouse.down), (0.4, page.mouse.up)):
             page.mouse.move(box["x"] + share * box["width"], box["y"] + 50)

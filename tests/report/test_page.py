@@ -70,7 +70,7 @@ def test_every_picture_has_an_alternative_text(page: Page) -> None:
 def test_what_has_not_finished_says_so_at_the_top(page: Page) -> None:
     text = " ".join(page.texts)
     top = text[: text.index("The network reads")]
-    assert "8 runs: 6 finished" in top
+    assert "8 runs: 6\N{NO-BREAK SPACE}finished" in top
     assert "failed: RuntimeError:" in top
     assert "has not started" in top
 

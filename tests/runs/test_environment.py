@@ -1,10 +1,13 @@
+import json
+import platform
 import subprocess
 
 import pytest
 import torch
 
+from cs324dist.config import as_json, from_json
 from cs324dist.runs import environment as module
-from cs324dist.runs.environment import environment, has_gpu
+from cs324dist.runs.environment import Environment, environment, has_gpu
 
 
 @pytest.mark.parametrize(
@@ -17,7 +20,20 @@ def test_a_configuration_for_cpus_leaves_a_gpu_alone(monkeypatch, use_cpu, expec
     if use_cpu is not None:
         monkeypatch.setenv("ACCELERATE_USE_CPU", use_cpu)  # as `accelerate launch` does
     assert has_gpu() == expected
-    assert (environment()["device"] == "a GPU") == expected
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    found = environment()
+    assert (found.device == "a GPU") == expected
+    assert found.cuda == ("13.0, cuDNN 91002" if expected else None)
+
+
+def test_it_says_what_bits_depend_on_and_comes_back_from_json():
+    found = environment(4, "bf16", "inductor")
+    assert (found.processes, found.precision, found.compiled) == (4, "bf16", "inductor")
+    assert found.threads == torch.get_num_threads()
+    assert found.packages["torch"] == torch.__version__
+    assert found.python == platform.python_version()
+    assert from_json(Environment, json.loads(json.dumps(as_json(found))), "owners/1.json") == found
 
 
 def test_the_commit_is_the_packages_own(monkeypatch, tmp_path):
@@ -33,9 +49,9 @@ def test_the_commit_is_the_packages_own(monkeypatch, tmp_path):
     git("init")
     git("commit", "--allow-empty", "--message", "something else")
     monkeypatch.setattr(module, "__file__", str(installed))
-    assert environment()["commit"] is None
+    assert environment().commit is None
     git("add", ".")
     git("commit", "--message", "the package")
-    assert environment()["commit"] == git("rev-parse", "HEAD").strip()
+    assert environment().commit == git("rev-parse", "HEAD").strip()
     installed.write_text("changed")
-    assert environment()["commit"] == git("rev-parse", "HEAD").strip() + "-dirty"
+    assert environment().commit == git("rev-parse", "HEAD").strip() + "-dirty"

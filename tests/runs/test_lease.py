@@ -1,7 +1,9 @@
 """One owner a run: a live one is waited for and named, a dead one is known at once, the later one wins."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from cs324dist.config import Config, as_json
 from cs324dist.errors import UserError
 from cs324dist.runs import lease
 from cs324dist.runs.checkpoints import LARGEST_GENERATION
-from cs324dist.runs.lease import Ownership, Superseded, newest_generation
-from cs324dist.runs.run_dir import RunDir
+from cs324dist.runs.environment import environment
+from cs324dist.runs.lease import Lease, Superseded, newest_generation, owner_of
+from cs324dist.runs.run_dir import RunDir, RunRecord, Status
 
 FOREVER = 3600  # seconds: whoever waits for it, waits longer than a test may take
 OWNER = """
@@ -27,7 +31,7 @@ from cs324dist.runs import lease
 from cs324dist.runs.checkpoints import LARGEST_GENERATION
 lease.PATIENCE = float(sys.argv[2])
 try:
-    mine = lease.Ownership(Path(sys.argv[1]))
+    mine = lease.Lease(Path(sys.argv[1]))
 except UserError as refusal:
     print("refused:", refusal, flush=True)
     sys.exit(2)
@@ -89,7 +93,7 @@ def waits(monkeypatch, **seconds: float) -> None:
 
 def left_by(run: Path, **about: object) -> Path:
     """What the first owner has left, changed."""
-    Ownership(run).release()
+    Lease(run).release()
     path = run / "owners" / "1.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **about}))
     return path
@@ -102,7 +106,7 @@ def on_another_machine(run: Path, **about: object) -> Path:
 def test_a_live_process_is_waited_for_and_then_named(run, other, monkeypatch, capsys):
     waits(monkeypatch, PATIENCE=0.3)
     with pytest.raises(UserError) as caught:
-        Ownership(run)
+        Lease(run)
     (line,) = caught.value.lines
     assert line.startswith(f"{run} is in use by process {other.pid} on ")
     assert "give another --run-dir" in line
@@ -121,7 +125,7 @@ def test_a_killed_owner_is_recognised_at_once(run, other, monkeypatch, capsys):
     waits(monkeypatch)
     other.kill()
     other.wait()
-    assert Ownership(run).generation == 2
+    assert Lease(run).generation == 2
     assert capsys.readouterr().err == ""
 
 
@@ -129,13 +133,13 @@ def test_a_stopped_owner_is_alive(run, other, monkeypatch):
     waits(monkeypatch, PATIENCE=0.3)
     other.send_signal(signal.SIGSTOP)
     with pytest.raises(UserError, match="in use"):
-        Ownership(run)
+        Lease(run)
 
 
 def test_a_silent_owner_on_another_machine_is_watched_and_then_taken_over(run, monkeypatch, capsys):
     waits(monkeypatch, SILENCE=0.3)
     on_another_machine(run)
-    assert Ownership(run).generation == 2
+    assert Lease(run).generation == 2
     assert f"{run} was left by process 4711 on node17" in capsys.readouterr().err
 
 
@@ -152,7 +156,7 @@ def test_an_owner_on_another_machine_that_gives_signs_of_life_is_refused(run, mo
         pool.submit(live)
         try:
             with pytest.raises(UserError, match="in use by process 4711 on node17"):
-                Ownership(run)
+                Lease(run)
         finally:
             done.set()
     assert newest_generation(run / "owners") == 1
@@ -160,10 +164,10 @@ def test_an_owner_on_another_machine_that_gives_signs_of_life_is_refused(run, mo
 
 def test_an_owner_on_another_machine_that_has_ended_is_not_watched(run, monkeypatch):
     waits(monkeypatch)
-    Ownership(run).release()
+    Lease(run).release()
     ended = json.loads((run / "owners" / "1.json").read_text())["ended"]
     on_another_machine(run, ended=ended)
-    assert Ownership(run).generation == 3
+    assert Lease(run).generation == 3
 
 
 def test_what_the_run_said_before_its_owner_came_does_not_end_that(run, monkeypatch, capsys):
@@ -171,7 +175,7 @@ def test_what_the_run_said_before_its_owner_came_does_not_end_that(run, monkeypa
     waits(monkeypatch, SILENCE=0.3)
     RunDir(run).write_status("stopped", 7)
     on_another_machine(run)
-    Ownership(run)
+    Lease(run)
     assert f"{run} was left by process 4711 on node17" in capsys.readouterr().err
 
 
@@ -182,15 +186,15 @@ def test_a_generation_that_leaves_no_room_for_the_next_is_refused(run, where):
     if where == "owners":
         (run / "owners" / f"{last}.json").write_text("{}")
     with pytest.raises(UserError, match="delete it"):
-        Ownership(run, after=last if where == "checkpoints" else 0)
-    mine = Ownership(run, after=last - 1) if where == "checkpoints" else None
+        Lease(run, after=last if where == "checkpoints" else 0)
+    mine = Lease(run, after=last - 1) if where == "checkpoints" else None
     assert mine is None or mine.generation == last
 
 
 def test_an_owner_gives_signs_of_life_until_it_releases(run, monkeypatch):
     waits(monkeypatch)
     others = set(threading.enumerate())
-    mine = Ownership(run)
+    mine = Lease(run)
     path = run / "owners" / "1.json"
     seen = path.stat().st_mtime_ns
     while path.stat().st_mtime_ns == seen:  # or the test's time limit strikes
@@ -212,7 +216,7 @@ class TestSlurm:
         waits(monkeypatch)
         monkeypatch.setenv("SLURM_JOB_ID", "42")
         monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-        assert Ownership(run).generation == 2
+        assert Lease(run).generation == 2
         assert old.poll() is None
 
     @pytest.mark.parametrize(("job", "restarts"), [("42", "1"), ("42", "0"), ("43", "2"), (None, "2")])
@@ -224,7 +228,7 @@ class TestSlurm:
             monkeypatch.setenv("SLURM_JOB_ID", job)
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
         with pytest.raises(UserError, match="Slurm job 42"):
-            Ownership(run)
+            Lease(run)
 
 
 class TestTheSameMoment:
@@ -238,7 +242,7 @@ class TestTheSameMoment:
             for _ in range(rounds):
                 barrier.wait()
                 try:
-                    owner = Ownership(run)
+                    owner = Lease(run)
                 except UserError:
                     owner = None
                 barrier.wait()
@@ -266,7 +270,7 @@ class TestTheSameMoment:
 
         def wins(_: int) -> bool:
             try:
-                Ownership(tmp_path)
+                Lease(tmp_path)
             except UserError:
                 return False
             return True
@@ -285,10 +289,10 @@ class TestTakenOver:
     def test_the_earlier_owner_learns_who_has_the_run(self, run, monkeypatch):
         waits(monkeypatch)
         monkeypatch.setenv("SLURM_JOB_ID", "42")
-        mine = Ownership(run)
+        mine = Lease(run)
         mine.check()
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        theirs = Ownership(run)
+        theirs = Lease(run)
         theirs.check()
         with pytest.raises(Superseded) as caught:
             mine.check()
@@ -299,36 +303,120 @@ class TestTakenOver:
         waits(monkeypatch)
         monkeypatch.setenv("SLURM_JOB_ID", "42")
         old, new = RunDir(run), RunDir(run)
-        old.open("lstm", {})
-        old.rewind(0, 0)
-        old.append_metrics(1, {"loss": 1.0})
-        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        new.open("lstm", {})
-        new.rewind(1, 1)
-        new.append_metrics(2, {"loss": 2.0})
-        new.write_status("running", 2)
-        for write in (
-            lambda: old.append_metrics(2, {"loss": 3.0}),
-            lambda: old.write_status("failed", 1),
-            lambda: old.rewind(0, 0),
-        ):
-            with pytest.raises(Superseded):
-                write()
-        assert [row["loss"] for row in new.read_metrics()] == [1.0, 2.0]
-        assert json.loads((run / "status.json").read_text())["state"] == "running"
-        old.release()
-        new.release()
+        record = RunRecord("lstm", "launch/lstm.py", as_json(Config()), {})
+        with old.claimed(lambda: None, lambda work: work()):
+            old.start(record, environment(), 0, 0)
+            old.append_metrics(1, {"loss": 1.0})
+            monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+            with new.claimed(lambda: None, lambda work: work()):
+                new.start(record, environment(), 1, 1)
+                new.append_metrics(2, {"loss": 2.0})
+                new.write_status("running", 2)
+                for write in (
+                    lambda: old.append_metrics(2, {"loss": 3.0}),
+                    lambda: old.write_status("failed", 1),
+                    lambda: old.start(record, environment(), 0, 0),
+                ):
+                    with pytest.raises(Superseded):
+                        write()
+                assert [row["loss"] for row in new.read_metrics()] == [1.0, 2.0]
+                assert new.read_status() == Status("running", 2)
 
 
 class TestWithdrawal:
     def test_the_only_owner_leaves_no_trace(self, run):
-        Ownership(run).withdraw()
+        Lease(run).withdraw()
         assert list(run.iterdir()) == []
 
     def test_a_later_one_leaves_the_earlier_ones(self, run):
-        Ownership(run).release()
-        Ownership(run).withdraw()
+        Lease(run).release()
+        Lease(run).withdraw()
         assert newest_generation(run / "owners") == 1
+
+    def test_what_another_process_has_begun_to_write_stays(self, run):
+        mine = Lease(run)
+        (run / "owners" / "2.json").touch()
+        mine.withdraw()
+        assert [path.name for path in (run / "owners").iterdir()] == ["2.json"]
+
+    @pytest.mark.parametrize("what_is_left", ["the owners before", "an empty folder", "nothing"])
+    def test_it_may_happen_while_it_is_watched_from_another_machine(
+        self, tmp_path, monkeypatch, what_is_left
+    ):
+        waits(monkeypatch)
+        run = tmp_path / "run"
+        run.mkdir()
+        watched = on_another_machine(run)
+        if what_is_left == "the owners before":
+            watched = Path(shutil.copy(watched, run / "owners" / "2.json"))
+        naps = []
+
+        def withdraws(seconds: float) -> None:
+            naps.append(seconds)
+            if len(naps) == 3:
+                watched.unlink()
+                watched.with_suffix(".lock").unlink(missing_ok=True)
+                if what_is_left != "the owners before":
+                    (run / "owners").rmdir()
+                if what_is_left == "nothing":
+                    run.rmdir()
+
+        monkeypatch.setattr(lease.time, "sleep", withdraws)
+        mine = Lease(run)
+        mine.check()
+        assert len(naps) == 3
+        assert newest_generation(run / "owners") == mine.generation
+        mine.release()
+
+
+class TestAClaimThatIsStillEmpty:
+    """Where a file system has no hard links, the file of a new owner is empty for a moment."""
+
+    def test_its_process_is_not_named_and_refused_to(self, run, other, monkeypatch, capsys):
+        waits(monkeypatch, PATIENCE=0.1)
+        (run / "owners" / "1.json").write_text("")
+        with pytest.raises(UserError) as caught:
+            Lease(run)
+        assert caught.value.lines == (
+            f"{run} is in use by another process: wait for it, stop it, or give another --run-dir",
+        )
+        assert capsys.readouterr().err == f"{run} is in use by another process; waiting 0.1 s for its end\n"
+
+    def test_a_silent_one_is_watched_and_then_taken_over(self, run, monkeypatch, capsys):
+        waits(monkeypatch, SILENCE=0.1)
+        left_by(run).write_text("")
+        assert Lease(run).generation == 2
+        assert capsys.readouterr().err == f"{run} was left by another process; watching it for 0.1 s\n"
+
+    def test_one_that_is_then_written_is_refused_to(self, run, monkeypatch):
+        waits(monkeypatch)
+        path = left_by(run)
+        owner = path.read_text()
+        path.write_text("")
+        monkeypatch.setattr(lease.time, "sleep", lambda seconds: path.write_text(owner))
+        with pytest.raises(UserError, match="in use by another process"):
+            Lease(run)
+
+    def test_the_earlier_owner_learns_that_there_is_another(self, run, monkeypatch):
+        mine = Lease(run)
+        (run / "owners" / "2.json").touch()
+        with pytest.raises(
+            Superseded, match=r"was taken over by another process: this process writes nothing"
+        ):
+            mine.check()
+
+    def test_without_hard_links_a_claim_is_made_all_the_same(self, run, monkeypatch):
+        def no_links(*_: object) -> None:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+        monkeypatch.setattr(os, "link", no_links)
+        mine = Lease(run)
+        mine.check()
+        owner = owner_of(run, 1)
+        assert (owner.pid, owner.ended) == (os.getpid(), False)
+        mine.release()
+        assert owner_of(run, 1).ended
+        assert [path.name for path in (run / "owners").glob(".*")] == []
 
 
 @pytest.mark.parametrize(
@@ -338,5 +426,5 @@ class TestWithdrawal:
 def test_what_an_earlier_owner_left_may_be_damaged(run, monkeypatch, capsys, content):
     waits(monkeypatch, SILENCE=0.1)
     left_by(run).write_text(content)
-    assert Ownership(run).generation == 2
+    assert Lease(run).generation == 2
     assert all(line.isprintable() for line in capsys.readouterr().err.splitlines())

@@ -3,40 +3,83 @@
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
 
-from cs324dist.errors import UserError
+from cs324dist.config import Config, as_json
+from cs324dist.data.streams import MicroBatch
+from cs324dist.distributed.stop import StopRequest
+from cs324dist.errors import RunFailed, UserError
 from cs324dist.models.rnn import RNN
-from cs324dist.runs import run_dir as run_dir_module
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
+from cs324dist.runs.environment import Environment
 from cs324dist.runs.files import read_json
-from cs324dist.runs.run_dir import RunDir
+from cs324dist.runs.lease import owner_of
+from cs324dist.runs.run_dir import RunDir, RunRecord, Status
+from cs324dist.sampling.grids import save_png
+from cs324dist.tasks.base import Metrics, Task
+from cs324dist.trainer import run_task
 
-SETTINGS = {"seed": 0, "steps": 30}
+CONFIG = Config(seed=0, steps=30)
+RECORD = RunRecord("gan", "launch/gan.py", as_json(CONFIG), {"steps": 2500})
+HERE = Environment(
+    python="3.11.7", packages={"torch": "2.9.0"}, commit="abc", device="a processor", cuda=None, threads=4,
+    processes=1, precision="no", compiled=None,
+)  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def machine(monkeypatch) -> dict[str, object]:
-    """What runs are made by; a test may change it."""
-    environment = {"commit": "abc", "packages": {"torch": "2.9.0"}, "threads": 4}
-    monkeypatch.setattr(run_dir_module, "environment", lambda: dict(environment))
-    return environment
+def at_once(work: Callable[[], None]) -> None:
+    """The main process does it; there is no other."""
+    work()
+
+
+def anything() -> None:
+    """Whatever is in the folder fits."""
+
+
+@contextmanager
+def started(
+    path: Path, record: RunRecord = RECORD, environment: Environment = HERE, step: int = 0, lines: int = 0
+) -> Iterator[RunDir]:
+    run = RunDir(path)
+    with run.claimed(anything, at_once):
+        run.start(record, environment, step, lines)
+        yield run
 
 
 @pytest.fixture
 def run(tmp_path) -> Iterator[RunDir]:
-    run = RunDir(tmp_path / "run")
-    run.open("gan", SETTINGS)
-    yield run
-    run.release()
+    with started(tmp_path / "run") as run:
+        yield run
+
+
+def go_back(run: RunDir, step: int, lines: int) -> None:
+    run.start(RECORD, HERE, step, lines)
+
+
+class Trained:
+    """What a checkpoint holds."""
+
+    def __init__(self) -> None:
+        self.networks, self.optimizers = {"rnn": RNN(1, 1, 1)}, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
 
 
 def save(run: RunDir, step: int) -> Path:
-    write_checkpoint(run.checkpoint(step), {"rnn": RNN(1, 1, 1)}, {"m": torch.ones(3)}, TrainerState(step, 1))
+    write_checkpoint(run.checkpoint(step), Trained(), TrainerState(step))
     return run.checkpoint(step)
 
 
@@ -44,10 +87,6 @@ def damage(checkpoint: Path) -> Path:
     path = checkpoint / "optimizers.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     return path
-
-
-def no_conflicts(stored: object) -> list[str]:
-    return []
 
 
 class TestCheckpoints:
@@ -95,7 +134,7 @@ class TestMetrics:
     def test_lines_are_read_back_in_order(self, run):
         run.append_metrics(1, {"train/loss": 2.5})
         run.append_metrics(2, {"train/loss": 0.1, "eval/accuracy": 1.0})
-        assert run.read_metrics() == [
+        assert list(run.read_metrics()) == [
             {"step": 1, "train/loss": 2.5},
             {"step": 2, "train/loss": 0.1, "eval/accuracy": 1.0},
         ]
@@ -109,7 +148,7 @@ class TestMetrics:
 
         parsed = json.loads(line, parse_constant=no_json)
         assert parsed == {"step": 3, "a": None, "b": None, "c": None, "d": 0.5}
-        assert run.read_metrics() == [parsed]
+        assert list(run.read_metrics()) == [parsed]
 
     def test_a_line_cut_anywhere_is_passed_over_and_its_step_is_taken_again(self, run):
         path = run.path / "metrics.jsonl"
@@ -120,116 +159,320 @@ class TestMetrics:
         for missing in range(2, last + 1):  # 1: only the end of the line is missing, all of it can be read
             path.write_bytes(whole[:-missing])
             assert [row["step"] for row in run.read_metrics()] == [1, 2]
-            run.rewind(2, 2)
+            go_back(run, 2, 2)
             run.append_metrics(3, {"train/loss": 3 / 8})
             assert path.read_bytes() == whole
 
     @pytest.mark.parametrize("line", ["[1]", '"x"', "{}", '{"step": "2"}', "[" * 100_000, "\x00\x00"])
     def test_a_line_that_is_no_row_is_passed_over(self, run, line):
         (run.path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
-        assert run.read_metrics() == [{"step": 1}, {"step": 3}]
+        assert list(run.read_metrics()) == [{"step": 1}, {"step": 3}]
 
     def test_going_back_drops_what_lies_past_the_checkpoint_and_says_running(self, run):
         for step in (5, 10, 15, 20):
             run.append_metrics(step, {"loss": 1.0})
         run.write_status("failed", 10, "no power")
-        run.rewind(10, 2)
+        go_back(run, 10, 2)
         assert [row["step"] for row in run.read_metrics()] == [5, 10]
         assert read_json(run.path / "status.json") == {"state": "running", "step": 10, "why": ""}
 
-    def test_going_back_writes_down_what_it_costs(self, run):
-        for step in (5, 10, 15, 20):
-            run.append_metrics(step, {"loss": 1.0})
-        run.release()
-        first = run.path / "owners" / "1.json"
+    def test_going_back_writes_down_what_it_costs_and_who_took_which_steps(self, tmp_path):
+        with started(tmp_path / "run") as run:
+            for step in (5, 10, 15, 20):
+                run.append_metrics(step, {"loss": 1.0})
+        first = tmp_path / "run" / "owners" / "1.json"
         last_sign = first.stat().st_mtime - 60
         os.utime(first, (last_sign, last_sign))
-        again = RunDir(run.path)
-        again.open("lstm", {})
-        again.rewind(10, 2)
-        again.release()
-        facts = read_json(run.path / "owners" / "2.json")
-        assert (facts["from_step"], facts["lost_steps"]) == (10, 10)
-        assert 60 <= facts["seconds_since_previous"] < 3600
-        assert "seconds_since_previous" not in read_json(first)
+        config = replace(CONFIG, keep_last=7)
+        here = replace(HERE, processes=2)
+        with started(tmp_path / "run", replace(RECORD, config=as_json(config)), here, step=10, lines=2):
+            pass
+        owner = owner_of(tmp_path / "run", 2)
+        assert (owner.from_step, owner.lost_steps) == (10, 10)
+        assert 60 <= owner.seconds_since_previous < 3600
+        assert (owner.environment, owner.config) == (here, as_json(config))
+        owner = owner_of(tmp_path / "run", 1)
+        assert (owner.from_step, owner.lost_steps, owner.seconds_since_previous) == (0, 0, None)
+        assert (owner.environment, owner.config) == (HERE, as_json(CONFIG))
 
     def test_going_back_works_before_the_first_line(self, run):
-        run.rewind(0, 0)
-        assert run.read_metrics() == []
+        go_back(run, 0, 0)
+        assert list(run.read_metrics()) == []
 
 
 class TestWhoseFolder:
     def test_a_new_and_an_empty_folder_fit(self, tmp_path):
-        RunDir(tmp_path / "new").check_fits("gan", no_conflicts)
-        RunDir(tmp_path).check_fits("gan", no_conflicts)
+        RunDir(tmp_path / "new").check_fits("gan", CONFIG)
+        RunDir(tmp_path).check_fits("gan", CONFIG)
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_run_fits_its_own_task_and_is_compared_by_its_settings(self, run):
-        compared = []
-        run.check_fits("gan", lambda stored: compared.append(stored) or [])
-        assert compared == [SETTINGS]
+    def test_what_a_start_that_was_killed_has_left_fits(self, tmp_path):
+        for left in ("owners", "checkpoints", "samples", ".scratch"):
+            (tmp_path / left).mkdir()
+        (tmp_path / ".config.json.tmp").touch()
+        RunDir(tmp_path).check_fits("gan", CONFIG)
+
+    def test_a_run_fits_its_own_task_and_options(self, run):
+        run.check_fits("gan", CONFIG)
+        run.check_fits("gan", replace(CONFIG, steps=31))
 
     def test_another_task_is_named(self, run):
         with pytest.raises(UserError, match="holds a run of 'gan'"):
-            run.check_fits("lstm", no_conflicts)
+            run.check_fits("lstm", CONFIG)
 
-    def test_conflicts_are_passed_on_line_by_line(self, run):
+    def test_each_option_that_differs_has_a_line(self, run):
         with pytest.raises(UserError) as caught:
-            run.check_fits("gan", lambda stored: ["--a is wrong", "--b is wrong"])
-        assert caught.value.lines == ("--a is wrong", "--b is wrong")
+            run.check_fits("gan", replace(CONFIG, seed=1, batch_size=32))
+        assert [line.partition(":")[0] for line in caught.value.lines] == [
+            "--seed 1 differs from the run's 0",
+            "--batch-size 32 differs from the run's 64",
+        ]
 
     def test_a_folder_of_other_things_and_a_file_are_refused(self, tmp_path):
         (tmp_path / "thesis.tex").write_text("mine")
         for path in (tmp_path, tmp_path / "thesis.tex"):
             with pytest.raises(UserError) as caught:
-                RunDir(path).check_fits("gan", no_conflicts)
-            assert f"--run-dir {path} holds something that is no run" in str(caught.value)
+                RunDir(path).check_fits("gan", CONFIG)
+            assert f"--run-dir {path} is not a run folder" in str(caught.value)
         assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
-    @pytest.mark.parametrize("config", ["", "{}", '{"task": "gan", "settings": 3}', "[]"])
+    @pytest.mark.parametrize(
+        "config",
+        [
+            "",
+            "{}",
+            "[]",
+            '{"format": 2, "task": "gan", "config": 3}',
+            '{"format": 2, "task": "gan", "config": {}, "script": "", "changed": {}, "tracker_run_id": "x"}',
+        ],
+    )
     def test_a_damaged_config_is_refused(self, tmp_path, config):
         (tmp_path / "config.json").write_text(config)
         with pytest.raises(UserError) as caught:
-            RunDir(tmp_path).check_fits("gan", no_conflicts)
-        assert str(tmp_path / "config.json") in str(caught.value)
+            RunDir(tmp_path).check_fits("gan", CONFIG)
+        assert all(line.startswith(str(tmp_path / "config.json")) for line in caught.value.lines)
 
-    def test_a_folder_below_a_file_cannot_be_opened(self, tmp_path):
+    @pytest.mark.parametrize("written", [None, 1, 3, "\x1b[2J"])
+    def test_a_run_of_another_format_is_refused_in_one_line_that_names_it(self, run, written):
+        content = {**read_json(run.path / "config.json"), "format": written, "colour": "red"}
+        if written is None:
+            del content["format"], content["task"]
+        (run.path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(UserError) as caught:
+            run.check_fits("gan", CONFIG)
+        shown = "[2J" if isinstance(written, str) else written
+        assert caught.value.lines == (
+            f"{run.path / 'config.json'} has format {shown}, this version reads format 2: "
+            f"use the version that wrote it, or give another folder",
+        )
+
+    def test_a_run_that_lacks_an_option_of_today_is_continued(self, run):
+        content = read_json(run.path / "config.json")
+        del content["config"]["warmup_steps"], content["config"]["micro_batches"]
+        (run.path / "config.json").write_text(json.dumps(content))
+        run.check_fits("gan", CONFIG)
+        assert run.read_config(Config) == CONFIG
+        with pytest.raises(UserError, match=r"^--warmup-steps 3 differs from the run's 0: "):
+            run.check_fits("gan", replace(CONFIG, warmup_steps=3))
+
+    def test_a_run_whose_options_are_tuples_is_continued(self, tmp_path):
+        @dataclass(frozen=True)
+        class Tuples(Config):
+            betas: tuple[float, float] = (0.9, 0.99)
+
+        with started(tmp_path / "run", replace(RECORD, config=as_json(Tuples()))) as run:
+            run.check_fits("gan", Tuples())
+            assert run.read_config(Tuples) == Tuples()
+            with pytest.raises(
+                UserError, match=r"^--betas \(0.9, 0.5\) differs from the run's \(0.9, 0.99\): "
+            ):
+                run.check_fits("gan", Tuples(betas=(0.9, 0.5)))
+
+    def test_a_folder_below_a_file_cannot_be_claimed(self, tmp_path):
         (tmp_path / "file").touch()
         run = RunDir(tmp_path / "file" / "run")
-        run.check_fits("gan", no_conflicts)
-        with pytest.raises(UserError, match=r"--run-dir .*file/run cannot be written to"):
-            run.open("gan", SETTINGS)
+        with (
+            pytest.raises(UserError, match=r"--run-dir .*file/run cannot be written to"),
+            run.claimed(lambda: run.check_fits("gan", CONFIG), at_once),
+        ):
+            pass
 
 
-class TestOpening:
-    def test_the_config_says_what_is_run_and_by_what(self, run, machine):
-        config = run.read_config()
-        assert config["task"] == "gan"
-        assert config["settings"] == SETTINGS
-        assert config["environment"] == {**machine, "precision": "no"}
+class TestClaiming:
+    def test_if_nothing_is_started_a_new_folder_is_gone_again(self, tmp_path):
+        with RunDir(tmp_path / "run").claimed(anything, at_once):
+            assert (tmp_path / "run" / "owners" / "1.json").is_file()
+        assert list(tmp_path.iterdir()) == []
 
-    def test_the_same_machine_and_versions_go_on_without_a_warning(self, run, capsys):
-        tracker = run.read_config()["tracker_run_id"]
-        run.open("gan", {**SETTINGS, "steps": 60})
+    def test_and_a_folder_that_was_there_stays_as_it_was(self, tmp_path):
+        (tmp_path / "empty").mkdir()
+        with RunDir(tmp_path / "empty").claimed(anything, at_once):
+            pass
+        assert list((tmp_path / "empty").iterdir()) == []
+
+    def test_what_does_not_fit_any_more_once_it_is_claimed_is_refused(self, tmp_path):
+        """Another process may have had the folder in between."""
+        run, checks = RunDir(tmp_path / "run"), []
+
+        def check() -> None:
+            checks.append((run.path / "owners").exists())
+            if len(checks) == 2:
+                raise UserError("somebody was faster")
+
+        with pytest.raises(UserError, match="somebody was faster"), run.claimed(check, at_once):
+            raise AssertionError
+        assert checks == [False, True]
+        assert not run.path.exists()
+
+
+class TestStarting:
+    def test_the_record_says_what_is_run_and_the_owner_in_what_environment(self, run):
+        assert run.read_record() == RECORD
+        assert run.read_config(Config) == CONFIG
+        assert run.read_status() == Status("running", 0)
+        assert owner_of(run.path, 1).environment == HERE
+
+    def test_the_same_machine_and_versions_go_on_without_a_warning(self, tmp_path, capsys):
+        with started(tmp_path / "run") as run:
+            tracker = run.read_record().tracker_run_id
+        longer = as_json(replace(CONFIG, steps=60))
+        with started(tmp_path / "run", RunRecord("gan", "launch/gan.py", longer, {})) as run:
+            assert run.read_record().tracker_run_id == tracker
+            assert run.read_config(Config).steps == 60
         assert capsys.readouterr().err == ""
-        assert run.read_config()["tracker_run_id"] == tracker
-        assert run.read_config()["settings"]["steps"] == 60
 
-    def test_what_may_change_bits_is_warned_of_with_old_and_new_value(self, run, machine, capsys):
-        machine.update(commit="def", packages={"torch": "3.0.0"})
-        run.open("gan", SETTINGS)
-        commit, packages = capsys.readouterr().err.splitlines()
-        assert commit.startswith("warning:")
-        assert "commit abc, now def" in commit
-        assert "2.9.0" in packages
-        assert "3.0.0" in packages
-        run.open("gan", SETTINGS)
+    def test_what_may_change_bits_is_warned_of_with_old_and_new_value(self, tmp_path, capsys):
+        changed = replace(HERE, commit="def", packages={"torch": "3.0.0"}, compiled="inductor", cuda="13.0")
+        with started(tmp_path / "run"):
+            pass
+        with started(tmp_path / "run", environment=changed):
+            pass
+        lines = capsys.readouterr().err.splitlines()
+        assert lines == [
+            f"warning: {tmp_path / 'run'} was made with {name} {old}, now {new}: bits may differ"
+            for name, old, new in (
+                ("packages", "{'torch': '2.9.0'}", "{'torch': '3.0.0'}"),
+                ("commit", "abc", "def"),
+                ("cuda", "None", "13.0"),
+                ("compiled", "None", "inductor"),
+            )
+        ]
+        with started(tmp_path / "run", environment=changed):
+            pass
         assert capsys.readouterr().err == ""  # it is what the run is made by from here on
 
-    def test_two_runs_have_trackers_of_their_own(self, run, tmp_path):
-        other = RunDir(tmp_path / "other")
-        other.open("gan", SETTINGS)
-        assert other.read_config()["tracker_run_id"] != run.read_config()["tracker_run_id"]
+    def test_two_runs_have_trackers_of_their_own(self):
+        ids = {RunRecord("gan", "", {}, {}).tracker_run_id for _ in range(9)}
+        assert len(ids) == 9
+        assert all(len(tracker) == 8 and int(tracker, 16) >= 0 for tracker in ids)
+
+    @pytest.mark.parametrize("umask", [0o022, 0o077, 0o027])
+    def test_every_file_has_the_mode_that_the_umask_gives(self, tmp_path, umask):
+        before = os.umask(umask)
+        try:
+            with started(tmp_path / "run") as run:
+                run.append_metrics(1, {"loss": 1.0})
+                save(run, 1)
+                save_png(torch.zeros(1, 4, 4, dtype=torch.uint8), run.sample(1))
+        finally:
+            os.umask(before)
+        files = [path for path in run.path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+        assert {path.suffix for path in files} == {".json", ".jsonl", ".png", ".safetensors"}
+        assert {path.name: path.stat().st_mode & 0o777 for path in files} == {
+            path.name: 0o666 & ~umask for path in files
+        }
+
+
+class Falling(Task[Config]):
+    """A task that has one network, made by `make`."""
+
+    name = "falling"
+    presets: ClassVar = {"default": Config(steps=2, wandb="disabled")}
+    make: Callable[[], nn.Module]
+    steps_taken: ClassVar[list[int]]
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        super().__init__(config, device)
+        self.network = type(self).make()
+        self.networks = {"network": self.network}
+        self.optimizers = {"network": torch.optim.NAdam(self.network.parameters())}
+
+    def loss(self, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+        self.steps_taken.append(batch.step)
+        loss = sum(parameter.square().sum() for parameter in self.network.parameters())
+        return loss, {"loss": loss.detach()}
+
+
+def linear(config: object = None, **buffers: Tensor) -> nn.Module:
+    module = nn.Linear(2, 2)
+    if config is not None:
+        module.config = config
+    for name, buffer in buffers.items():
+        module.register_buffer(name, buffer)
+    return module
+
+
+class TestBeforeTheFirstStep:
+    """What cannot be saved is refused before it is trained, and leaves no trace."""
+
+    def train(self, make: Callable[[], nn.Module], run_dir: Path, **options: object) -> list[int]:
+        task = type("Falling", (Falling,), {"make": staticmethod(make), "steps_taken": []})
+        config = replace(Falling.presets["default"], preset="default", run_dir=run_dir, **options)
+        try:
+            with StopRequest(1) as stop:
+                run_task(task, config, Accelerator(cpu=True), stop)
+        except UserError:
+            assert task.steps_taken == []
+            raise
+        return task.steps_taken
+
+    @pytest.mark.parametrize(
+        ("make", "line"),
+        [
+            (
+                lambda: linear(b=torch.zeros(2, dtype=torch.complex64)),
+                "b is of torch.complex64, which no checkpoint",
+            ),
+            (
+                lambda: linear(b=torch.zeros(1).expand(3)),
+                "it cannot be saved: RuntimeError: unsupported operation",
+            ),
+            (lambda: linear(b=torch.eye(2).to_sparse()), "it cannot be saved: "),
+            (lambda: linear({"widths": (1, 2)}), "Linear.config['widths'] is (1, 2): give "),
+        ],
+        ids=["complex", "expanded", "sparse", "tuple"],
+    )
+    def test_what_cannot_be_saved_is_refused(self, tmp_path, make, line):
+        with pytest.raises(UserError) as caught:
+            self.train(make, tmp_path / "run")
+        (said,) = caught.value.lines
+        assert said.startswith(line)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_full_disk_is_seen_before_a_step(self, tmp_path, monkeypatch):
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+
+        monkeypatch.setattr("cs324dist.runs.models.save_file", full)
+        with pytest.raises(RunFailed, match=r"^model.safetensors: No space left on device$"):
+            self.train(linear, tmp_path / "run")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: linear(counts=torch.zeros(3, dtype=torch.int8), mask=torch.tensor([0.0, -torch.inf])),
+            lambda: linear(
+                {"rate": 0.1, "bias": True, "name": "x"}, counts=torch.zeros(3, dtype=torch.int16)
+            ),
+        ],
+    )
+    def test_what_can_be_saved_is_trained_and_continued(self, tmp_path, make):
+        run = RunDir(tmp_path / "run")
+        assert self.train(make, run.path) == [0, 1]
+        assert not (run.path / ".scratch").exists()
+        assert self.train(make, run.path, steps=4) == [2, 3]
+        assert run.read_status() == Status("finished", 4)
 
 
 def test_the_status_says_where_the_run_stands(run):

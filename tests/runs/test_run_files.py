@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cs324dist.errors import UserError
-from cs324dist.runs.files import read_json, replaced, write_json
+from cs324dist.runs.files import read_json, read_record, replaced, write_json, write_record
 
 MEBIBYTE = 2**20
 numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
@@ -20,7 +21,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(content=st.dictionaries(st.text(), values, max_size=5))
 def test_json_is_read_back_as_it_was_written(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("json") / "settings.json"
@@ -54,6 +55,33 @@ def test_what_json_has_no_word_for_replaces_nothing(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, {"a": float("nan")})
     assert {p.name: json.loads(p.read_text()) for p in tmp_path.iterdir()} == {"file": {"a": 1}}
+
+
+def test_what_would_be_too_large_to_be_read_is_not_written(tmp_path):
+    path = tmp_path / "file"
+    write_json(path, {"a": "x" * (MEBIBYTE - 100)})
+    before = read_json(path)
+    with pytest.raises(UserError, match=r"^file would be larger than 1048576 bytes"):
+        write_json(path, {"a": "x" * MEBIBYTE})
+    assert read_json(path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    values: tuple[float, ...] = ()
+
+
+def test_a_record_is_read_back_and_what_is_wrong_with_one_is_named(tmp_path):
+    path = tmp_path / "row.json"
+    write_record(path, Row("a", (0.5, 1e300)))
+    assert read_json(path) == {"name": "a", "values": [0.5, 1e300]}
+    assert read_record(Row, path) == Row("a", (0.5, 1e300))
+    write_json(path, {"name": "a", "values": ["0.5"]})
+    with pytest.raises(UserError) as caught:
+        read_record(Row, path)
+    assert caught.value.lines == (f"{path}: values.0 is 0.5",)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,20 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from launched import files_of
 from safetensors.torch import load_file, save_file
 
+from cs324dist import audit
+from cs324dist.errors import UserError
 from cs324dist.models.gan import Generator
+from cs324dist.runs.checkpoints import TrainerState
+from cs324dist.runs.environment import environment
 from cs324dist.runs.models import save_model
+from cs324dist.runs.run_dir import RunDir
 
 SMOKE = ("--preset", "smoke", "--wandb", "disabled", "--log-every", "1", "--checkpoint-every", "5")
 LSTM = ("launch/lstm.py", *SMOKE, "--keep-last", "4")
@@ -29,16 +36,24 @@ def copy(honest, tmp_path) -> Path:
     return Path(shutil.copytree(honest, tmp_path / "run"))
 
 
-def mend(checkpoint: Path) -> None:
+def mend(checkpoint: Path, **changes: object) -> None:
     """Make the digests right again, as one who wants to hide a change would."""
     path = checkpoint / "trainer.json"
-    content = json.loads(path.read_text())
+    content = {**json.loads(path.read_text()), **changes}
     content.pop("own_sha256")
     content["sha256"] = {
         name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in content["sha256"]
     }
     own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps({**content, "own_sha256": own}))
+
+
+def change_owner(run: Path, number: int, **changes: object) -> None:
+    """Change an owner's options behind its back."""
+    path = run / "owners" / f"{number}.json"
+    owner = json.loads(path.read_text())
+    owner["config"].update(changes)
+    path.write_text(json.dumps(owner))
 
 
 def flip_a_bit(checkpoint: Path) -> None:
@@ -49,36 +64,31 @@ def flip_a_bit(checkpoint: Path) -> None:
     mend(checkpoint)
 
 
-def test_an_honest_run_repeats_from_its_first_step_to_its_last(launch, honest):
-    done = launch("launch/audit.py", honest, "--from-start")
-    assert done.stdout.splitlines() == [
-        f"steps {start} to {start + 5}: equal to the last bit" for start in (0, 5, 10, 15)
-    ]
+def equal(*steps: int) -> list[str]:
+    return [f"steps {step} to {step + 5}: equal to the last bit" for step in steps]
 
 
-def test_without_more_only_stretches_between_checkpoints_are_replayed(launch, honest):
-    assert len(launch("launch/audit.py", honest).stdout.splitlines()) == 3
-    assert len(launch("launch/audit.py", honest, "--intervales", "2").stdout.splitlines()) == 2
+def test_an_honest_run_repeats_from_its_first_step_to_its_last_and_nothing_in_it_is_changed(launch, honest):
+    before = files_of(honest)
+    assert launch("launch/audit.py", honest, "--from-start").stdout.splitlines() == equal(0, 5, 10, 15)
+    assert files_of(honest) == before
+
+
+def test_without_more_only_intervals_between_checkpoints_are_replayed(launch, honest):
+    assert launch("launch/audit.py", honest).stdout.splitlines() == equal(5, 10, 15)
+    assert len(launch("launch/audit.py", honest, "--intervals", "2").stdout.splitlines()) == 2
 
 
 @pytest.mark.parametrize(("step", "found"), [(10, {(5, 10), (10, 15)}), (20, {(15, 20)})])
-def test_one_flipped_bit_of_one_weight_is_found(launch, copy, step, found):
+def test_one_flipped_bit_of_one_weight_is_found_and_named(launch, copy, step, found):
     flip_a_bit(copy / "checkpoints" / f"{step:09d}")
     done = launch("launch/audit.py", copy, check=False)
     assert done.returncode == 1
-    intervales = [(start, start + 5) for start in (5, 10, 15)]
-    assert {(a, b) for a, b in intervales if f"steps {a} to {b}: DIFFERENT" in done.stdout} == found
-    assert "error: steps" in done.stderr
+    intervals = [(start, start + 5) for start in (5, 10, 15)]
+    assert {(a, b) for a, b in intervals if f"steps {a} to {b}: DIFFERENT" in done.stdout} == found
+    named = f"error: steps {step - 5} to {step}: lstm/model.safetensors: "
+    assert any(line.startswith(named) and " differs in 1 of " in line for line in done.stderr.splitlines())
     assert "Traceback" not in done.stderr
-
-
-def test_a_flipped_bit_is_named(launch, copy):
-    flip_a_bit(copy / "checkpoints" / "000000020")
-    lines = launch("launch/audit.py", copy, check=False).stderr.splitlines()
-    assert any(
-        line.startswith("error: steps 15 to 20: lstm/model.safetensors: ") and " differs in 1 of " in line
-        for line in lines
-    )
 
 
 def test_a_metric_that_was_written_otherwise_is_found(launch, copy):
@@ -102,34 +112,96 @@ def test_a_run_that_was_continued_with_other_code_is_found(launch, copy):
     assert launch("launch/audit.py", copy, check=False).returncode == 1
 
 
-def test_settings_do_not_ask_for_larger_models_than_the_checkpoint_holds(launch, copy):
-    path = copy / "config.json"
-    config = json.loads(path.read_text())
-    config["settings"]["hidden_size"] = 65_536
-    path.write_text(json.dumps(config))
+def test_options_do_not_ask_for_larger_models_than_the_checkpoint_holds(launch, copy):
+    change_owner(copy, 1, hidden_size=65_536)
     done = launch("launch/audit.py", copy, check=False)
-    assert (done.returncode, "config.json: hidden_size is 65536, but 128 in" in done.stderr) == (2, True)
+    assert (done.returncode, "owners/1.json: hidden_size is 65536, but 128 in" in done.stderr) == (2, True)
 
 
 def test_a_foreign_model_beside_the_runs_own_changes_nothing(launch, copy):
     save_model(copy / "checkpoints" / "000000010" / "generator", Generator(8))
-    assert launch("launch/audit.py", copy).stdout.count("equal to the last bit") == 3
-
-
-def test_nothing_in_the_run_is_changed(launch, honest):
-    before = {path: path.read_bytes() for path in honest.rglob("*") if path.is_file()}
-    launch("launch/audit.py", honest)
-    assert {path: path.read_bytes() for path in honest.rglob("*") if path.is_file()} == before
+    assert launch("launch/audit.py", copy).stdout.splitlines() == equal(5, 10, 15)
 
 
 def test_a_folder_that_is_no_run_and_a_run_with_one_checkpoint_are_refused(launch, copy, tmp_path):
-    done = launch("launch/audit.py", tmp_path / "nothing", check=False)
-    assert (done.returncode, "is no run" in done.stderr) == (2, True)
+    with pytest.raises(UserError, match="is not a run folder"):
+        audit.audit(tmp_path / "nothing", None, None, False)
     for step in (5, 10, 15):
         shutil.rmtree(copy / "checkpoints" / f"{step:09d}")
     done = launch("launch/audit.py", copy, check=False)
     assert (done.returncode, "give --from-start" in done.stderr) == (2, True)
     assert "steps 0 to 20: equal" in launch("launch/audit.py", copy, "--from-start").stdout
+
+
+def test_each_interval_is_taken_again_as_its_owner_took_it_or_it_is_said_why_not(launch, copy):
+    """Steps 20 to 25 are taken with another kernel, and 25 to 30 also with another number of threads."""
+    mend(copy / "checkpoints" / "000000020", evaluation_owed=True)  # the next owner makes up for it
+    other = (*LSTM, "--kernel", "equations", "--run-dir", copy)
+    launch(*other, "--steps", "25")
+    launch(*other, "--steps", "30", environment={"CS324DIST_THREADS": "2"})
+    done = launch("launch/audit.py", copy)
+    assert done.stdout.splitlines() == equal(15, 20)
+    assert done.stderr == "steps 25 to 30 cannot be compared: made with threads 2, here 1\n"
+    change_owner(copy, 2, kernel="fused")
+    assert "steps 20 to 25: DIFFERENT" in launch("launch/audit.py", copy, check=False).stdout
+
+
+@pytest.fixture
+def choose(monkeypatch, tmp_path):
+    """What is chosen of an interval that was made here, and of one that was made otherwise."""
+    here = environment()
+
+    def choose(needed: set[str], **otherwise: object) -> list[str]:
+        made = [here, replace(here, **otherwise)]
+        intervals = [
+            audit.Interval(None, Path(f"{n}"), TrainerState(n), Path("owners/1.json"), environment, {})
+            for n, environment in enumerate(made)
+        ]
+        chosen = audit._choose(RunDir(tmp_path), intervals, here, needed, None)
+        return [str(interval) for interval in chosen]
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("otherwise", "said"),
+    [
+        ({"precision": "bf16"}, "precision bf16, here no"),
+        ({"processes": 2}, "processes 2, here 1"),
+        ({"compiled": "inductor"}, "compiled inductor, here None"),
+    ],
+)
+def test_what_was_made_otherwise_is_not_compared_and_it_is_said_why(choose, capsys, otherwise, said):
+    assert choose(audit.NEEDED | audit.BY_DDP, **otherwise) == ["steps 0 to 0"]
+    assert capsys.readouterr().err == f"steps 0 to 1 cannot be compared: made with {said}\n"
+
+
+@pytest.mark.parametrize(
+    "otherwise", [{"commit": "another"}, {"cuda": "13.0"}, {"device": "another"}], ids=str
+)
+def test_what_may_make_a_difference_is_compared_with_a_warning(choose, capsys, otherwise):
+    assert choose(audit.NEEDED | audit.BY_DDP, **otherwise) == ["steps 0 to 0", "steps 0 to 1"]
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: steps 0 to 1 were made with {name} another, now ")
+
+
+class TestATaskOfAUsersOwn:
+    def test_it_is_never_imported_because_a_run_folder_names_it(self, copy, tmp_path, monkeypatch):
+        (tmp_path / "evil.py").write_text("open('code ran', 'w').close()\nclass Evil: pass\n")
+        monkeypatch.chdir(tmp_path)
+        path = copy / "config.json"
+        record = {**json.loads(path.read_text()), "task": "evil.py:Evil", "script": "evil.py"}
+        path.write_text(json.dumps(record))
+        with pytest.raises(UserError, match="which is no task of the project: give --task"):
+            audit.audit(copy, None, None, False)
+        assert not (tmp_path / "code ran").exists()
+        with pytest.raises(UserError, match=r"is not a subclass of cs324dist\.Task"):
+            audit.audit(copy, "evil.py:Evil", None, False)
+        assert (tmp_path / "code ran").exists()  # a user's word makes it run
+
+    def test_a_run_of_another_task_is_refused(self, honest):
+        with pytest.raises(UserError, match="is a run of 'lstm', not of gan"):
+            audit.audit(honest, "gan", None, False)
 
 
 @pytest.mark.slow
@@ -150,4 +222,4 @@ def test_a_run_in_bf16_is_replayed_in_bf16_alone(launch, tmp_path):
     done = launch("launch/audit.py", run, launcher="accelerate", options=bf16)
     assert done.stdout.count("equal to the last bit") == 2
     done = launch("launch/audit.py", run, check=False)
-    assert (done.returncode, "was 'bf16' in the run" in done.stderr) == (2, True)
+    assert (done.returncode, "made with precision bf16, here no" in done.stderr) == (2, True)

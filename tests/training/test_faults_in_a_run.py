@@ -12,15 +12,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launched import wait_for_line
+from launched import status, wait_for_line
 from safetensors.torch import load_file
 
 from cs324dist.runs.checkpoints import verify_checkpoint
 
 pytestmark = pytest.mark.slow  # real processes, signals and faults: minutes
 
-REPOSITORY = Path(__file__).parents[2]
 LSTM = ("launch/lstm.py", "--length", "4", "--batch-size", "8", "--log-every", "1", "--wandb", "disabled")
+FAULTY = ("launch/train.py", "tests/faulty.py:LSTM")
 MEBIBYTE = 1 << 20
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -55,10 +55,6 @@ def fill(folder: Path, leaving: int) -> Path:
     with suppress(OSError), filler.open("wb", buffering=0) as file:
         file.write(bytes(max(0, room - leaving)))
     return filler
-
-
-def status(run: Path) -> dict:
-    return json.loads((run / "status.json").read_text())
 
 
 def metrics(run: Path) -> list[dict]:
@@ -160,36 +156,12 @@ class TestFullDisk:
 
 
 class TestNotANumber:
-    @pytest.mark.parametrize("every", [("1", "1"), ("50", "3"), ("7", "50")], ids=str)
-    def test_the_run_fails_in_one_line_that_names_the_last_good_checkpoint(self, launch, tmp_path, every):
-        run, (log, save) = tmp_path / "run", every
-        script = (
-            "import sys, runpy, torch\n"
-            "from cs324dist.tasks import lstm\n"
-            "honest = lstm.LSTMTask.step\n"
-            "def step(task, step):\n"
-            "    metrics = honest(task, step)\n"
-            "    if step >= 9:\n"
-            "        with torch.no_grad():\n"
-            "            next(iter(task.models.values())).output.weight.mul_(float('inf'))\n"
-            "    return metrics\n"
-            "lstm.LSTMTask.step = step\n"
-            "sys.argv = sys.argv[1:]\n"
-            "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        )
-        command = (*LSTM, "--hidden-size", "8", "--steps", "50", "--evaluate-every", "50")
-        done = launch(
-            "-c",
-            script,
-            *command,
-            "--log-every",
-            log,
-            "--checkpoint-every",
-            save,
-            "--run-dir",
-            run,
-            check=False,
-        )
+    @pytest.mark.parametrize(("log", "save"), [("1", "1"), ("50", "3"), ("7", "50")])
+    def test_the_run_fails_in_one_line_that_names_the_last_good_checkpoint(self, launch, tmp_path, log, save):
+        run = tmp_path / "run"
+        command = (*FAULTY, *LSTM[1:], "--hidden-size", "8", "--steps", "50", "--evaluate-every", "50")
+        every = ("--log-every", log, "--checkpoint-every", save, "--run-dir", run)
+        done = launch(*command, *every, environment={"FAULT": "diverges"}, check=False)
         assert done.returncode == 1
         named, advice = errors(done.stderr)
         assert "lower the learning rate" in advice
@@ -233,16 +205,8 @@ class TestNotANumber:
 
 class TestOneOfTwoProcesses:
     TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    LONG = (
-        "--hidden-size",
-        "8",
-        "--steps",
-        "1000000",
-        "--checkpoint-every",
-        "10",
-        "--evaluate-every",
-        "1000000",
-    )
+    LONG = ("--hidden-size", "8", "--steps", "1000000", "--checkpoint-every", "10",
+            "--evaluate-every", "1000000")  # fmt: skip
 
     @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["hangs", "is killed"])
     @pytest.mark.parametrize("rank", [0, 1])
@@ -258,49 +222,46 @@ class TestOneOfTwoProcesses:
         _, alive = psutil.wait_procs(children, timeout=60)
         assert not alive
         if number == signal.SIGSTOP:
-            assert (
-                f"error on rank {1 - rank}: another process did not answer within 5 s (--peer-timeout)"
-                in said
-            )
+            answer = "another process did not answer within 5 s (--peer-timeout)"
+            assert f"error on rank {1 - rank}: {answer}" in said
         if rank == 1:
             assert status(run)["state"] == "failed"
         assert_valid_and_finite(max((run / "checkpoints").iterdir()))
 
-    def test_the_launchers_signal_after_a_crash_is_no_request_to_stop(self, start_python, tmp_path):
+    def test_the_launchers_signal_after_a_crash_is_no_request_to_stop(
+        self, start_python, launch_environment, tmp_path
+    ):
         run = tmp_path / "run"
-        script = REPOSITORY / "tests" / "training" / "dies_beside_a_busy_one.py"
-        process = start_python(*self.TWO, script, *LSTM[1:], "--peer-timeout", "60", "--run-dir", run)
+        command = (*self.TWO, *FAULTY, *LSTM[1:], "--peer-timeout", "60", "--run-dir", run)
+        fault = {"FAULT": "dies beside a busy one"}
+        process = start_python(*command, env={**launch_environment, **fault})
         said = process.stderr.read()
         assert process.wait() == 1
         assert status(run)["state"] == "failed"
         assert "error on rank 0: another process of the run has ended: see what it said" in said
 
 
+def with_little_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+
+
 class TestMemory:
     def test_too_little_names_the_options_to_lower_and_their_values(self, start_python, tmp_path):
         run = tmp_path / "run"
-
-        def limited() -> None:
-            resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
-
-        process = start_python(*LSTM, "--hidden-size", "65536", "--run-dir", run, preexec_fn=limited)
+        command = (*LSTM, "--hidden-size", "65536", "--run-dir", run)
+        process = start_python(*command, preexec_fn=with_little_memory)
         said = process.stderr.read()
         assert process.wait() == 1
         (line,) = errors(said)
-        assert (
-            "out of memory: lower --batch-size (now 8), --length (now 4), --hidden-size (now 65536)" in line
-        )
+        values = "--batch-size (now 8), --length (now 4), --hidden-size (now 65536)"
+        assert f"out of memory: lower {values}" in line
         assert not (run / "status.json").exists()
 
     def test_a_batch_too_large_in_mid_run(self, start_python, tmp_path):
         run = tmp_path / "run"
-
-        def limited() -> None:
-            resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
-
         command = ("launch/lstm.py", "--length", "300", "--batch-size", "1000000", "--curriculum", "1",
                    "--wandb", "disabled")  # fmt: skip
-        process = start_python(*command, "--run-dir", run, preexec_fn=limited)
+        process = start_python(*command, "--run-dir", run, preexec_fn=with_little_memory)
         said = process.stderr.read()
         assert process.wait() == 1
         (line,) = errors(said)

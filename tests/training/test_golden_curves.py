@@ -11,29 +11,37 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from cs324dist.tasks import classifier, gan, lstm
+from cs324dist.tasks import find_task
+from cs324dist.trainer import Trainer
 
 STORED = Path(__file__).with_name("golden_curves.json")
 STEPS = 8
+FAKE = {"dataset": "fake", "batch_size": 8}
 RECIPES = {
-    "lstm, preset course": (lstm.LSTMTask, replace(lstm.PRESETS["course"], length=10)),
-    "lstm, preset fast": (lstm.LSTMTask, replace(lstm.PRESETS["fast"], length=10)),
-    "rnn": (lstm.LSTMTask, replace(lstm.PRESETS["course"], length=5, model="rnn")),
-    "gan, preset course": (gan.GANTask, replace(gan.PRESETS["course"], dataset="fake", batch_size=8)),
-    "gan, preset fast": (gan.GANTask, replace(gan.PRESETS["fast"], dataset="fake", batch_size=8)),
-    "classifier": (
-        classifier.ClassifierTask,
-        replace(classifier.PRESETS["fast"], dataset="fake", batch_size=8),
-    ),
+    "lstm, preset course": ("lstm", "course", {"length": 10}),
+    "lstm, preset fast": ("lstm", "fast", {"length": 10}),
+    "rnn": ("lstm", "course", {"length": 5, "model": "rnn"}),
+    "gan, preset course": ("gan", "course", FAKE),
+    "gan, preset fast": ("gan", "fast", FAKE),
+    "classifier": ("classifier", "fast", FAKE),
 }
 
 
 def curves(recipe: str, **changed: str) -> dict[str, list[float]]:
     """Every metric of the first steps."""
-    build, settings = RECIPES[recipe]
-    settings = replace(settings, **changed)
-    task = build(settings, Accelerator(cpu=True), torch.float64)
-    rows = [{name: value.item() for name, value in task.step(step).items()} for step in range(STEPS)]
+    name, preset, changes = RECIPES[recipe]
+    task_type = find_task(name)
+    task = task_type(replace(task_type.presets[preset], **changes, **changed), torch.device("cpu"))
+    for network in task.networks.values():
+        network.double()  # the weights were drawn in float32
+    trainer, rows = Trainer(task, Accelerator(cpu=True)), []
+    torch.set_default_dtype(torch.float64)
+    try:
+        for step in range(STEPS):
+            trainer.step(step, is_logged=False)  # without what is only measured
+            rows.append(trainer.read_metrics())
+    finally:
+        torch.set_default_dtype(torch.float32)
     return {name: [row[name] for row in rows if name in row] for name in rows[0]}
 
 

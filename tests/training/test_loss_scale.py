@@ -1,15 +1,25 @@
-"""Steps that fp16's loss scaling leaves out are counted, here with the scaler on a CPU."""
+"""fp16's loss scaling, here on a CPU: steps that it leaves out are counted, all others are as without it."""
+
+from dataclasses import replace
 
 import torch
+from accelerate import Accelerator
 
-from cs324dist.loss_scale import SkippedSteps
+from cs324dist.tasks.lstm import LSTMTask
+from cs324dist.trainer import SkippedSteps, Trainer
+
+
+def accelerator(**scaler) -> Accelerator:
+    made = Accelerator(cpu=True)
+    made.scaler = torch.amp.GradScaler("cpu", **scaler) if scaler else None
+    return made
 
 
 def test_each_step_with_an_overflow_is_counted_once():
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([weight], 0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    skipped = SkippedSteps(scaler, torch.device("cpu"))
+    scaled = accelerator(init_scale=2.0**10)
+    scaler, skipped = scaled.scaler, SkippedSteps(scaled)
     counts = []
     for gradient in (float("inf"), 1.0, 1.0, float("nan"), float("inf"), 1.0):
         scaler.scale(weight.sum()).backward()
@@ -17,10 +27,27 @@ def test_each_step_with_an_overflow_is_counted_once():
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        counts.append(skipped.observe()["train/skipped_steps"].item())
-    assert counts == [1, 1, 1, 2, 3, 3]
+        skipped.observe()
+        counts.append(skipped.read())
+    assert counts == [{"train/skipped_steps": count} for count in (1, 1, 1, 2, 3, 3)]
 
 
 def test_without_a_scaler_there_is_nothing_to_count():
-    assert SkippedSteps(None, torch.device("cpu")).observe() == {}
-    assert SkippedSteps(torch.amp.GradScaler("cpu", enabled=False), torch.device("cpu")).observe() == {}
+    for without in (accelerator(), accelerator(enabled=False)):
+        skipped = SkippedSteps(without)
+        skipped.observe()
+        assert skipped.read() == {}
+
+
+def test_gradients_are_clipped_and_applied_as_without_a_scale():
+    """A scale is a power of two: it changes no bit of a gradient."""
+    ends = []
+    for scaler in ({}, {"init_scale": 2.0**10}):
+        config = replace(LSTMTask.presets["smoke"], optimizer="rmsprop", max_grad_norm=0.01)
+        task = LSTMTask(config, torch.device("cpu"))
+        trainer = Trainer(task, accelerator(**scaler))
+        for step in range(3):
+            trainer.step(step, is_logged=True)
+        loss = trainer.read_metrics()["train/loss"]
+        ends.append((loss, [parameter.tolist() for parameter in task.model.parameters()]))
+    assert ends[0] == ends[1]

@@ -5,61 +5,30 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 import pytest
-from launched import wait_for_line
+from launched import files_of, wait_for_line
 
 pytestmark = pytest.mark.slow  # real processes, signals and faults: minutes
 
-REPOSITORY = Path(__file__).parents[2]
-LSTM = ("launch/lstm.py", "--length", "4", "--hidden-size", "8", "--batch-size", "8", "--steps", "120",
-        "--log-every", "1", "--evaluate-every", "60", "--checkpoint-every", "5",
-        "--wandb", "disabled")  # fmt: skip
-STOPS_ITSELF = """
-import os, runpy, signal, sys
-from pathlib import Path
-from cs324dist.runs import checkpoints, folder
-
-place, count, sys.argv = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-
-def stops(honest):
-    def wrapped(*arguments, **named):
-        global count
-        if matches(*arguments):
-            count -= 1
-            if count == 0:
-                os.kill(os.getpid(), signal.SIGSTOP)
-        return honest(*arguments, **named)
-    return wrapped
-
-matches = lambda *arguments: True
-if place == "before a checkpoint gets its name":
-    matches = lambda path, *_: path.name.endswith(".1.tmp")
-    Path.rename = stops(Path.rename)
-elif place == "while a checkpoint is written":
-    checkpoints.save_tensors = stops(checkpoints.save_tensors)
-elif place == "before a line of metrics is written":
-    class Metrics(folder.FileIO):
-        write = stops(folder.FileIO.write)
-    folder.FileIO = Metrics
-elif place == "before the status is written":
-    matches = lambda path, *_: path.name == "status.json"
-    folder.write_json = stops(folder.write_json)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+OPTIONS = ("--length", "4", "--hidden-size", "8", "--batch-size", "8", "--steps", "120",
+           "--log-every", "1", "--evaluate-every", "60", "--checkpoint-every", "5",
+           "--wandb", "disabled")  # fmt: skip
+FAULTY = ("launch/train.py", "tests/faulty.py:LSTM")
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
 def start(start_python, launch_environment, tmp_path) -> Start:
-    """Start the command, as a job's start number `restart` if that is given."""
+    """Start the command, with a fault or as a job's start number `restart` if these are given."""
     outside = {k: v for k, v in launch_environment.items() if not k.startswith("SLURM_")}
 
-    def process(*before: str, restart: int | None = None) -> "subprocess.Popen[str]":
+    def process(fault: str | None = None, restart: int | None = None) -> "subprocess.Popen[str]":
         job = {} if restart is None else {"SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": str(restart)}
-        return start_python(*before, *LSTM, "--run-dir", tmp_path / "run", env={**outside, **job})
+        command = ("launch/lstm.py",) if fault is None else FAULTY
+        environment = {**outside, **job, "FAULT": fault or ""}
+        return start_python(*command, *OPTIONS, "--run-dir", tmp_path / "run", env=environment)
 
     return process
 
@@ -73,10 +42,6 @@ def stopped(process: "subprocess.Popen[str]") -> None:
         time.sleep(0.01)
 
 
-def content_of(run: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
-
-
 def end(process: "subprocess.Popen[str]") -> tuple[int, list[str]]:
     said = process.stderr.read().splitlines()
     return process.wait(), said
@@ -87,14 +52,14 @@ def test_a_live_owner_is_waited_for_and_the_second_is_refused_in_one_line(start,
     wait_for_line(first, "step 12/")
     first.send_signal(signal.SIGSTOP)  # alive, and at no risk of being done before the second has waited
     stopped(first)
-    before = content_of(tmp_path / "run")
+    before = files_of(tmp_path / "run")
     code, said = end(start())
     assert code == 2
     waiting, refusal = said
     assert f"{tmp_path}/run is in use by process {first.pid} on " in waiting
     assert refusal.startswith(f"error: {tmp_path}/run is in use by process {first.pid} on ")
     assert "give another --run-dir" in refusal
-    assert content_of(tmp_path / "run") == before
+    assert files_of(tmp_path / "run") == before
 
 
 def test_the_second_goes_on_when_the_first_ends_within_the_wait(start, tmp_path):
@@ -110,22 +75,22 @@ def test_the_second_goes_on_when_the_first_ends_within_the_wait(start, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("place", "count"),
+    "fault",
     [
-        ("anywhere", 0),
-        ("while a checkpoint is written", 7),
-        ("before a checkpoint gets its name", 3),
-        ("before a line of metrics is written", 17),
+        None,
+        "stops while a checkpoint is written: 7",
+        "stops before a checkpoint gets its name: 3",
+        "stops before a line of metrics is written: 17",
         pytest.param(
-            *("before the status is written", 4),
+            "stops before the status is written: 4",
             marks=pytest.mark.xfail(strict=True, reason="status.json is not written under a generation"),
         ),
     ],
 )
-def test_an_owner_that_was_cut_off_can_replace_nothing_when_it_wakes(start, tmp_path, place, count):
+def test_an_owner_that_was_cut_off_can_replace_nothing_when_it_wakes(start, tmp_path, fault):
     run = tmp_path / "run"
-    old = start("-c", STOPS_ITSELF, place, str(count), restart=0)
-    if place == "anywhere":
+    old = start(fault, restart=0)
+    if fault is None:
         wait_for_line(old, "step 17/")
         old.send_signal(signal.SIGSTOP)
     stopped(old)
@@ -133,7 +98,7 @@ def test_an_owner_that_was_cut_off_can_replace_nothing_when_it_wakes(start, tmp_
     code, said = end(new)
     assert code == 0, said
     assert any("continuing from step" in line for line in said)
-    before = content_of(run)
+    before = files_of(run)
     assert {name.split("/")[1] for name in before if name.startswith("checkpoints/0")} == {
         "000000110", "000000115", "000000120"
     }  # fmt: skip
@@ -144,7 +109,7 @@ def test_an_owner_that_was_cut_off_can_replace_nothing_when_it_wakes(start, tmp_
     (line,) = [line for line in said if line.startswith("error")]
     assert "Traceback" not in "".join(said)
     assert line.startswith(f"error: {run} was taken over by process {new.pid} on ")
-    assert content_of(run) == before
+    assert files_of(run) == before
 
 
 def test_a_killed_owners_lock_is_recognised_at_once(start, tmp_path):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -23,7 +24,6 @@ from launched import (
 
 from cs324dist.models.gan import Generator
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
-from cs324dist.runs.run_dir import RunDir
 
 pytestmark = pytest.mark.slow  # real processes, signals and faults: minutes
 
@@ -54,11 +54,14 @@ def whole(launch, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def gan_run(tmp_path_factory):
-    run = RunDir(tmp_path_factory.mktemp("gan") / "run")
-    run.open("gan", {})
-    write_checkpoint(run.checkpoint(1), {"generator": Generator(input_dim=8)}, {}, TrainerState(1, 1))
-    return run.path
+def generator(tmp_path_factory):
+    """A checkpoint with an untrained generator."""
+    networks, checkpoint = {"generator": Generator(input_dim=8)}, tmp_path_factory.mktemp("gan") / "1"
+    gan = SimpleNamespace(
+        networks=networks, optimizers={}, state_dict=dict, load_state_dict=lambda state: None
+    )
+    write_checkpoint(checkpoint, gan, TrainerState(1))
+    return checkpoint
 
 
 class TestTraining:
@@ -73,8 +76,8 @@ class TestTraining:
 
     def test_a_third_signal_ends_at_once_even_within_a_long_step(self, tmp_path, launch_environment):
         run = tmp_path / "run"
-        command = (str(HERE / "endless_step.py"), *SMOKE[1:])
-        with Launched(command, run, launch_environment) as started:
+        command = ("launch/train.py", "tests/faulty.py:LSTM", *SMOKE[1:])
+        with Launched(command, run, {**launch_environment, "FAULT": "hangs"}) as started:
             started.wait_for_line("in the long step")
             for _ in range(3):
                 started.send_signal(TERM)
@@ -119,7 +122,6 @@ class TestEvaluation:
         assert trainer(run)["evaluation_owed"] is False
         assert content_of(run) == whole
 
-    @pytest.mark.slow
     def test_the_last_steps_is_made_up_for(self, tmp_path, launch, launch_environment, whole):
         run = tmp_path / "run"
         with Launched(EVALUATING, run, launch_environment) as started:
@@ -134,7 +136,6 @@ class TestEvaluation:
         assert "is finished" in launch(*EVALUATING, "--run-dir", run).stderr
         assert content_of(run) == whole
 
-    @pytest.mark.slow
     def test_two_processes_throw_away_what_one_of_them_cut_short(self, tmp_path, launch, launch_environment):
         whole, run = tmp_path / "whole", tmp_path / "run"
         two = {"launcher": "torchrun", "options": ("--nproc_per_node", "2")}
@@ -155,11 +156,7 @@ class TestEvaluation:
 
 
 class TestStartUp:
-    @pytest.mark.parametrize(
-        "number",
-        [TERM, INT],
-        ids=["TERM", "INT"],
-    )
+    @pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
     def test_a_new_run_is_not_begun(self, tmp_path, launch_environment, number):
         run = tmp_path / "run"
         with Launched(SMOKE, run, launch_environment) as started:
@@ -196,9 +193,7 @@ class TestStartUp:
 
 class TestLaunchers:
     @pytest.mark.parametrize("launcher", ["accelerate with one", "accelerate with two"])
-    @pytest.mark.parametrize(
-        "number", [TERM, KILL, pytest.param(INT, marks=pytest.mark.slow)], ids=["TERM", "KILL", "INT"]
-    )
+    @pytest.mark.parametrize("number", [TERM, KILL, INT], ids=["TERM", "KILL", "INT"])
     def test_whatever_ends_the_launcher_its_workers_stop_in_order(
         self, tmp_path, launch_environment, launcher, number
     ):
@@ -261,20 +256,13 @@ came_so_far.write_text("began, went on")
 class TestSampling:
     @pytest.mark.parametrize("moment", ["drawing", "writing"])
     @pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
-    def test_no_part_of_a_file_is_left(self, tmp_path, launch_environment, gan_run, number, moment):
+    def test_no_part_of_a_file_is_left(self, tmp_path, launch_environment, generator, number, moment):
         out = tmp_path / "samples.safetensors"
         drawn = {"drawing": "images", "writing": "nothing"}[moment]
         process = subprocess.Popen(
             [
-                sys.executable,
-                HERE / "drawing.py",
-                drawn,
-                "tensor",
-                gan_run,
-                "--count",
-                "100000",
-                "--out",
-                out,
+                *(sys.executable, HERE / "drawing.py", drawn),
+                *("tensor", generator, "--count", "100000", "--out", out),
             ],
             cwd=REPOSITORY,
             env=launch_environment,

@@ -11,17 +11,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cs324dist.distributed.process import start_accelerator
-from cs324dist.tasks import classifier, gan, lstm
+from cs324dist.tasks import find_task
+from cs324dist.trainer import Trainer
 
 aten = torch.ops.aten
-TASKS = {
-    "LSTM": lambda: lstm.LSTMTask(replace(lstm.PRESETS["smoke"], curriculum=1.0), start_accelerator()),
-    "GAN": lambda: gan.GANTask(replace(gan.PRESETS["smoke"], dataset="fake"), start_accelerator()),
-    "GAN, report": lambda: gan.GANTask(replace(gan.PRESETS["course"], dataset="fake"), start_accelerator()),
-    "classifier": lambda: classifier.ClassifierTask(
-        replace(classifier.PRESETS["smoke"], dataset="fake"), start_accelerator()
-    ),
+CASES = {
+    "LSTM": ("lstm", "smoke", {"curriculum": 1.0}),
+    "GAN": ("gan", "smoke", {"dataset": "fake"}),
+    "GAN, course": ("gan", "course", {"dataset": "fake"}),
+    "classifier": ("classifier", "smoke", {"dataset": "fake"}),
 }
+
+
+def trainer_of(case: str) -> Trainer:
+    name, preset, changes = CASES[case]
+    task_type, accelerator = find_task(name), start_accelerator()
+    config = replace(task_type.presets[preset], **changes)
+    return Trainer(task_type(config, accelerator.device), accelerator)
 
 
 class Waits(TorchDispatchMode):
@@ -43,12 +49,12 @@ class Waits(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_a_step_asks_for_no_value(name: str) -> None:
-    task = TASKS[name]()
-    task.step(0)  # the first may: it fills caches
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_asks_for_no_value(case: str) -> None:
+    trainer = trainer_of(case)
+    trainer.step(0, is_logged=True)  # the first may: it fills caches
     with Waits() as waits:
-        task.step(1)
+        trainer.step(1, is_logged=True)
     assert waits.seen == []
 
 
@@ -62,13 +68,13 @@ def test_what_waits_is_seen() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", TASKS)
-def test_a_step_on_a_gpu_waits_for_nothing(name: str) -> None:
-    task = TASKS[name]()
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_on_a_gpu_waits_for_nothing(case: str) -> None:
+    trainer = trainer_of(case)
     for step in range(3):
-        task.step(step)
+        trainer.step(step, is_logged=True)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        task.step(3)
+        trainer.step(3, is_logged=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")

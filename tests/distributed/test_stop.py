@@ -6,8 +6,8 @@ import signal
 import pytest
 from launched import wait_until
 
+from cs324dist.distributed import stop as module
 from cs324dist.distributed.stop import StopRequest
-from cs324dist.tasks import preemption
 
 
 def send(stop: StopRequest, number: int) -> None:
@@ -38,8 +38,8 @@ def test_only_a_signal_before_the_last_vote_can_be_why_others_have_ended():
 
 def test_signals_within_a_second_count_as_one_and_the_third_ends_the_process(monkeypatch):
     moments, codes = [0.0, 0.5, 1.0, 2.0, 2.5, 3.5], []
-    monkeypatch.setattr(preemption.time, "monotonic", iter(moments).__next__)
-    monkeypatch.setattr(preemption.os, "_exit", codes.append)
+    monkeypatch.setattr(module.time, "monotonic", iter(moments).__next__)
+    monkeypatch.setattr(module.os, "_exit", codes.append)
     stop = StopRequest(1)
     for moment in moments:
         assert codes == []
@@ -65,12 +65,12 @@ def test_long_work_ends_after_its_first_part_and_that_is_said_once():
 
 def test_signals_of_another_meaning_are_no_requests(monkeypatch):
     """A user's DataLoader has a handler for SIGCHLD, and then each end of a worker comes by."""
-    monkeypatch.setattr(preemption, "TOGETHER", 0.0)
+    monkeypatch.setattr(module, "TOGETHER", 0.0)
     before = signal.signal(signal.SIGCHLD, lambda *_: None)
     try:
         with StopRequest(1) as stop:
             stop.listen()
-            for _ in range(preemption.SIGNALS_TO_END):
+            for _ in range(module.SIGNALS_TO_END):
                 os.kill(os.getpid(), signal.SIGCHLD)
             send(stop, signal.SIGTERM)  # comes by behind the others
             assert stop._signals == 1

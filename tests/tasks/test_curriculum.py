@@ -1,47 +1,48 @@
 """When a curriculum goes on, and how far."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
+from cs324dist.data.streams import MicroBatch
 from cs324dist.tasks import lstm
+from cs324dist.tasks.base import Loss
 from cs324dist.tasks.lstm import FAST, LSTMTask
 
+BATCH = 8
 
-class OneOfTwo(Accelerator):
-    """What a task needs of Accelerate, on rank 0 of two; the other rank's sums are given."""
 
-    process_index, num_processes, device = 0, 2, torch.device("cpu")
+class OneOfTwo:
+    """A trainer on rank 0 of two, which trains nothing; what is right on the other rank is given."""
 
     def __init__(self, right_elsewhere: int) -> None:
-        self.right_elsewhere, self.asked = right_elsewhere, 0
+        self.right_elsewhere, self.asked, self.steps = right_elsewhere, 0, 0
 
-    def prepare(self, *objects):
-        return objects
+    def update(self, name: str, loss: Loss) -> None:
+        loss(MicroBatch(self.steps, BATCH, index=0, count=2))
+        self.steps += 1
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
+    def measure(self, loss: Loss) -> None: ...
 
-    def clip_grad_norm_(self, parameters, largest: float) -> None:
-        torch.nn.utils.clip_grad_norm_(parameters, largest)
-
-    def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
-        assert reduction == "sum"
+    def sum(self, values: Mapping[int, Tensor]) -> Tensor:
         self.asked += 1
-        return tensor + self.right_elsewhere
+        assert values.keys() == {0}
+        return values[0] + self.right_elsewhere
+
+
+def task(**changes) -> LSTMTask:
+    return LSTMTask(replace(FAST, batch_size=BATCH, hidden_size=4, **changes), torch.device("cpu"))
 
 
 def lengths(monkeypatch: pytest.MonkeyPatch, enough: float, right_elsewhere: int, **changes) -> list[int]:
     monkeypatch.setattr(lstm, "ENOUGH", enough)
-    accelerator = OneOfTwo(right_elsewhere)
-    task = LSTMTask(replace(FAST, batch_size=8, hidden_size=4, **changes), accelerator)
-    found = []
+    trainer, trained, found = OneOfTwo(right_elsewhere), task(**changes), []
     for step in range(8):
-        found.append(task.counters["length"])
-        task.step(step)
+        found.append(trained.length)
+        trained.step(step, trainer)
     return found
 
 
@@ -67,8 +68,7 @@ def test_without_one_the_length_is_there_from_the_start(monkeypatch):
 
 
 def test_ranks_are_asked_at_every_second_step_and_no_more_at_the_full_length():
-    accelerator = OneOfTwo(100)
-    task = LSTMTask(replace(FAST, batch_size=8, hidden_size=4, length=20), accelerator)
+    trainer, trained = OneOfTwo(100), task(length=20)
     for step in range(10):
-        task.step(step)
-    assert accelerator.asked == 3
+        trained.step(step, trainer)
+    assert trainer.asked == 3
