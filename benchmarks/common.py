@@ -79,6 +79,6 @@ def trainer_of(task: str, preset: str, **changes: Any) -> "Trainer":
     from cs324dist.trainer import Trainer
 
     task_type = find_task(task)
-    config = replace(task_type.presets[preset], **changes)
+    config = replace(task_type.presets[preset], preset=preset, **changes)
     accelerator = start_accelerator(config.batch_size, config.micro_batches)
     return Trainer(task_type(config, accelerator.device), accelerator)

@@ -386,7 +386,7 @@ if __name__ == "__main__":
         print(*outcome.mismatches, sep="\n", end="\n" if outcome.mismatches else "")
     print(table(outcomes))
     result = {
-        "hardware": {**environment(), "threads": 1, "cores": os.cpu_count()},
+        "hardware": {**asdict(environment()), "threads": 1, "cores": os.cpu_count()},
         "seed": arguments.seed,
         "jobs": arguments.jobs,
         "minutes": round((time.monotonic() - began) / 60, 1),

@@ -204,6 +204,8 @@ class Copy:
 
         steps = (step for step, found in self.original.checkpoints.items() if is_in(found))
         self.origin, self.problem = next(steps, None), "no checkpoint holds what was read"
+        if any(map(is_in, self.other.checkpoints.values())):
+            self.problem = ""  # a whole checkpoint of the other run
         for checkpoint in self.run.glob("checkpoints/[0-9]*") if self.forged and not self.origin else ():
             with suppress(Exception):  # not one that can be read
                 if is_in(found := content(checkpoint)):
@@ -242,6 +244,7 @@ checkpoints/.000000007.2.tmp/.trainer.json.tmp checkpoints/damaged-000000006""")
 FOREIGN = words("""checkpoints/000000000 checkpoints/000000004 checkpoints/000000008 checkpoints/999999999
 checkpoints/0999999999 checkpoints/.000000006.1.tmp checkpoints/٠٠٠٠٠٠٠٠٩ checkpoints/latest @/.hidden
 @/pytorch_model.bin @/lstm/pytorch_model.bin @/x.json @/extra.safetensors @/X.SAFETENSORS owners/x.json""")
+FOLDERS = words("checkpoints owners samples @ @/*")
 TARGETS = words("victim victim.json folder absent /dev/zero /dev/full ../run/config.json")
 THINGS: dict[str, Callable[[Copy, Path], Any]] = {
     "nothing": lambda w, path: None,
@@ -269,7 +272,7 @@ def copy_like(w: Copy, path: Path, run: SimpleNamespace) -> None:
 
 def put_something(w: Copy) -> str:
     """In the place of a file, of anything, of what is about to be written, or where nothing should be."""
-    path = w.path(*w.rng.choice((JSON, JSON, ["**/*"], WRITTEN, WRITTEN, FOREIGN)))
+    path = w.path(*w.rng.choice((JSON, JSON, ["**/*"], FOLDERS, WRITTEN, WRITTEN, FOREIGN)))
     path.parent.mkdir(exist_ok=True)
     if os.path.realpath(path.parent) != str(path.parent):
         raise OSError("it is in a linked folder")
@@ -372,7 +375,7 @@ def change_tensor(w: Copy) -> str:
     if isinstance(how, float):
         tensors[name].view(-1)[0] = how
     changed = TENSORS[how](tensors.pop(name))
-    w.write(path, save({**tensors, **({} if changed is None else {name: changed})}), mend=0.9)
+    w.write(path, save({**tensors, **({} if changed is None else {name: changed})}), mend=0.6)
     return f"{path}: {name} is {how}"
 
 
@@ -387,7 +390,7 @@ def change_picture(w: Copy) -> str:
     return f"{path}: {shape}, text of {length} bytes"
 
 
-MUTATIONS = {put_something: 20, change_bytes: 10, change_json: 24, change_tensor: 3, change_picture: 2}
+MUTATIONS = {put_something: 20, change_bytes: 12, change_json: 20, change_tensor: 6, change_picture: 2}
 
 
 # Readers. Each reads a copy, and notes what it found in it.
@@ -422,6 +425,7 @@ def reported(w: Copy) -> None:
 def loaded(w: Copy) -> None:
     """What a program of one's own loads."""
     path = w.rng.choice((w.run, w.run / "checkpoints" / NEWEST))
+    path = path if os.path.realpath(path) == str(path) else w.run  # a link that is named is followed
     name, weights = w.rng.choice((("generator_ema", "averaged"), ("generator", "raw")))
     w.note({f"{name}/model.safetensors": load_generator(path, weights).state_dict()})
 
@@ -485,7 +489,7 @@ COLUMNS = (*FINE, *BAD, "grown_mib")
 
 
 def snapshot(w: Copy) -> set[tuple[Any, ...]]:
-    """What there is except for locks and temporary files, which hold nothing; outside, also the last access."""
+    """What there is except for locks and temporary files, which hold nothing; outside, also when read."""
     found = set()
     for path in w.folder.rglob("*"):
         if path.suffix not in (".lock", ".tmp"):
@@ -551,8 +555,9 @@ def accepted(w: Copy, there: set[str], lines: list[str]) -> tuple[str, str]:
     if w.step == 0 and not there & {f"{step:09d}" for step in STEPS}:
         return "harmless", "no checkpoint is there"
     if w.origin is None:
-        well_formed = w.forged and not w.problem
-        return ("forged", "") if well_formed else ("silent acceptance", f"{w.problem}; {lines}")
+        if w.problem:
+            return "silent acceptance", f"{w.problem}; {lines}"
+        return "forged" if w.forged else "unsigned", ""
     if w.rows not in (None, rows):
         return ("unsigned" if w.unsigned or w.forged else "silent acceptance"), f"rows {w.rows}"[:500]
     if w.origin == STEPS[-1] or NEWEST not in there:

@@ -202,7 +202,8 @@ def _read_metrics(run: RunDir) -> tuple[dict[str, Series], bool]:
 def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
     """The paths in a folder that are named by a number, in its order."""
     try:
-        paths = [path for path in folder.iterdir() if not path.is_symlink()]
+        found = () if folder.is_symlink() else folder.iterdir()
+        paths = [path for path in found if not path.is_symlink()]
     except OSError:
         return []
     matches = ((re.fullmatch(pattern, path.name), path) for path in paths)

@@ -287,7 +287,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def _written_by(folder: Path) -> dict[Path, int]:
     """The checkpoints below `folder`, and the owner that wrote each; 0 where it does not say so."""
-    found = folder.iterdir() if folder.is_dir() else ()
+    found = folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ()
     named = (path for path in found if re.fullmatch("[0-9]{9}|1[0-9]{9}", path.name))
     return {path: _generation(path) for path in named if path.is_dir() and not path.is_symlink()}
 
@@ -324,7 +324,7 @@ def newest_generation(folder: Path) -> int:
 
 def _generation(checkpoint: Path) -> int:
     try:
-        generation = read_json(checkpoint / TRAINER).get("generation")
+        generation = 0 if checkpoint.is_symlink() else read_json(checkpoint / TRAINER).get("generation")
     except UserError:
         return 0
     return generation if type(generation) is int and 0 < generation <= LARGEST_GENERATION else 0

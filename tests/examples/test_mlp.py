@@ -8,17 +8,8 @@ import torch
 from launched import Launched, files_of, metrics, newest_checkpoint
 from safetensors.torch import load_file
 
-MLP = (
-    "examples/mlp.py",
-    "--steps",
-    "400",
-    "--log-every",
-    "1",
-    "--checkpoint-every",
-    "100",
-    "--wandb",
-    "disabled",
-)
+MLP = ("examples/mlp.py", "--steps", "400", "--log-every", "1", "--checkpoint-every", "100",
+       "--wandb", "disabled")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +21,25 @@ def never_stopped(launch, tmp_path_factory):
 
 def test_it_learns(never_stopped):
     assert metrics(never_stopped)[-1]["eval/accuracy"] >= 0.95
+
+
+def test_it_can_be_taken_again_to_the_last_bit(launch, never_stopped):
+    refused = launch("launch/audit.py", never_stopped, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"error: {never_stopped} is a run of 'mlp', which is no task of the project: "
+        f"give --task path/to/file.py:Class\n"
+    )
+    done = launch("launch/audit.py", never_stopped, "--task", "examples/mlp.py:MLPTask")
+    equal = [f"steps {start} to {start + 100}: equal to the last bit" for start in (200, 300)]
+    assert done.stdout.splitlines() == equal
+
+
+def test_it_is_trained_by_its_name_as_well(launch, never_stopped, tmp_path):
+    run = tmp_path / "run"
+    launch("launch/train.py", "examples/mlp.py:MLPTask", *MLP[1:], "--run-dir", run)
+    ends = [load_file(newest_checkpoint(r) / "mlp" / "model.safetensors") for r in (run, never_stopped)]
+    assert all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())
 
 
 @pytest.mark.slow

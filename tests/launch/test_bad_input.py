@@ -79,7 +79,7 @@ def test_a_run_folder_of_another_task_keeps_every_byte(launch, lstm_run):
 def test_a_run_folder_that_holds_something_else_keeps_it(launch, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     done = launch(*TINY, "--run-dir", tmp_path, check=False)
-    assert_refused(done, f"--run-dir {tmp_path} holds something that is no run … give an empty or a new")
+    assert_refused(done, f"--run-dir {tmp_path} is not a run folder … give an empty or a new")
     assert content_of(tmp_path) == {"thesis.tex": b"mine"}
 
 
@@ -118,7 +118,7 @@ def test_a_batch_that_two_processes_cannot_share_is_refused_once(launch, tmp_pat
     )
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1
-    assert "error: --batch-size 63 cannot be shared out evenly over 2 processes: give a" in done.stderr
+    assert "error: --batch-size 63 is not divisible by the number of processes, 2: give a" in done.stderr
     assert "cs324dist/" not in done.stderr  # torchrun's traceback has no frame of ours
     assert not run.exists()
 
@@ -133,7 +133,7 @@ def test_sampling_from_a_run_that_is_not_there(launch, tmp_path):
 def test_sampling_from_a_run_of_the_lstm(launch, lstm_run, tmp_path):
     out = tmp_path / "grid.png"
     done = launch("launch/sample.py", "grid", lstm_run, "--out", out, check=False)
-    assert_refused(done, f"{lstm_run}/checkpoints/000000002 holds no generator … give a run of launch/gan.py")
+    assert_refused(done, f"{lstm_run}/checkpoints/000000002 holds no generator … give a run of a task")
     assert not out.exists()
 
 
@@ -146,20 +146,9 @@ def test_a_result_cannot_take_the_place_of_a_folder(launch, lstm_run, tmp_path, 
 
 def test_two_commands_for_one_new_folder(launch, lstm_run, tmp_path):
     """The second finds the folder new, and owned; when it has it, it is a run of other settings."""
-    script = """
-import runpy, shutil, sys
-from cs324dist.runs.run_dir import RunDir
-honest, other = RunDir.claim, sys.argv[1]
-def claim(run):
-    shutil.copytree(other, run.path)
-    honest(run)
-RunDir.claim = claim
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-    run = tmp_path / "run"
-    done = launch("-c", script, lstm_run, *TINY, "--length", "5", "--run-dir", run, check=False)
-    assert_refused(done, "--length 5 … run's 4")
+    run, fault = tmp_path / "run", {"FAULT": f"another was faster: {lstm_run}"}
+    command = ("launch/train.py", "tests/faulty.py:LSTM", *TINY[1:], "--length", "5", "--run-dir", run)
+    assert_refused(launch(*command, environment=fault, check=False), "--length 5 … run's 4")
     left, before = content_of(run), content_of(lstm_run)
     assert left == {name: content for name, content in before.items() if not name.endswith(".lock")}
 
@@ -169,7 +158,7 @@ def test_digits_of_a_run_that_draws_none(launch, tmp_path, lstm_run):
     options = ("--preset", "smoke", "--dataset", "fake", "--steps", "1", "--wandb", "disabled")
     launch("launch/gan.py", *options, "--run-dir", run)
     config = json.loads((run / "config.json").read_text())
-    config["settings"]["dataset"] = "fashion-mnist"
+    config["config"]["dataset"] = "fashion-mnist"
     (run / "config.json").write_text(json.dumps(config))
     out = tmp_path / "grid.png"
     done = launch("launch/sample.py", "grid", run, "--digit", "7", "--out", out, check=False)

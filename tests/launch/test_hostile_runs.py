@@ -110,7 +110,7 @@ def sample(hostile: Hostile) -> tuple[object, ...]:
     return ("launch/sample.py", "grid", hostile.run, "--rows", "1", "--columns", "1", "--out", out)
 
 
-def interrupted(path: Path) -> None:
+def cut_short(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
@@ -149,7 +149,7 @@ def with_one_more(path: Path) -> None:
     ("tamper", "mend", "said"),
     [
         (flipped, False, "is damaged: its SHA-256"),
-        (interrupted, True, "cannot be read as safetensors"),
+        (cut_short, True, "cannot be read as safetensors"),
         (claims_a_huge_header, True, "its header is too large"),
         (claims_huge_tensors, True, "cannot be read as safetensors"),
         (change("W_h", lambda t: t.T.contiguous()), True, "'W_h' is F32 (8, 32), expected F32 (32, 8)"),
@@ -215,10 +215,19 @@ def test_a_list_of_files_that_names_others(lstm, refused, name):
     assert all("which is no file of a checkpoint" in line for line in lines[:-1])
 
 
-def test_a_list_of_files_of_another_type(lstm, refused):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"metrics_lines": "6"}, "trainer.json: metrics_lines is 6"),
+        ({"task": {"length": "4"}}, "a curriculum of this run cannot reach length 4"),
+        ({"task": {}}, "the task cannot take the state {}"),
+    ],
+    ids=["the trainer's", "the task's", "none"],
+)
+def test_a_state_of_another_type(lstm, refused, change, said):
     for checkpoint in lstm.checkpoints:
-        lstm.mend(checkpoint, counters={"length": "4"})
-    assert "values of the wrong type" in refused(lstm, *resume(lstm))[0]
+        lstm.mend(checkpoint, **change)
+    assert said in refused(lstm, *resume(lstm))[0]
 
 
 def test_noise_in_the_metrics(lstm, refused):
@@ -230,7 +239,7 @@ def test_noise_in_the_metrics(lstm, refused):
 
 def test_a_run_of_another_model(lstm, refused):
     config = json.loads((lstm.run / "config.json").read_text())
-    config["settings"] |= {"hidden_size": 65536, "length": 7}
+    config["config"] |= {"hidden_size": 65536, "length": 7}
     (lstm.run / "config.json").write_text(json.dumps(config))
     lines = refused(lstm, *resume(lstm))
     assert [line.split()[1] for line in lines] == ["--length", "--hidden-size"]

@@ -1,12 +1,12 @@
 """What sample.py draws from a run is what the run's generator makes of the seed's latents."""
 
-import inspect
 import os
 import runpy
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import cs324dist
-from cs324dist import command_line
 from cs324dist.data.streams import Stream
 from cs324dist.errors import UserError
 from cs324dist.metrics.digits import read_digits
 from cs324dist.models.gan import Generator
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
-from cs324dist.runs.run_dir import RunDir
+from cs324dist.runs.environment import environment as environment_here
+from cs324dist.runs.run_dir import RunDir, RunRecord
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "sample.py"
 PITCH, TILE = 30, 28  # pixels from tile to tile, and of a tile; a border of two all around
@@ -65,8 +65,6 @@ def draw(monkeypatch, capsys) -> Draw:
     """The script in this process, as `__main__`."""
 
     def run(*arguments: object) -> Answer:
-        # As a user runs it, unchecked: sample.py hands `parse` a union, which is no `type`.
-        monkeypatch.setattr(command_line, "parse", inspect.unwrap(command_line.parse))
         monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
         try:
             runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -80,7 +78,7 @@ def draw(monkeypatch, capsys) -> Draw:
 
 
 @torch.no_grad()
-def environment(folder: Path, seed: int, count: int) -> Tensor:
+def images_of(folder: Path, seed: int, count: int) -> Tensor:
     """A model folder's images of the seed's first latents, one by one."""
     generator = Generator()
     generator.load_state_dict(load_file(folder / "model.safetensors"))
@@ -112,12 +110,12 @@ class TestGrid:
         out = tmp_path / "grid.png"
         answer = draw("grid", gan_run, "--rows", 2, "--columns", 3, "--seed", 5, "--out", out)
         assert (answer.code, answer.out.strip(), answer.errors) == (0, str(out), [])
-        assert_shows(tiles(out, 2, 3), environment(newest / "generator_ema", 5, 6))
+        assert_shows(tiles(out, 2, 3), images_of(newest / "generator_ema", 5, 6))
 
     def test_raw_weights_are_those_of_the_generator_that_trains(self, draw, gan_run, newest, tmp_path):
         out = tmp_path / "raw.png"
         draw("grid", gan_run, "--rows", 1, "--columns", 3, "--weights", "raw", "--out", out)
-        raw, averaged = (environment(newest / name, 0, 3) for name in ("generator", "generator_ema"))
+        raw, averaged = (images_of(newest / name, 0, 3) for name in ("generator", "generator_ema"))
         assert_shows(tiles(out, 1, 3), raw)
         assert (raw - averaged).abs().max() > 0.01  # more than `assert_shows` overlooks
 
@@ -128,7 +126,7 @@ class TestGrid:
             assert draw("grid", source, "--rows", 1, "--columns", 2, "--out", out).code == 0
             pictures.append(tiles(out, 1, 2))
         assert np.array_equal(pictures[0], pictures[1])
-        assert_shows(pictures[2], environment(older / "generator_ema", 0, 2))
+        assert_shows(pictures[2], images_of(older / "generator_ema", 0, 2))
         assert not np.array_equal(pictures[0], pictures[2])
 
 
@@ -141,7 +139,7 @@ class TestTensor:
         images = file["images"]
         assert (images.shape, images.dtype) == ((count, 1, 28, 28), torch.float32)
         assert -1 <= images.min() < images.max() <= 1
-        torch.testing.assert_close(images, environment(newest / "generator_ema", 2, count), rtol=0, atol=1e-5)
+        torch.testing.assert_close(images, images_of(newest / "generator_ema", 2, count), rtol=0, atol=1e-5)
 
 
 class TestInterpolation:
@@ -152,7 +150,7 @@ class TestInterpolation:
         answer = draw("interpolate", gan_run, *seeds, "--between", 4, "--method", method, "--out", out)
         assert answer.code == 0
         strip = tiles(out, 1, 4 + 2)
-        ends = torch.cat([environment(newest / "generator_ema", seed, 1) for seed in (3, 8)])
+        ends = torch.cat([images_of(newest / "generator_ema", seed, 1) for seed in (3, 8)])
         assert_shows(strip[[0, -1]], ends)
         steps = np.abs(np.diff(strip, axis=0)).mean((1, 2))
         assert (steps > 0).all()
@@ -239,7 +237,7 @@ class TestRefusals:
         )
 
     def test_a_run_without_a_checkpoint(self, refused, tmp_path):
-        RunDir(tmp_path / "young").open("gan", {})
+        started(tmp_path / "young")
         assert "has no checkpoint yet" in refused(tmp_path / "young")
 
     @pytest.mark.parametrize("command", ["grid", "tensor"])
@@ -282,9 +280,17 @@ def untrained() -> Generator:
 
 
 def save(run_dir: Path, generator: Generator) -> None:
+    trained = SimpleNamespace(
+        networks={"generator": generator}, optimizers={}, state_dict=dict, load_state_dict=dict
+    )
+    write_checkpoint(started(run_dir).checkpoint(1), trained, TrainerState(1))
+
+
+def started(run_dir: Path) -> RunDir:
+    run_dir.mkdir()
     run = RunDir(run_dir)
-    run.open("gan", {})
-    write_checkpoint(run.checkpoint(1), {"generator": generator}, {}, TrainerState(1, 1))
+    run.start(RunRecord("gan", "launch/gan.py", {}, {}), environment_here(), 0, 0)
+    return run
 
 
 def assert_holds(generator: Generator, folder: Path) -> None:

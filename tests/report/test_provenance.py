@@ -71,7 +71,7 @@ class OwnTask(Task[OwnConfig]):
                 "noisy": True,
                 "shift": -1.5,
                 "limit": None,
-                "words": "-ü $x",
+                "words": "-ü'$x",
             },
         ),
     ],

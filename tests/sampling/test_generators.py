@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from cs324dist.errors import UserError
 from cs324dist.models.gan import Generator
 from cs324dist.models.lstm import LSTM
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
-from cs324dist.runs.run_dir import RunDir
+from cs324dist.runs.files import write_record
+from cs324dist.runs.run_dir import RunDir, RunRecord
+from cs324dist.runs.trained import data_set_of, find_generator, load_generator, load_network, run_of
 from cs324dist.sampling import generators, interpolation
-from cs324dist.sampling.generators import find_generator, generate, latents, load_generator, surest
+from cs324dist.sampling.generators import generate, latents, surest
 
 
 class Stub(Generator):
@@ -97,17 +100,30 @@ def test_latents_are_a_slice_of_the_seed_s_stream() -> None:
     assert not torch.equal(latents(stub, 0, 5, 3), latents(stub, 1, 5, 3))
 
 
+def write(checkpoint: Path, step: int, **networks: nn.Module) -> Path:
+    trained = SimpleNamespace(
+        networks=networks, optimizers={}, state_dict=dict, load_state_dict=lambda state: None
+    )
+    write_checkpoint(checkpoint, trained, TrainerState(step))
+    return checkpoint
+
+
+def empty_run(path: Path, task: str, **config: object) -> RunDir:
+    """A run without checkpoints."""
+    path.mkdir(exist_ok=True)
+    write_record(path / "config.json", RunRecord(task, f"launch/{task}.py", config, {}))
+    return RunDir(path)
+
+
 class TestLoadGenerator:
     @staticmethod
     def run(path: Path) -> tuple[RunDir, Generator, Generator]:
         """A run whose newest checkpoint, of two, holds these raw and averaged generators."""
         torch.manual_seed(0)
-        run, raw, averaged = RunDir(path), Generator(7), Generator(7)
-        run.open("gan", {})
-        old = {"generator": Generator(7)}
-        write_checkpoint(run.checkpoint(900), old, {}, TrainerState(900, 1))
-        models = {"generator": raw, "generator_ema": averaged}
-        write_checkpoint(run.checkpoint(1000), models, {}, TrainerState(1000, 1))
+        raw, averaged = Generator(7), Generator(7)
+        run = empty_run(path, "gan")
+        write(run.checkpoint(900), 900, generator=Generator(7))
+        write(run.checkpoint(1000), 1000, generator=raw, generator_ema=averaged)
         return run, raw, averaged
 
     def test_the_newest_averaged_generator_is_read_ready_to_draw(self, tmp_path: Path) -> None:
@@ -117,6 +133,7 @@ class TestLoadGenerator:
             assert torch.equal(load_generator(path)(z), averaged.eval()(z))
         assert torch.equal(load_generator(run.path, weights="raw")(z), raw.eval()(z))
         assert torch.equal(cs324dist.load_generator(run.path, "raw")(z), raw(z))
+        assert torch.equal(cs324dist.load_network(run.path, "generator", Generator)(z), raw(z))
         without_average = load_generator(run.checkpoint(900))
         assert not without_average.training
         assert not torch.equal(without_average(z), raw(z))
@@ -133,11 +150,10 @@ class TestLoadGenerator:
     def test_what_holds_no_generator_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is neither a run nor a checkpoint"):
             load_generator(tmp_path / "nothing")
-        run = RunDir(tmp_path / "run")
-        run.open("lstm", {})
+        run = empty_run(tmp_path / "run", "lstm")
         with pytest.raises(UserError, match="has no checkpoint yet"):
             load_generator(run.path)
-        write_checkpoint(run.checkpoint(1), {"lstm": LSTM(1, 2)}, {}, TrainerState(1, 1))
+        write(run.checkpoint(1), 1, lstm=LSTM(1, 2))
         with pytest.raises(UserError, match="holds no generator"):
             load_generator(run.path)
 
@@ -157,7 +173,37 @@ def test_only_a_generator_of_digits_walks_from_a_4_to_a_1(four_or_one: Stub, dat
 @pytest.mark.parametrize("averaged", [True, False])
 def test_the_averaged_weights_are_found_where_there_are_any(tmp_path: Path, averaged: bool) -> None:
     names = ["generator", "generator_ema"][: 1 + averaged]
-    checkpoint = tmp_path / "000000001"
-    write_checkpoint(checkpoint, {name: Generator(2) for name in names}, {}, TrainerState(1, 1))
+    checkpoint = write(tmp_path / "000000001", 1, **{name: Generator(2) for name in names})
     assert find_generator(checkpoint, "averaged").name == names[-1]
     assert find_generator(checkpoint, "raw").name == "generator"
+
+
+def test_any_network_of_a_run_is_found_by_its_name(tmp_path: Path) -> None:
+    run = empty_run(tmp_path / "run", "lstm")
+    model = LSTM(1, 2, 3)
+    write(run.checkpoint(1), 1, lstm=model, other=LSTM(1, 2, 4))
+    loaded = load_network(run.path, "lstm", LSTM)
+    assert loaded.config == {"input_size": 1, "hidden_size": 2, "classes": 3}
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    assert load_network(run.path, "other", LSTM).config["classes"] == 4
+    with pytest.raises(UserError, match="holds no rnn: give a run of a task that trains one"):
+        load_network(run.path, "rnn", LSTM)
+    with pytest.raises(UserError, match="holds a model of class 'LSTM', expected 'Generator'"):
+        load_network(run.path, "lstm", Generator)
+
+
+@pytest.mark.parametrize(
+    ("config", "dataset"),
+    [
+        ({"dataset": "fashion-mnist"}, "fashion-mnist"),
+        ({"dataset": "fake"}, "mnist"),
+        ({"dataset": [1]}, "mnist"),
+        ({}, "mnist"),
+    ],
+)
+def test_the_data_set_is_the_run_s(tmp_path: Path, config: dict[str, object], dataset: str) -> None:
+    run = empty_run(tmp_path / "run", "gan", **config)
+    checkpoint = write(run.checkpoint(1), 1, generator=Generator(2))
+    assert data_set_of(run.path) == data_set_of(checkpoint) == dataset
+    assert run_of(checkpoint).path == run_of(run.path).path == run.path
+    assert data_set_of(write(tmp_path / "alone" / "000000001", 1, generator=Generator(2))) == "mnist"

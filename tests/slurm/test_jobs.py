@@ -33,7 +33,7 @@ def test_two_jobs_on_the_same_nodes_do_not_meet(submit, uninterrupted, outcomes)
 def test_array(submit, uninterrupted, outcomes):
     array = submit("lengths.sbatch", "--wandb", "disabled", nodes=1, options=("--array=0-1",))
     tasks = [
-        Job(array.cluster, array.checkout, f"{array.number}_{task}", f"runs/lstm-length{length}-report-0")
+        Job(array.cluster, array.checkout, f"{array.number}_{task}", f"runs/lstm-length{length}-course-0")
         for task, length in enumerate((5, 10))
     ]
     # The last task of an array has the number of the whole array.

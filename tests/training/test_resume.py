@@ -8,7 +8,7 @@ import signal
 
 import pytest
 from chaos import TASKS, content_of
-from launched import Launched, metrics, newest_checkpoint, status
+from launched import Launched, files_of, metrics, newest_checkpoint, status
 
 LSTM = ("launch/lstm.py", "--length", "10", "--steps", "60", "--log-every", "1", "--evaluate-every", "20",
         "--checkpoint-every", "20", "--learning-rate", "1e-2", "--wandb", "disabled")  # fmt: skip
@@ -98,22 +98,29 @@ def test_killed_and_continued_it_ends_with_the_same_bits(
     assert content_of(run) == content_of(whole)
 
 
-def test_a_finished_run_says_so(tmp_path, launch):
-    run = tmp_path / "run"
-    command = (*SMOKE, "--run-dir", run)
-    launch(*command)
-    before = content_of(run)
+@pytest.fixture(scope="module")
+def finished(launch, tmp_path_factory):
+    run = tmp_path_factory.mktemp("finished") / "run"
+    launch(*SMOKE, "--run-dir", run)
+    return run
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A finished run of 20 steps; the checkpoint before the last is of step 10."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_a_finished_run_says_so(run, launch):
+    command, before = (*SMOKE, "--run-dir", run), content_of(run)
     assert f"{run} is finished, 20 steps" in launch(*command).stderr
     assert content_of(run) == before
     assert "continuing from step 20 of 25" in launch(*command, "--steps", "25").stderr
     assert [line["step"] for line in metrics(run)] == sorted(line["step"] for line in metrics(run))
 
 
-def test_a_run_killed_after_its_last_checkpoint_is_finished_by_the_next_start(tmp_path, launch):
-    run = tmp_path / "run"
-    command = (*SMOKE, "--run-dir", run)
-    launch(*command)
-    before = content_of(run)
+def test_a_run_killed_after_its_last_checkpoint_is_finished_by_the_next_start(run, launch):
+    command, before = (*SMOKE, "--run-dir", run), content_of(run)
     path = run / "status.json"
     path.write_text(json.dumps({"state": "running", "step": 20, "why": ""}))
     (run / ".status.json.tmp").write_text("{")
@@ -124,9 +131,7 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished_by_the_next_start(tm
     assert content_of(run) == before
 
 
-def test_another_number_of_threads_is_said(tmp_path, launch):
-    run = tmp_path / "run"
-    launch(*SMOKE, "--run-dir", run)
+def test_another_number_of_threads_is_said(run, launch):
     longer = (*SMOKE, "--steps", "25", "--run-dir", run)
     said = launch(*longer, environment={"CS324DIST_THREADS": "2"}).stderr
     assert f"warning: {run} was made with threads 1, now 2: bits may differ" in said
@@ -134,13 +139,32 @@ def test_another_number_of_threads_is_said(tmp_path, launch):
     assert "warning" not in again  # it is the run's own number by now
 
 
-def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_it_taken(tmp_path, launch):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    launch(*SMOKE, "--run-dir", whole)
-    shutil.copytree(whole, run)
+def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_it_taken(run, finished, launch):
     weights = newest_checkpoint(run) / "lstm" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     said = launch(*SMOKE, "--run-dir", run).stderr
     assert f"{weights} is damaged" in said
     assert "continuing from step 10 of 20" in said
-    assert content_of(run) == content_of(whole)
+    assert content_of(run) == content_of(finished)
+
+
+@pytest.mark.parametrize("launcher", ["python", "torchrun"])
+def test_a_disk_that_is_full_at_the_start_is_one_line_and_nobody_hangs(run, launch, launcher):
+    before = files_of(run)
+    options = ("--nproc_per_node", "2") if launcher == "torchrun" else ()
+    command = ("launch/train.py", "tests/faulty.py:LSTM", *SMOKE[1:], "--steps", "30", "--run-dir", run)
+    how = {"launcher": launcher, "options": options, "environment": {"FAULT": "no room to rewind"}}
+    done = launch(*command, **how, check=False)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert line == (
+        f"error: --run-dir {run} cannot be written to (No space left on device): give another folder"
+    )
+    assert "cs324dist/" not in done.stderr  # a traceback of the launcher has no frame of ours
+    if launcher == "python":
+        assert done.returncode == 2  # and no job is queued again
+    kept = ("checkpoints/", "metrics.jsonl", "status.json")
+    after = files_of(run)
+    assert {name: after[name] for name in before if name.startswith(kept)} == {
+        name: content for name, content in before.items() if name.startswith(kept)
+    }
+    assert "continuing from step 20 of 30" in launch(*SMOKE, "--steps", "30", "--run-dir", run).stderr

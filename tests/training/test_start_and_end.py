@@ -1,0 +1,101 @@
+"""What a run leaves behind that is refused before its first step, and what is closed at its end."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from cs324dist import trackers
+from cs324dist.distributed.stop import StopRequest
+from cs324dist.errors import UserError
+from cs324dist.tasks.lstm import LSTMTask
+from cs324dist.trainer import main, run_task
+
+
+class RefusesItsData(LSTMTask):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        raise UserError("--data holds no numbers")
+
+
+class HasABadName(LSTMTask):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.networks = {"../lstm": self.model}
+
+
+class HoldsWhatCannotBeSaved(LSTMTask):
+    def state_dict(self):
+        return {"length": self.length, "file": object()}
+
+
+class TrainsWhatIsNotItsOwn(LSTMTask):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.optimizers = {"lstm": torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1)}
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        (RefusesItsData, "--data holds no numbers"),
+        (HasABadName, r"a network cannot be called '\.\./lstm'"),
+        (HoldsWhatCannotBeSaved, "the task's state holds file = <object"),
+        (TrainsWhatIsNotItsOwn, "optimizer 'lstm' holds 1 parameters of no network of the task"),
+    ],
+    ids=lambda value: getattr(value, "__name__", "-"),
+)
+@pytest.mark.parametrize("existed", [False, True], ids=["new folder", "empty folder"])
+def test_a_run_that_is_refused_before_its_first_step_leaves_no_trace(tmp_path, task, said, existed):
+    folder = tmp_path / "run"
+    if existed:
+        folder.mkdir()
+    config = replace(task.presets["smoke"], preset="smoke", run_dir=folder)
+    with pytest.raises(UserError, match=said):
+        run_task(task, config, Accelerator(cpu=True), StopRequest(1))
+    assert list(tmp_path.rglob("*")) == [folder] * existed
+
+
+class Fails(LSTMTask):
+    def step(self, step, trainer):
+        raise RuntimeError("a bug")
+
+
+class Tracker:
+    def __init__(self, calls):
+        self.finish = lambda: calls.append("tracker finished")
+
+    def log(self, *_, **__): ...
+
+    log_images = log
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """What a run with a tracker closes."""
+    calls = []
+    monkeypatch.setattr(Accelerator, "end_training", lambda self: calls.append("training ended"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("process group destroyed"))
+    monkeypatch.setattr(
+        trackers, "open_wandb", lambda accelerator, *_: accelerator.trackers.append(Tracker(calls))
+    )
+    command = ["train.py", "--preset", "smoke", "--steps", "1", "--run-dir", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", command)
+    return calls
+
+
+def test_on_an_error_only_trackers_are_closed(calls):
+    """To leave the process group while others wait in a collective would hang."""
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(Fails, None)
+    assert calls == ["tracker finished"]
+
+
+def test_at_the_end_the_process_group_is_left_as_well(calls):
+    with pytest.raises(SystemExit) as ended:
+        main(LSTMTask, None)
+    assert not ended.value.code
+    assert calls == ["training ended"]
