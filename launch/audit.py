@@ -1,4 +1,4 @@
-"""Take intervales of a run again and compare what they end in, bit for bit.
+"""Take intervals of a run again and compare what they end in, bit for bit.
 
 python launch/audit.py runs/gan-fast-0
 

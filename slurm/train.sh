@@ -62,7 +62,8 @@ train() { # SCRIPT [OPTIONS]
         "$run $([ -n "$step" ] && echo "goes on from step $step" || echo "starts")"
 
     # One task a node, with all that the job has there: the tasks and CPUs asked for are those of the processes.
-    unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_DISTRIBUTION
+    unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_TASK SLURM_GPUS_PER_TASK \
+        SLURM_TRES_PER_TASK SLURM_DISTRIBUTION
     # Slurm numbers the steps of each start from 0. A node that was cut off from the network and comes back has its
     # srun cancel its step by number, and would take this start's with it: every second start begins with step 1.
     local number=$((restart % 2))

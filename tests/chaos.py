@@ -44,6 +44,7 @@ TASKS = {
 }
 PRECISIONS = {"no": 3, "bf16": 1}  # and their shares of the kills
 MOMENTS = {"start-up": 2, "training": 4, "writing": 5}
+MOST_PROCESSES = 4
 MOST_KILLS = 6  # of one trial
 LATER = 0.2  # seconds at most from a step's line to a kill: steps, evaluations and what follows a write
 PATIENCE = 300  # seconds for a start that is not killed
@@ -55,22 +56,25 @@ class Cell:
     """One kind of run."""
 
     task: str
-    processes: int
+    processes: int | None
+    """None: with --micro-batches, and another number from 1 to 4 at every start."""
     precision: str = "no"
 
     def command(self, run: Path) -> list[str]:
-        launcher = (*TORCHRUN, str(self.processes)) if self.processes > 1 else ()
-        return [sys.executable, *launcher, *TASKS[self.task], "--run-dir", str(run)]
+        processes = self.processes or random.randint(1, MOST_PROCESSES)
+        launcher = (*TORCHRUN, str(processes)) if processes > 1 else ()
+        exact = () if self.processes else ("--micro-batches", str(MOST_PROCESSES))
+        return [sys.executable, *launcher, *TASKS[self.task], *exact, "--run-dir", str(run)]
 
     def __str__(self) -> str:
-        return f"{self.task} x {self.processes} {self.precision}"
+        return f"{self.task} x {self.processes or f'1 to {MOST_PROCESSES}'} {self.precision}"
 
 
 CELLS = [
     Cell(task, n, precision)
     for precision in PRECISIONS
     for task in ("gan", "classifier", "lstm")
-    for n in (2, 1)
+    for n in (None, 2, 1)
 ]
 
 
@@ -247,7 +251,7 @@ def trial(outcome: Outcome, whole: Whole, planned: int, rng: random.Random, run:
     for number in range(planned + 1):
         start = Start(outcome.cell, run)
         moment = rng.choices(list(MOMENTS), list(MOMENTS.values()))[0]
-        target = rng.choice(["all", "worker", "launcher"] if outcome.cell.processes > 1 else ["all"])
+        target = rng.choice(["all", "worker", "launcher"] if outcome.cell.processes != 1 else ["all"])
         victims = wait_for_moment(start, moment, target, whole, rng) if number < planned else []
         if killed := bool(victims):
             during_write = start.kill(victims)
@@ -346,7 +350,9 @@ def summary(outcomes: list[Outcome]) -> dict[str, int | float | None]:
 def rows(outcomes: list[Outcome]) -> dict[str, dict]:
     """One row for each task and world size, and one for all."""
     names = {
-        f"{o.cell.task}, {o.cell.processes} process{'es' * (o.cell.processes > 1)}": o.cell for o in outcomes
+        f"{o.cell.task}, {o.cell.processes or f'1 to {MOST_PROCESSES}'} "
+        f"process{'es' * (o.cell.processes != 1)}": o.cell
+        for o in outcomes
     }
     table = {}
     for name, cell in sorted(names.items()):
@@ -386,7 +392,7 @@ if __name__ == "__main__":
         print(*outcome.mismatches, sep="\n", end="\n" if outcome.mismatches else "")
     print(table(outcomes))
     result = {
-        "hardware": {**asdict(environment()), "threads": 1, "cores": os.cpu_count()},
+        "environment": {**asdict(environment()), "threads": 1, "cores": os.cpu_count()},
         "seed": arguments.seed,
         "jobs": arguments.jobs,
         "minutes": round((time.monotonic() - began) / 60, 1),

@@ -1,7 +1,7 @@
-"""`make same-bits`: every task on 1 to 8 processes, one and two threads, float32 and bf16, and killed again and again.
+"""`make same-bits`: every task on 1 to 8 processes, one and two threads, float32 and bf16, and killed.
 
-All runs of a task and precision must end in the same bits: tensors, the state of the task, and every metric except
-the throughput. It prints a line for each run, and exits with 1 at a difference.
+All runs of a task and precision must end in the same bits: tensors, the state of the task, and every metric
+except the throughput. It prints a line for each run, and exits with 1 at a difference.
 """
 
 import argparse
@@ -24,9 +24,9 @@ TASKS = {
     "classifier": ("launch/classifier.py", *SMALL),
     "mlp": ("examples/mlp.py", "--batch-size", "32"),
 }
-COMMON = ("--micro-batches", str(MICRO_BATCHES), "--steps", "12", "--log-every", "1", "--checkpoint-every", "3",
-          "--wandb", "disabled")  # fmt: skip
-LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (4, 1), (5, 1), (7, 1), (8, 1)]  # processes, threads each
+COMMON = ("--micro-batches", str(MICRO_BATCHES), "--steps", "12", "--log-every", "1",
+          "--checkpoint-every", "3", "--wandb", "disabled")  # fmt: skip
+LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (4, 1), (5, 1), (7, 1), (8, 1)]  # processes, threads
 
 
 def command(task: str, processes: int, run: Path) -> list[str]:

@@ -6,7 +6,7 @@ import chaos
 import pytest
 from chaos import Cell, Outcome, Whole
 
-CELLS = [Cell("lstm", 1), Cell("lstm", 2, "bf16"), Cell("gan", 2), Cell("classifier", 1)]
+CELLS = [Cell("lstm", 1), Cell("lstm", 2, "bf16"), Cell("gan", 2), Cell("classifier", None)]
 
 
 @pytest.mark.slow

@@ -682,7 +682,7 @@ class TestHelp:
             ("sample.py grid RUN --row 3", "--row is unknown: did you mean --rows?"),
             ("evaluate.py RUN --count 10", "--count 10 is not allowed: give at least 1000 and at most 1e+09"),
             ("train.py", "a task is missing: give path/to/file.py:Class or package.module:Class first"),
-            ("train.py mlp", "task 'mlp' is unknown: give lstm, gan, classifier, path/to/file.py:Class, or "
+            ("train.py mlp", "task 'mlp' is unknown: give lstm, gan, classifier, path/file.py:Class, or "
                              "package.module:Class"),
         ],
     )  # fmt: skip

@@ -25,7 +25,8 @@ def commands() -> list[str]:
         text = page.read_text()
         lines = re.findall(r"^ {4,}(\S.*)$", text, re.MULTILINE) + re.findall(r"`([^`\n]+)`", text)
         found += [part.strip() for line in lines for part in line.split("&&")]
-    whole = (line for line in found if not line.endswith("\N{HORIZONTAL ELLIPSIS}") and "path/to/" not in line)
+    whole = (line for line in found if not line.endswith("\N{HORIZONTAL ELLIPSIS}"))
+    whole = (line for line in whole if "path/to/" not in line)  # which stands for a file of the reader's
     return sorted({line for line in whole if line.startswith(BEGINNINGS)})
 
 

@@ -77,7 +77,7 @@ def _wrapped(losses: nn.Module, place: list[int] | None) -> nn.Module:
 
 
 class ExactGradients:
-    """Any number of micro-batches per process, averaged so that nobody can tell who computed which of them."""
+    """Any number of micro-batches per process; nobody can tell from the mean who computed which of them."""
 
     def __init__(self, count: int, own: int, accelerator: Accelerator, *, meet: bool) -> None:
         """`own` of `count` micro-batches are this process's; with `meet`, some layers span the batch."""
@@ -112,7 +112,7 @@ class ExactGradients:
         torch's generator is one for all threads: losses that draw from it are computed one after the other.
 
         Raises:
-            RunFailed: a loss draws random numbers although its micro-batches must be computed at the same time.
+            RunFailed: a loss draws random numbers although its micro-batches must be computed at once.
         """
         trained = [p for network in networks for p in network.parameters() if p.requires_grad]
         at_once = self._meet or self._draws.get(networks) is False
@@ -131,8 +131,8 @@ class ExactGradients:
         found = workers.map(gradients, batches, self._count, meet=self._meet)
         if at_once and not torch.equal(before, torch.get_rng_state()):
             raise RunFailed(
-                "with --micro-batches, a loss may not draw from torch's generator in some steps only, nor beside "
-                "a BatchNorm: draw from a Stream, or leave --micro-batches out"
+                "with --micro-batches, a loss may not draw from torch's generator in some steps only, nor "
+                "beside a BatchNorm: draw from a Stream, or leave --micro-batches out"
             )
         with self.all_cores():
             means = self._mean(found, trained)

@@ -38,7 +38,8 @@ def start_accelerator(
     prepare_process(on_cpu=not on_gpu)
     if not on_gpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         raise UserError("--mixed_precision fp16 would silently run as float32 on a CPU: give bf16, or no")
-    timeout = timedelta(seconds=peer_timeout)
+    # The vote to stop, over gloo, must time out first: when NCCL does, its watchdog aborts without a word.
+    timeout = timedelta(seconds=peer_timeout + (60 if on_gpu else 0))
     rejoin_after_restart("nccl" if on_gpu else "gloo", timeout)
     accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
     world_size = accelerator.num_processes
