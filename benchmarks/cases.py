@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from common import REPOSITORY, command_line, logged, run_python, trainer_of
+from common import REPOSITORY, command_line, run_python, trainer_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,11 +31,13 @@ from torchvision import datasets, transforms
 from cs324dist.distributed.process import prepare_process
 from cs324dist.models.gan import Discriminator, Generator
 from cs324dist.models.lstm import LSTM
+from cs324dist.report.reading import read_run
 from cs324dist.runs.trained import load_generator
 from cs324dist.sampling.generators import generate
 
 BATCH, LATENT = 64, 100  # the course recipe's
 DATA = REPOSITORY / "data"
+TWO_THREADS = {"CS324DIST_THREADS": "2"}
 SMOKE = "launch/gan.py --preset smoke --dataset fake --wandb disabled"
 
 
@@ -51,9 +54,9 @@ def milliseconds(step: Callable[[int], object], steps: int, warm_up: int = 4) ->
     return 1000 * statistics.median(times)
 
 
-def ours(task: str, preset: str, precision: str = "no", threads: str = "", **changes: Any) -> float:
-    """The task's step in the trainer."""
-    os.environ |= {"ACCELERATE_MIXED_PRECISION": precision, "CS324DIST_THREADS": threads}
+def ours(task: str, preset: str, environment: dict[str, str] | None = None, **changes: Any) -> float:
+    """A step of the trainer."""
+    os.environ |= environment or {}
     trainer = trainer_of(task, preset, **changes)
     return milliseconds(partial(trainer.step, is_logged=False), 30)
 
@@ -218,14 +221,13 @@ def lstm_ours(length: int, kernel: str = "fused", without: str = "") -> float:
 
 def loop(batch: int, steps: int, log_every: int, *command: object) -> float:
     """A run's milliseconds a step, without its evaluations and checkpoints."""
-    name = "throughput/samples_per_second"
     common = f"--preset course --batch-size {batch} --steps {steps} --log-every {log_every} --wandb disabled"
     rare = f"--evaluate-every {steps} --checkpoint-every {steps}"
     with TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         run_python(*command, *common.split(), *rare.split(), "--run-dir", run)
-        rates = [row[name] for row in logged(run, name)]
-    return 1000 * batch / statistics.median(rates[1:])
+        rates = read_run(run, "loop").series("throughput/samples_per_second").values()
+    return 1000 * batch / statistics.median([*rates][1:])
 
 
 def scaled(processes: int, samples: int) -> float:
@@ -267,11 +269,11 @@ def samples(to_file: bool) -> float:
 CASES: dict[str, Callable[[], float]] = {
     **{case.__name__: case for case in (gan_bare, gan_notebook, gan_floor, imports, start)},
     "gan_ours": partial(ours, "gan", "course", data_root=DATA),
-    "gan_bf16": partial(ours, "gan", "course", "bf16", data_root=DATA),
-    "gan_fast": partial(ours, "gan", "fast", threads="2", data_root=DATA),
-    "gan_exact": partial(ours, "gan", "fast", threads="2", data_root=DATA, micro_batches=2),
-    "lstm_fast_50": partial(ours, "lstm", "fast", threads="2", curriculum=1.0),
-    "lstm_exact_50": partial(ours, "lstm", "fast", threads="2", curriculum=1.0, micro_batches=2),
+    "gan_bf16": partial(ours, "gan", "course", {"ACCELERATE_MIXED_PRECISION": "bf16"}, data_root=DATA),
+    "gan_fast": partial(ours, "gan", "fast", TWO_THREADS, data_root=DATA),
+    "gan_exact": partial(ours, "gan", "fast", TWO_THREADS, data_root=DATA, micro_batches=2),
+    "lstm_fast": partial(ours, "lstm", "fast", TWO_THREADS, curriculum=1.0),
+    "lstm_exact": partial(ours, "lstm", "fast", TWO_THREADS, curriculum=1.0, micro_batches=2),
     "gan_loop": partial(loop, BATCH, 100, 20, "launch/gan.py"),
     "lstm_loop": partial(loop, 128, 600, 50, "launch/lstm.py", "--length", 10),
     "gan_notebook_in_memory": partial(gan_notebook, in_memory=True),
@@ -290,19 +292,13 @@ CASES: dict[str, Callable[[], float]] = {
 }  # fmt: skip
 
 
-def main() -> None:
+if __name__ == "__main__":
     parser = command_line(__doc__)
     parser.add_argument("case", choices=CASES, metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--profile", action="store_true", help="print where its time goes")
     options = parser.parse_args()
     torch.manual_seed(0)
-    if not options.profile:
+    with torch.profiler.profile() if options.profile else nullcontext() as profiler:
         print(CASES[options.case]())
-        return
-    with torch.profiler.profile() as profiler:
-        CASES[options.case]()
-    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
-
-
-if __name__ == "__main__":
-    main()
+    if profiler:
+        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))

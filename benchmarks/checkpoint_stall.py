@@ -57,7 +57,7 @@ def measure(folder: Path, repeats: int, steps: int) -> Row:
     }
 
 
-def main() -> None:
+if __name__ == "__main__":
     parser = command_line(__doc__)
     parser.add_argument("--repeats", type=int, default=15, help="checkpoints written")
     parser.add_argument("--steps", type=int, default=60, help="steps before each")
@@ -70,7 +70,3 @@ def main() -> None:
     print(result)
     store("checkpoint_stall", result, load=round(os.getloadavg()[0], 2))
     exit_process(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -66,12 +66,6 @@ def run_python(*arguments: object, **environment: str) -> str:
     return done.stdout
 
 
-def logged(run: Path, name: str) -> list[Row]:
-    """The rows of a run's metrics that have a value of this name."""
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [row for row in rows if name in row]
-
-
 def trainer_of(task: str, preset: str, **changes: Any) -> "Trainer":
     """A trainer in this process, of a task with the options of a preset and some changes."""
     from cs324dist.distributed.process import start_accelerator

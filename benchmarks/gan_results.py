@@ -16,15 +16,14 @@ import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from common import IMAGES, REPOSITORY, Row, logged, run_parts, run_python
+from common import IMAGES, REPOSITORY, Row, run_parts, run_python
 from torch import Tensor
 
 from cs324dist.data.images import load_images, to_unit_range
 from cs324dist.metrics.digits import read_digits
-from cs324dist.runs.lease import newest_generation, owner_of
+from cs324dist.report.reading import read_run
 from cs324dist.runs.trained import load_generator
 from cs324dist.sampling.generators import generate, latents
 from cs324dist.sampling.grids import grid, save_png
@@ -44,33 +43,23 @@ def trained(name: str, options: str = "", script: str = "gan", precision: str = 
     return run
 
 
-def config_of(run: Path) -> dict[str, Any]:
-    return json.loads((run / "config.json").read_text())["config"]
-
-
-def environment_of(run: Path) -> dict[str, Any]:
-    """What the last process ran in that took steps of a run."""
-    owners = (owner_of(run, number) for number in range(newest_generation(run / "owners"), 0, -1))
-    made_in = next(owner.environment for owner in owners if owner and owner.environment)
-    return {**asdict(made_in), "cores": os.cpu_count()}
-
-
 def measured(name: str, options: str = "", *evaluation: str | Path, precision: str = "no") -> Row:
     """What a run of these options achieves, and its curve: steps, distance, sure share."""
     run = trained(name, options, precision=precision)
     run_python("launch/evaluate.py", run, *evaluation)
-    seconds, found = run / "seconds", json.loads((run / "evaluation.json").read_text())
+    made, seconds, found = (
+        read_run(run, name),
+        run / "seconds",
+        json.loads((run / "evaluation.json").read_text()),
+    )
     shares = {f"share_of_{digit}": share for digit, share in enumerate(found.pop("shares"))}
-    curve = [
-        [row["step"], round(row["eval/frechet_distance"], 2), round(row["eval/sure"], 4)]
-        for row in logged(run, "eval/frechet_distance")
-    ]
+    distances, sure = made.series("eval/frechet_distance"), made.series("eval/sure")
     return {
         "options": options,
-        "steps": config_of(run)["steps"],
+        "steps": made.steps,
         "seconds": int(seconds.read_text()) if seconds.exists() else None,
-        "environment": environment_of(run),
-        "curve": curve,
+        "environment": {**asdict(made.environment), "cores": os.cpu_count()},
+        "curve": [[step, round(distance, 2), round(sure[step], 4)] for step, distance in distances.items()],
         **found,
         **shares,
     }
@@ -129,10 +118,11 @@ def pace() -> list[Row]:
     rows = []
     for recipe in ("course", "fast"):
         run = trained(f"pace-{recipe}", f"--preset {recipe} --steps 400 --evaluate-every 1000")
-        name = "throughput/samples_per_second"
-        rate = statistics.median(row[name] for row in logged(run, name) if row["step"] > 100)
-        milliseconds = 1000 * config_of(run)["batch_size"] / rate
-        rows.append({"recipe": recipe, "milliseconds": milliseconds, "environment": environment_of(run)})
+        made = read_run(run, recipe)
+        rates = made.series("throughput/samples_per_second").items()
+        rate = statistics.median(rate for step, rate in rates if step > 100)
+        milliseconds = 1000 * made.options.batch_size / rate
+        rows.append({"recipe": recipe, "milliseconds": milliseconds, "environment": asdict(made.environment)})
     return rows
 
 
@@ -181,7 +171,7 @@ def fashion() -> list[Row]:
     """Preset `fast`, untouched, on Fashion-MNIST."""
     data = "--dataset fashion-mnist"
     classifier = trained("classifier-fashion-mnist", data, "classifier")
-    accuracy = logged(classifier, "eval/accuracy")[-1]["eval/accuracy"]
+    accuracy = read_run(classifier, "classifier").last("eval/accuracy")
     row = measured("fashion-mnist-0", data, "--classifier", classifier)
     grid = ("grid", RUNS / "fashion-mnist-0", "--out", IMAGES / "gan-fashion-mnist.png")
     run_python("launch/sample.py", *grid)

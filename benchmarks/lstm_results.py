@@ -21,13 +21,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import REPOSITORY, Row, logged, run_parts, trainer_of
+from common import REPOSITORY, Row, run_parts, trainer_of
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from cs324dist.data.palindromes import DIGITS, all_palindromes, encode, free_digits, palindromes
 from cs324dist.data.streams import Stream
 from cs324dist.models.lstm import LSTM
+from cs324dist.report.reading import read_run
 from cs324dist.tasks.lstm import LSTMTask
 from cs324dist.trainer import Trainer
 
@@ -63,16 +64,6 @@ def new_trainer(preset: str, change: Change | None = None, **options: Any) -> Tr
     return trainer
 
 
-def step_of(trainer: Trainer, step: int) -> dict[str, float]:
-    """Take a step; returns its metrics."""
-    trainer.step(step, is_logged=False)
-    return trainer.read_metrics()
-
-
-def has_full_length(task: LSTMTask) -> bool:
-    return task.length == task.config.length
-
-
 def accuracy_of(trainer: Trainer) -> float:
     with trainer.evaluating():
         return trainer.task.evaluate(trainer.sum_over()).metrics["accuracy"]
@@ -80,14 +71,15 @@ def accuracy_of(trainer: Trainer) -> float:
 
 def train(trainer: Trainer, most: int, least: int = 0) -> Row:
     """Train until solved, at least `least` and at most `most` steps."""
-    config, solved, curve = trainer.config, None, []
+    task, config, solved, curve = trainer.task, trainer.config, None, []
     for step in tqdm(range(1, most + 1), LSTMTask.run_name(config), disable=None):
-        metrics = step_of(trainer, step - 1)
+        trainer.step(step - 1, is_logged=False)
+        metrics = trainer.read_metrics()
         right = metrics["train/accuracy"]
         if step % CURVE_EVERY == 0:
             curve.append([step, round(metrics["train/loss"], 4), round(right, 4)])
-        hopeful = right == 1 and step % TRY_EVERY[config.preset] == 0 and has_full_length(trainer.task)
-        if solved is None and hopeful and accuracy_of(trainer) == 1:
+        is_tried = step % TRY_EVERY[config.preset] == 0 and right == 1 and task.length == config.length
+        if solved is None and is_tried and accuracy_of(trainer) == 1:
             solved = step
         if solved and step >= least:
             break
@@ -210,12 +202,13 @@ def settled() -> list[Row]:
     """With either initialisation at 1 000 digits: is a batch still wrong once the full length is reached?"""
     rows = []
     for (name, option), seed in product((("for the length", "length"), ("as nn.Linear", "linear")), range(3)):
-        trainer, reached = new_trainer("fast", length=1000, initialisation=option, seed=seed), 0
-        while not has_full_length(trainer.task):
+        trainer, reached, wrong = new_trainer("fast", length=1000, initialisation=option, seed=seed), 0, 0
+        while trainer.task.length < 1000:
             trainer.step(reached, is_logged=False)
             reached += 1
-        steps = range(reached, reached + SETTLING)
-        wrong = sum(int(step_of(trainer, step)["train/accuracy"] < 1) for step in steps)
+        for step in range(reached, reached + SETTLING):
+            trainer.step(step, is_logged=False)
+            wrong += trainer.read_metrics()["train/accuracy"] < 1
         rows.append({"initialisation": name, "seed": seed, "reached": reached, "wrong": wrong})
     return rows
 
@@ -266,7 +259,7 @@ def long() -> list[Row]:
             seconds = time.monotonic() - began
             if status:
                 sys.exit(f"{command} ended with exit code {os.waitstatus_to_exitcode(status)}")
-            accuracy = logged(run, "eval/accuracy")[-1]["eval/accuracy"]
+            accuracy = read_run(run, command).last("eval/accuracy")
         row = {"length": length, "command": f"python {command}", "seconds": round(seconds)}
         row |= {"peak_gib": round(used.ru_maxrss / 2**20, 2), "accuracy": accuracy, "trials": trials}
         rows.append(row)

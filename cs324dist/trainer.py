@@ -262,8 +262,10 @@ class Run:
             with with_full_state(self.task.optimizers):
                 write_checkpoint(scratch / "0", self.task, TrainerState(0))
                 read_checkpoint(scratch / "0", self.task)
-        except (ReportedError, OSError):
+        except ReportedError:
             raise
+        except OSError as error:
+            raise self.run.unwritable(error) from None
         except Exception as error:
             raise UserError(f"it cannot be saved: {type(error).__name__}: {printable(error)}") from error
         finally:

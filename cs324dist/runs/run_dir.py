@@ -145,7 +145,7 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lease = Lease(self.path, after=newest_generation(self.checkpoints))
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise self.unwritable(error) from None
 
     def start(self, record: RunRecord, environment: Environment, step: int, metrics_lines: int) -> None:
         """Write down what is about to run, and drop the metrics past the checkpoint of `step`.
@@ -172,14 +172,15 @@ class RunDir:
             if self._lease is not None:
                 self._lease.note(step, lost, environment, record.config)
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise self.unwritable(error) from None
         self.write_status("running", step)
 
     def _latest_environment(self) -> Environment | None:
         owners = (owner_of(self.path, number) for number in range(self.generation - 1, 0, -1))
         return next((owner.environment for owner in owners if owner and owner.environment), None)
 
-    def _unwritable(self, error: OSError) -> UserError:
+    def unwritable(self, error: OSError) -> UserError:
+        """What to say of an error before the first step."""
         return UserError(f"--run-dir {self} cannot be written to ({error.strerror}): give another folder")
 
     @property

@@ -127,19 +127,29 @@ class TestFullDisk:
         assert [row["step"] for row in metrics(run) if "train/loss" in row] == list(range(1, 401))
         assert_valid_and_finite(run / "checkpoints" / "000000400")
 
-    def test_a_run_that_is_stopped_without_room_for_a_checkpoint_begins_anew(
-        self, start_python, launch, small_disk
-    ):
+    def test_without_room_for_one_checkpoint_no_run_is_started(self, launch, small_disk):
         run = small_disk(self.CHECKPOINT // 2) / "run"
-        command = (*LSTM, *self.EVERY[:2], "--steps", "400", "--checkpoint-every", "400", "--run-dir", run)
+        done = launch(*LSTM, *self.EVERY[:2], "--run-dir", run, check=False)
+        assert done.returncode == 2
+        assert done.stderr == (
+            f"error: --run-dir {run} cannot be written to (No space left on device): give another folder\n"
+        )
+        assert not run.exists()
+
+    def test_a_run_that_is_stopped_without_room_for_a_checkpoint_begins_anew(self, start_python, small_disk):
+        disk = small_disk(4 * self.CHECKPOINT)
+        run, never = disk / "run", "100000"
+        every = ("--steps", never, "--evaluate-every", never, "--checkpoint-every", never)
+        command = (*LSTM, *self.EVERY[:2], *every, "--run-dir", run)
         process = start_python(*command)
         wait_for_line(process, "step 12/")
+        filler = fill(disk, leaving=self.CHECKPOINT // 2)
         process.send_signal(signal.SIGTERM)
         assert "warning: no checkpoint of step" in process.stderr.read()
         assert process.wait() == 75
         assert status(run) == {"state": "stopped", "step": 0, "why": "a signal asked for it"}
-        remount(run.parent, 4 * self.CHECKPOINT)
-        assert "starting at step 0 of 400" in launch(*command).stderr
+        filler.unlink()
+        wait_for_line(start_python(*command), f"{run}: starting at step 0 of {never}")
 
     def test_a_picture_that_cannot_be_written_does_not_end_the_run(self, start_python, tmp_path):
         run = tmp_path / "run"
