@@ -6,8 +6,8 @@
 
 Each case (see `cases.py`) runs in a process of its own, so that nothing of one reaches the other; the cases
 take turns, `--rounds` times, and a ratio is that of two measurements of one round. They are stored in
-benchmarks/results/GROUP.json;
-`python benchmarks/results_page.py` makes docs/performance.md and docs/distributed.md from them.
+benchmarks/results/GROUP.json, from which `python benchmarks/results_page.py` makes docs/performance.md and
+docs/distributed.md.
 """
 
 import statistics

@@ -1,5 +1,7 @@
 """The pages of results, speed and scaling say what the stored results say."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,65 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", ["results", "performance", "distributed"])
-def test_the_page_is_the_one_that_the_stored_results_make(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def benchmarks_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+
+
+@pytest.mark.parametrize("name", ["results", "performance", "distributed"])
+def test_the_page_is_the_one_that_the_stored_results_make(name: str) -> None:
     from results_page import page
 
     assert (REPOSITORY / "docs" / f"{name}.md").read_text() == page(name)
+
+
+def test_a_comparison_is_on_the_page_as_soon_as_it_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import common
+    import results_page
+
+    stored = shutil.copytree(common.RESULTS, tmp_path / "results")
+    for module in (common, results_page):
+        monkeypatch.setattr(module, "RESULTS", stored)
+    speed = json.loads((stored / "speed.json").read_text())
+    what = "GAN step of preset fast, --micro-batches 2 against none"
+    milliseconds = {"slower_ms": 96.04, "faster_ms": 80}
+    row = {"what": what, "goal": "at most 1.25", "ratios": [1.1, 1.2, 1.4], **milliseconds}
+    others = [row for row in speed["rows"] if row["what"] != what]
+    for rows, lines in (
+        (others, []),
+        ([*others, row], [f"| {what} | 1.20 | 1.10 to 1.40 | at most 1.25 | 96.0 | 80.0 |"]),
+    ):
+        (stored / "speed.json").write_text(json.dumps({**speed, "rows": rows}))
+        page = results_page.page("performance").splitlines()
+        assert [line for line in page if line.startswith(f"| {what}")] == lines
+
+
+def test_every_comparison_is_of_cases_that_there_are() -> None:
+    from cases import CASES
+    from speed import COMPARISONS
+
+    compared = {case for group in COMPARISONS.values() for *cases, _ in group.values() for case in cases}
+    assert compared - CASES.keys() == set()
+
+
+def test_the_stored_traffic_is_that_of_the_models() -> None:
+    from traffic import traffic
+
+    rows = json.loads((REPOSITORY / "benchmarks" / "results" / "traffic.json").read_text())["rows"]
+    assert rows == traffic()
+    by_model = {row.pop("model"): row for row in rows}
+    # Products and transposed convolutions without the biases that BatchNorm cancels, and BatchNorm's own two.
+    generator = 100 * 1024 + 1024 * 6272 + 128 * 64 * 16 + 64 * 16 + 1 + 2 * (1024 + 6272 + 64)
+    assert by_model["Generator"] == {
+        "ddp": 4 * generator,
+        "exact": 8 * generator + 4 * 11,
+        "batch_norm": 4 * 4 * (1024 + 6272 + 64),
+    }
+    classifier = 25 * 16 + 25 * 16 * 32 + 1568 * 128 + 128 + 128 * 10 + 10 + 2 * (16 + 32)
+    assert by_model["DigitClassifier"] == {
+        "ddp": 4 * classifier,
+        "exact": 8 * classifier + 4 * 10,
+        "batch_norm": 4 * 4 * (16 + 32),
+    }
