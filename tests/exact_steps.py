@@ -98,16 +98,16 @@ def batch_norm_per_process() -> None:
 
 def norm_by_threads() -> None:
     """The norm for clipping added up by all cores."""
-    clip = trainer_module.clip_grad_norm_
 
-    def clip_with_threads(parameters: Any, largest: float) -> Tensor:
-        cores = int(os.environ["CS324DIST_THREADS"])
-        torch.set_num_threads(cores)
-        found = clip(parameters, largest, foreach=False)
+    def clip(parameters: list[Tensor], largest: float) -> None:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch.set_num_threads(int(os.environ["CS324DIST_THREADS"]))
+        norm = sum(gradient.square().sum() for gradient in gradients) ** 0.5
         torch.set_num_threads(1)
-        return found
+        for gradient in gradients:
+            gradient *= largest / norm
 
-    trainer_module.clip_grad_norm_ = clip_with_threads
+    trainer_module.clip_grad_norm_ = clip
 
 
 def metrics_by_process() -> None:
