@@ -65,15 +65,19 @@ def _wrapped(losses: nn.Module, place: list[int] | None) -> nn.Module:
     with warnings.catch_warnings():
         # torch 2.13 has another name for `broadcast_buffers`
         warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             losses,
             place,
             broadcast_buffers=False,  # BatchNorm over the batch keeps them equal
             gradient_as_bucket_view=True,
-            # Otherwise DDP adds up its first step in one bucket and later ones in several: a resumed run of
-            # three processes would add in another order than one that ran through.
-            find_unused_parameters=True,
         )
+    # DDP adds up its first step in one bucket and later ones in several, in the order of the first. With this
+    # pass as the first, a resumed run of three processes adds in the same order as one that ran through.
+    trained = [parameter for parameter in losses.parameters() if parameter.requires_grad]
+    wrapped(lambda _: torch.stack([(parameter * 0).sum() for parameter in trained]).sum(), None).backward()
+    for parameter in trained:
+        parameter.grad = None
+    return wrapped
 
 
 class ExactGradients:
