@@ -59,7 +59,7 @@ class Trainer:
         """Prepare the networks that are trained: their place, precision, BatchNorm and reduction.
 
         Raises:
-            UserError: an optimizer holds a parameter of no network, or fp16 was asked for with micro-batches.
+            UserError: an optimizer holds a parameter of no network, or is driven by a scheduler of torch.
         """
         self.task, self.accelerator, self.config = task, accelerator, task.config
         rank, processes = accelerator.process_index, accelerator.num_processes
@@ -141,16 +141,20 @@ class Trainer:
                 group["lr"] = group["initial_lr"] * factor
             with self._gradients.cores_for(optimizer):
                 scaler.step(optimizer) if scaler else optimizer.step()
-            optimizer.zero_grad()
+        for network in networks:
+            network.zero_grad()
         if scaler:
             scaler.update()
 
     def measure(self, loss: Loss) -> None:
         """See `Updater`."""
-        if self._is_logged:
+
+        def recorded(batch: MicroBatch) -> None:
             with torch.no_grad():
-                for batch in self._batches().values():
-                    self._record(batch, loss(batch)[1])
+                self._record(batch, loss(batch)[1])
+
+        if self._is_logged:
+            self._gradients.map(recorded, self._batches())
 
     def sum(self, values: Mapping[int, Tensor]) -> Tensor:
         """See `Updater`."""

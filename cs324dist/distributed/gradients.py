@@ -32,11 +32,14 @@ class DDPGradients:
         self._scaler = accelerator.scaler
         place = [accelerator.local_process_index] if accelerator.device.type == "cuda" else None
         self._reducers: dict[Networks, nn.Module] = {}
-        for networks in trained:
-            losses: nn.Module = _Losses(networks)
-            if accelerator.num_processes > 1:
-                losses = _wrapped(losses, place)
-            self._reducers.setdefault(networks, losses)
+        for networks in dict.fromkeys(trained):
+            losses = _Losses(networks)
+            self._reducers[networks] = _wrapped(losses, place) if accelerator.num_processes > 1 else losses
+
+    def map(self, work: Callable[[MicroBatch], object], batches: Batches) -> None:
+        """Do something with each micro-batch of this process."""
+        for batch in batches.values():
+            work(batch)
 
     def compute(self, networks: Networks, loss_of: LossOf, seed_of: SeedOf, batches: Batches) -> None:
         """Leave the mean gradient over all processes in `grad` of the networks' parameters."""
@@ -104,6 +107,10 @@ class ExactGradients:
             yield
         finally:
             torch.set_num_threads(1)
+
+    def map(self, work: Callable[[MicroBatch], object], batches: Batches) -> None:
+        """Do something with each micro-batch of this process; layers that span the batch meet."""
+        self._workers.map(work, batches, self._count, meet=self._meet)
 
     def cores_for(self, optimizer: Optimizer) -> AbstractContextManager[None]:
         """Inside, the cores that this optimizer's step may use: a fused one works value by value."""

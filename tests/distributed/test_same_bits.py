@@ -2,15 +2,21 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cs324dist.distributed import gradients
 from cs324dist.distributed.exact_mean import ExactMean
+from cs324dist.tasks.classifier import ClassifierTask
+from cs324dist.trainer import Trainer
 
 STEPS = Path(__file__).parents[1] / "exact_steps.py"
 
@@ -74,6 +80,29 @@ class TestEachMechanismIsNeeded:
         one, three = found(1, fault="evaluation_by_process"), found(3, fault="evaluation_by_process")
         assert one["gan"]["evaluation"] != three["gan"]["evaluation"]
         assert one["gan"]["tensors"] == three["gan"]["tensors"]
+
+
+def test_what_is_only_measured_spans_the_batch_too():
+    """BatchNorm in a loss that trains nothing spans all micro-batches, as in one that trains."""
+    config = replace(ClassifierTask.presets["smoke"], dataset="fake", batch_size=16, micro_batches=4)
+    cores = torch.get_num_threads()
+    trainer = Trainer(task := ClassifierTask(config, torch.device("cpu")), Accelerator(cpu=True))
+    found = []
+    for step in (lambda: trainer.measure(task.loss), lambda: trainer.update("classifier", task.loss)):
+        task.step = lambda *_, step=step: step()
+        trainer.step(0, is_logged=True)
+        found.append(trainer.read_metrics())
+    torch.set_num_threads(cores)
+    assert found[0] == found[1]
+
+
+def test_networks_of_two_updates_are_wrapped_for_ddp_once(monkeypatch):
+    wrapped = []
+    monkeypatch.setattr(gradients, "_wrapped", lambda losses, place: wrapped.append(losses) or losses)
+    two = Mock(spec=Accelerator, scaler=None, device=torch.device("cpu"), num_processes=2)
+    networks = (torch.nn.Linear(1, 1),)
+    gradients.DDPGradients([networks, networks], two)
+    assert len(wrapped) == 1
 
 
 def values(exponent: int) -> st.SearchStrategy[float]:

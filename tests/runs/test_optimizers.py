@@ -141,9 +141,8 @@ def plain_torch(build: Build, steps: int) -> dict[str, bytes]:
         for some in optimizers.values():
             loss_at(step, trained).backward()
             for optimizer in some if isinstance(some, list) else [some]:
-                optimizer.step()
-                optimizer.zero_grad()
-            for network in trained.values():  # what another optimizer trains
+                optimizer.step()  # all of them with this gradient
+            for network in trained.values():
                 network.zero_grad()
     return bits(trained)
 
