@@ -104,7 +104,7 @@ class Lease:
         try:
             self._lock.acquire(blocking=False)
             self._claim()
-        except (Timeout, FileExistsError):
+        except (Timeout, FileExistsError, FileNotFoundError):  # the last: its draft was cleared by who won
             raise UserError(f"{run} was just taken by another process: wait for it, or stop it") from None
         now = _last_sign(self._path)  # by the clock of the file system, as the other one
         if last_sign and now:

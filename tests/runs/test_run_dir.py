@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cs324dist.config import Config, as_json
 from cs324dist.data.streams import MicroBatch
 from cs324dist.distributed.stop import StopRequest
-from cs324dist.errors import RunFailed, UserError
+from cs324dist.errors import UserError
 from cs324dist.models.rnn import RNN
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
 from cs324dist.runs.environment import Environment
@@ -454,7 +454,9 @@ class TestBeforeTheFirstStep:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
 
         monkeypatch.setattr("cs324dist.runs.models.save_file", full)
-        with pytest.raises(RunFailed, match=r"^model.safetensors: No space left on device$"):
+        with pytest.raises(
+            UserError, match=r"cannot be written to \(No space left on device\): give another"
+        ):
             self.train(linear, tmp_path / "run")
         assert list(tmp_path.iterdir()) == []
 
