@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from cs324dist.config import Config, as_json, from_command_line
+from cs324dist.command_line import from_command_line
+from cs324dist.config import Config, as_json
 from cs324dist.data.counter_rng import stream_keys
 from cs324dist.data.streams import MicroBatch
 from cs324dist.distributed.batch_norm import convert_sync_batchnorm, freeze_cancelled_biases, spans_the_batch

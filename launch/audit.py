@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Annotated
 
 from cs324dist.audit import audit
-from cs324dist.config import POSITIONAL, Count, parse
+from cs324dist.command_line import parse
+from cs324dist.config import POSITIONAL, Count
 from cs324dist.errors import errors_as_exit_codes, exit_process
 
 

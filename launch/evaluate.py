@@ -13,7 +13,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from cs324dist.config import POSITIONAL, Seed, parse
+from cs324dist.command_line import parse
+from cs324dist.config import POSITIONAL, Seed
 from cs324dist.errors import UserError, errors_as_exit_codes, exit_process
 from cs324dist.metrics.generators import GeneratorQuality, measure
 from cs324dist.runs.files import check_writable, write_record

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cs324dist.config import parse
+from cs324dist.command_line import parse
 from cs324dist.data.fetch import fetch
 from cs324dist.data.images import SHA256
 from cs324dist.errors import errors_as_exit_codes

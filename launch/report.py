@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from cs324dist.config import POSITIONAL, parse
+from cs324dist.command_line import parse
+from cs324dist.config import POSITIONAL
 from cs324dist.errors import UserError, errors_as_exit_codes, warn
 from cs324dist.report.page import write_report
 from cs324dist.runs.files import check_writable

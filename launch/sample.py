@@ -16,7 +16,8 @@ from typing import Annotated, Literal
 import torch
 from annotated_types import Interval
 
-from cs324dist.config import POSITIONAL, Seed, parse_command
+from cs324dist.command_line import parse_command
+from cs324dist.config import POSITIONAL, Seed
 from cs324dist.errors import UserError, errors_as_exit_codes
 from cs324dist.models.gan import Generator
 from cs324dist.runs.files import check_writable, replaced

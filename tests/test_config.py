@@ -15,6 +15,7 @@ from annotated_types import Interval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cs324dist.command_line import from_command_line, parse
 from cs324dist.config import (
     MUTABLE,
     Config,
@@ -24,9 +25,7 @@ from cs324dist.config import (
     Positive,
     as_json,
     conflicts,
-    from_command_line,
     from_json,
-    parse,
 )
 from cs324dist.errors import UserError
 from cs324dist.tasks import find_task

@@ -19,6 +19,7 @@ FLOORS = (  # a folder or module imports from those before it, and from those be
     {"sampling"},
     {"tasks"},
     {"trackers"},
+    {"command_line"},
     {"trainer"},
     {"audit"},
     {"report"},

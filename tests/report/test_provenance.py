@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import pytest
 from made_runs import leave, make_gan, make_lstm, save_generator
 
-from cs324dist.config import Config, Positive, from_command_line
+from cs324dist.command_line import from_command_line
+from cs324dist.config import Config, Positive
 from cs324dist.report import provenance
 from cs324dist.report.page import TEMPLATES
 from cs324dist.report.reading import Run, read_run

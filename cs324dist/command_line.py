@@ -1,0 +1,230 @@
+"""Command lines: the options of a dataclass, and one line for each word that cannot be used.
+
+The annotation of a field says what is allowed, the docstring under it is the help text of its option.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import enum
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from cs324dist.config import MUTABLE, POSITIONAL, ConfigT, hints_of, markers, option
+from cs324dist.errors import UserError
+
+Options = TypeVar("Options")
+Schema = Mapping[str, Any]
+NAMES = {"integer": ("INT", "a whole number"), "number": ("FLOAT", "a number")}
+ENDS = {
+    "exclusiveMinimum": "more than",
+    "minimum": "at least",
+    "exclusiveMaximum": "less than",
+    "maximum": "at most",
+}
+
+
+def from_command_line(
+    presets: Mapping[str, ConfigT],
+    description: str,
+    run_name: Callable[[ConfigT], str],
+    arguments: Sequence[str] | None = None,
+) -> ConfigT:
+    """The options that `arguments` (default: the process's) ask for; `--preset` supplies the defaults.
+
+    Args:
+        presets: recipes by name; the first is the default.
+        description: shown above the options by `--help`.
+        run_name: the name of the run folder below `runs/` where `--run-dir` is not given.
+        arguments: words of the command line.
+
+    Raises:
+        UserError: a line for every value that is not allowed.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", nargs="?", const="", default=next(iter(presets)))
+    chosen = first.parse_known_args(arguments)[0].preset
+    defaults = dataclasses.replace(presets.get(chosen, next(iter(presets.values()))), preset=chosen)
+    defaults = dataclasses.replace(defaults, run_dir=Path("runs") / run_name(defaults))
+    hints = {**hints_of(type(defaults)), "preset": Annotated[Literal[tuple(presets)], MUTABLE]}
+    given = _parsed(hints, type(defaults), description, defaults, arguments)
+    config = dataclasses.replace(defaults, **given)
+    folder = given.get("run_dir") or Path("runs") / run_name(config)
+    return dataclasses.replace(config, run_dir=folder)
+
+
+def parse(options_type: type[Options], description: str, arguments: Sequence[str] | None = None) -> Options:
+    """The options, a dataclass, that `arguments` (default: the process's) ask for.
+
+    Raises:
+        UserError: a line for everything that is not allowed.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return options_type(**_parsed(hints_of(options_type), options_type, description, None, arguments))
+
+
+def parse_command(
+    commands: Mapping[str, type[Options]], description: str, arguments: Sequence[str] | None = None
+) -> Options:
+    """The options of the command that the first of `arguments` names; see `parse`."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ("",)
+    if command in commands:
+        return parse(commands[command], inspect.cleandoc(commands[command].__doc__ or ""), rest)
+    if command in ("-h", "--help"):
+        parser = argparse.ArgumentParser(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        listed = parser.add_subparsers(title="commands", metavar="COMMAND")
+        for name, options_type in commands.items():
+            listed.add_parser(name, help=(options_type.__doc__ or "").partition("\n")[0])
+        parser.parse_args([command])
+    wrong = f"{command} is not a command" if command else "a command is missing"
+    raise UserError(f"{wrong}: give {', '.join(commands)}, and then the run")
+
+
+def _parsed(
+    hints: Mapping[str, Any], options_type: Any, description: str, defaults: Any, arguments: Sequence[str]
+) -> dict[str, Any]:
+    """The values that were given, by field."""
+    parser = _Parser(hints, options_type, description, defaults)
+    given, rest = parser.parse_known_args(arguments)
+    values, problems = {}, list(parser.unknown(rest))
+    for name, words in vars(given).items():
+        adapter: TypeAdapter[Any] = TypeAdapter(hints[name], config=ConfigDict(allow_inf_nan=False))
+        one_word = isinstance(words, str)
+        try:
+            values[name] = adapter.validate_strings(words) if one_word else adapter.validate_python(words)
+        except ValidationError as invalid:
+            if words == "none" and {"type": "null"} in adapter.json_schema().get("anyOf", ()):
+                values[name] = None
+                continue
+            line = f"{words if isinstance(words, str) else ' '.join(words)} is not allowed"
+            parses = not invalid.errors()[0]["type"].endswith(("_parsing", "_type", "_from_float"))
+            problems.append(
+                f"{parser.names[name]} {line}: give {_allowed(hints[name], with_kind=not parses)}"
+            )
+    if problems:
+        raise UserError(*problems)
+    return values
+
+
+def _schema_of(hint: Any) -> Schema:
+    """The JSON schema of a type, without None."""
+    schema = TypeAdapter(hint).json_schema()
+    found = next(part for part in schema.get("anyOf", [schema]) if part.get("type") != "null")
+    return schema["$defs"][found["$ref"].rpartition("/")[2]] if "$ref" in found else found
+
+
+def _choices(schema: Schema) -> Sequence[str]:
+    return schema.get("enum") or ([schema["const"]] if "const" in schema else [])
+
+
+def _allowed(hint: Any, with_kind: bool) -> str:
+    """The values that a type allows, in words: their choices or range, and `with_kind` also what they are."""
+    schema = _schema_of(hint)
+    if choices := _choices(schema):
+        return "one of " + ", ".join(choices)
+    _, kind = NAMES.get(schema.get("type", ""), ("", "a value of its type"))
+    range_ = " and ".join(f"{words} {schema[end]:g}" for end, words in ENDS.items() if end in schema)
+    return f"{kind}, {range_}" if range_ and with_kind else range_ or kind
+
+
+class _Parser(argparse.ArgumentParser):
+    """Collects the words given for each field; what does not parse is a line of a `UserError`."""
+
+    def __init__(self, hints: Mapping[str, Any], options_type: Any, description: str, defaults: Any) -> None:
+        super().__init__(
+            usage="%(prog)s [options]",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )
+        self.names: dict[str, str] = {}
+        headings = getattr(options_type, "groups", {})
+        groups = {
+            title: self.add_argument_group(title)
+            for title in (*headings, "recipe" if headings else "options")
+        }
+        docs, marked = _docstrings(options_type), markers(options_type)
+        for field in dataclasses.fields(options_type):
+            name, schema = field.name, _schema_of(hints[field.name])
+            if schema.get("type") == "object":  # a nested record has no words
+                continue
+            default = field.default if defaults is None else getattr(defaults, name)
+            title = next((title for title, names in headings.items() if name in names), [*groups][-1])
+            words: dict[str, Any] = {"help": _help(docs.get(name, ""), default).replace("%", "%%")}
+            is_flag = schema.get("type") == "boolean"
+            if is_flag:
+                words |= {"action": "store_const", "const": str(not default)}
+            else:
+                of_one = schema.get("items") or [*schema.get("prefixItems", ()), schema][0]
+                kind, _ = NAMES.get(of_one.get("type", ""), ("TEXT", ""))
+                choices = "{" + ",".join(_choices(schema)) + "}" if _choices(schema) else ""
+                words["metavar"] = choices or ("PATH" if of_one.get("format") == "path" else kind)
+                words["nargs"] = "+" if schema.get("type") == "array" else None
+            if POSITIONAL in marked[name]:
+                self.names[name] = name
+                groups[title].add_argument(name, **words | {"metavar": name.upper()})
+            else:
+                self.names[name] = option(f"no_{name}" if is_flag and default else name)
+                groups[title].add_argument(self.names[name], dest=name, **words)
+
+    def unknown(self, words: Sequence[str]) -> Iterator[str]:
+        """A line for each word that is no option, with the nearest that is."""
+        after_option = False
+        for word in words:
+            name, _, value = word.partition("=")
+            if not word.startswith("-"):
+                if not after_option:
+                    yield f"{word} is not an option: see --help"
+            elif name in _options_of_accelerate_launch():
+                yield f"{name} is an option of accelerate launch: give it before the name of the script"
+            elif near := difflib.get_close_matches(name.replace("_", "-"), self.names.values(), 1):
+                yield f"{name} is unknown: did you mean {near[0]}?"
+            else:
+                yield f"{name} is unknown: see --help"
+            after_option = word.startswith("-") and not value
+
+    def error(self, message: str) -> NoReturn:
+        """One line in place of the usage and an exit."""
+        message = re.sub(r"argument (\S+): expected .*", r"\1 needs a value", message)
+        raise UserError(message.replace("the following arguments are required", "missing"))
+
+
+def _help(doc: str, default: Any) -> str:
+    default = default.value if isinstance(default, enum.Enum) else default
+    if default is None or default is dataclasses.MISSING or isinstance(default, bool):
+        return doc
+    return f"{doc} (default: {default:.4g})" if isinstance(default, float) else f"{doc} (default: {default})"
+
+
+def _options_of_accelerate_launch() -> Collection[str]:
+    from accelerate.commands.launch import launch_command_parser
+
+    return launch_command_parser()._option_string_actions
+
+
+def _docstrings(options_type: Any) -> dict[str, str]:
+    """The docstrings under the fields of a dataclass and of those it inherits from."""
+    docs: dict[str, str] = {}
+    parts: list[Any] = [part for part in reversed(options_type.__mro__) if dataclasses.is_dataclass(part)]
+    for part in parts:
+        try:
+            body: Any = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
+        except (OSError, TypeError):  # defined where there is no source
+            continue
+        for field, below in pairwise(body.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                docs[ast.unparse(field.target)] = " ".join(ast.literal_eval(below.value).split())
+    return docs
