@@ -102,8 +102,11 @@ def _parsed(
     for name, words in vars(given).items():
         adapter: TypeAdapter[Any] = TypeAdapter(hints[name], config=ConfigDict(allow_inf_nan=False))
         one_word = isinstance(words, str)
+        choice = _choices(_schema_of(hints[name])).get(words) if one_word else words
         try:
-            values[name] = adapter.validate_strings(words) if one_word else adapter.validate_python(words)
+            values[name] = (
+                adapter.validate_strings(words) if choice is None else adapter.validate_python(choice)
+            )
         except ValidationError as invalid:
             if words == "none" and {"type": "null"} in adapter.json_schema().get("anyOf", ()):
                 values[name] = None
@@ -125,8 +128,11 @@ def _schema_of(hint: Any) -> Schema:
     return schema["$defs"][found["$ref"].rpartition("/")[2]] if "$ref" in found else found
 
 
-def _choices(schema: Schema) -> Sequence[str]:
-    return schema.get("enum") or ([schema["const"]] if "const" in schema else [])
+def _choices(schema: Schema) -> Mapping[str, Any]:
+    """The values that are allowed, by word; empty if they are not listed."""
+    return {
+        str(choice): choice for choice in schema.get("enum", [schema["const"]] if "const" in schema else [])
+    }
 
 
 def _allowed(hint: Any, with_kind: bool) -> str:

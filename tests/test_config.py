@@ -97,6 +97,9 @@ class Options:
     digit: Annotated[int, Interval(ge=0, le=9)] | None = None
     """Only this one."""
 
+    size: Literal[28, 32] | None = None
+    """Pixels."""
+
     anything: int = 0
     """No rule."""
 
@@ -145,6 +148,12 @@ class TestRanges:
         for word in ("bl", "Blue", ""):
             with pytest.raises(UserError, match=rf"^--kind {word} is not allowed: give one of red, blue$"):
                 parse(Options, "", ["--kind", word])
+
+    def test_choices_may_be_numbers(self):
+        assert parse(Options, "", ["--size", "32"]).size == 32
+        assert parse(Options, "", ["--size", "none"]).size is None
+        with pytest.raises(UserError, match=r"^--size 30 is not allowed: give one of 28, 32$"):
+            parse(Options, "", ["--size", "30"])
 
 
 class TestOptions:
