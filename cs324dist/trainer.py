@@ -90,7 +90,8 @@ class Trainer:
             self._gradients = DDPGradients(self._trained.values(), accelerator)
         else:
             meet = task.sync_batch_norm and any(map(spans_the_batch, networks))
-            self._gradients = ExactGradients(self.count, len(self._own), accelerator, meet=meet)
+            plain = () if self.compiled else networks
+            self._gradients = ExactGradients(plain, self.count, len(self._own), accelerator, meet=meet)
         self._step, self._is_logged = 0, False
         self._metrics: dict[str, dict[int, Tensor]] = {}
         self._skipped = SkippedSteps(accelerator)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cs324dist import trainer as trainer_module
-from cs324dist.distributed import exact_mean, micro_batches, sum_over
+from cs324dist.distributed import exact_mean, factored_linear, micro_batches, sum_over
 from cs324dist.distributed.process import start_accelerator
 from cs324dist.errors import exit_process
 from cs324dist.runs.checkpoints import tensors_by_file
@@ -76,15 +76,31 @@ def digests(name: str, changed: dict[str, Any], accelerator: Any) -> dict[str, A
 def float_sums() -> None:
     """Gradients added up as they are."""
 
-    def mean(self: Any, found: Any, parameters: Any) -> list[Tensor]:
-        sums = [
-            torch.stack([g for g in of_all if g is not None]).sum(0) for of_all in zip(*found, strict=True)
-        ]
+    def mean(self: Any, found: Any, parameters: Any) -> list[Tensor | None]:
+        used = (
+            [gradient for gradient in of_all if gradient is not None] for of_all in zip(*found, strict=True)
+        )
+        sums = [torch.stack(some).sum(0) if some else None for some in used]
         for one in sums if dist.is_initialized() else ():
-            dist.all_reduce(one)
-        return [one / MICRO_BATCHES for one in sums]
+            if one is not None:
+                dist.all_reduce(one)
+        return [None if one is None else one / MICRO_BATCHES for one in sums]
 
     exact_mean.ExactMean.__call__ = mean  # type: ignore[method-assign]
+
+
+def products_by_process() -> None:
+    """Of wide linear layers, the product of this process's own factors, added up over processes."""
+
+    def product(weight: Tensor, parts: Any, rows: int, own: Any, count: int, threads: Any) -> Tensor:
+        factors = torch.cat(list(parts.values()))
+        x, deltas = factors.split([weight.shape[1], weight.shape[0]], dim=1)
+        mean = deltas.T @ x / count
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+        return mean
+
+    factored_linear._mean_product = product
 
 
 def batch_norm_per_process() -> None:

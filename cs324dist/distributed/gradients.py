@@ -13,6 +13,12 @@ from torch.optim import Optimizer
 
 from cs324dist.data.streams import MicroBatch
 from cs324dist.distributed.exact_mean import ExactMean
+from cs324dist.distributed.factored_linear import (
+    Factors,
+    factor_linear_layers,
+    mean_products,
+    recorded_factors,
+)
 from cs324dist.distributed.micro_batches import Threads
 from cs324dist.errors import RunFailed
 
@@ -86,8 +92,14 @@ def _wrapped(losses: nn.Module, place: list[int] | None) -> nn.Module:
 class ExactGradients:
     """Any number of micro-batches per process; nobody can tell from the mean who computed which of them."""
 
-    def __init__(self, count: int, own: int, accelerator: Accelerator, *, meet: bool) -> None:
-        """`own` of `count` micro-batches are this process's; with `meet`, some layers span the batch."""
+    def __init__(
+        self, networks: Iterable[nn.Module], count: int, own: int, accelerator: Accelerator, *, meet: bool
+    ) -> None:
+        """`own` of `count` micro-batches are this process's; with `meet`, some layers span the batch.
+
+        Linear layers inside `networks` take the short way where they are wide; see `factored_linear`.
+        """
+        self._factored = {weight for network in networks for weight in factor_linear_layers(network, count)}
         self._count, self._meet = count, meet
         self._cores = torch.get_num_threads()
         torch.set_num_threads(1)  # outside of `all_cores`, as sums depend on the number of threads
@@ -128,14 +140,16 @@ class ExactGradients:
         trained = [p for network in networks for p in network.parameters() if p.requires_grad]
         at_once = self._meet or self._draws.get(networks) is False
 
-        def gradients(batch: MicroBatch) -> tuple[Tensor | None, ...]:
+        def gradients(batch: MicroBatch) -> tuple[tuple[Tensor | None, ...], Factors]:
             state = None if at_once else torch.manual_seed(seed_of(batch)).get_state()
             with torch.autograd.set_multithreading_enabled(False):  # so that they can meet on a GPU
-                found = torch.autograd.grad(loss_of(batch), trained, allow_unused=True)
+                loss = loss_of(batch)
+                with recorded_factors() as factors:
+                    found = torch.autograd.grad(loss, trained, allow_unused=True)
             if state is not None:
                 drew = not torch.equal(state, torch.get_rng_state())
                 self._draws[networks] = drew or self._draws.get(networks, False)
-            return found
+            return found, factors
 
         before = torch.get_rng_state()
         workers = self._workers if at_once else self._one
@@ -146,6 +160,10 @@ class ExactGradients:
                 "beside a BatchNorm: draw from a Stream, or leave --micro-batches out"
             )
         with self.all_cores():
-            means = self._mean(found, trained)
+            means = self._mean([parts for parts, _ in found], trained)
+        factors = dict(zip(batches, (factors for _, factors in found), strict=True))
+        weights = [parameter for parameter in trained if parameter in self._factored]
+        products = mean_products(weights, factors, self._count, self.threads)
         for parameter, mean in zip(trained, means, strict=True):
-            parameter.grad = mean
+            product = products.get(parameter)
+            parameter.grad = mean if product is None else product if mean is None else product + mean

@@ -63,6 +63,11 @@ class TestEachMechanismIsNeeded:
         one, three = found(1, fault="float_sums"), found(3, fault="float_sums")
         assert one["lstm"]["tensors"] != three["lstm"]["tensors"]
 
+    def test_products_of_a_process_s_own_factors_differ(self, found):
+        one, three = found(1, fault="products_by_process"), found(3, fault="products_by_process")
+        assert one["gan"]["tensors"] != three["gan"]["tensors"]
+        assert one["lstm"]["tensors"] == three["lstm"]["tensors"]  # which has no wide layer
+
     def test_batch_norm_per_process_differs(self, found):
         one, three = found(1, fault="batch_norm_per_process"), found(3, fault="batch_norm_per_process")
         assert one["gan"]["tensors"] != three["gan"]["tensors"]
