@@ -1,30 +1,49 @@
-"""What each process hands to the collectives in a step, for each model.
+"""What a process hands to the collectives in a step of each task, in bytes.
 
 python benchmarks/traffic.py
 """
 
-from common import Row, store
-from torch.nn.modules.batchnorm import _BatchNorm
+import torch
+import torch.distributed as dist
+from common import Row, store, trainer_of
+from torch import Tensor
 
-from cs324dist.distributed.batch_norm import freeze_cancelled_biases
-from cs324dist.models.digit_classifier import DigitClassifier
-from cs324dist.models.gan import Discriminator, Generator
-from cs324dist.models.lstm import LSTM
+MICRO_BATCHES = 2
+TASKS = {"lstm": {}, "gan": {"dataset": "fake"}, "classifier": {"dataset": "fake"}}
+
+
+def bytes_of_a_step(task: str, **changes: object) -> tuple[int, int]:
+    """Gradients in float32, which DDP would hand over; and all that is handed over with --micro-batches."""
+    trainer = trainer_of(task, "fast", micro_batches=MICRO_BATCHES, **changes)
+    handed_over, all_reduce = [], dist.all_reduce
+
+    def counted(tensor: Tensor, *arguments: object, **options: object) -> object:
+        handed_over.append(tensor.nbytes)
+        return all_reduce(tensor, *arguments, **options)
+
+    dist.all_reduce = counted  # type: ignore[assignment]
+    trainer.step(0, is_logged=False)
+    dist.all_reduce = all_reduce
+    parameters = {
+        parameter
+        for optimizer in trainer.task.optimizers.values()
+        for group in optimizer.param_groups  # type: ignore[union-attr]
+        for parameter in group["params"]
+        if parameter.requires_grad
+    }
+    return sum(parameter.nbytes for parameter in parameters), sum(handed_over)
 
 
 def traffic() -> list[Row]:
-    """Bytes for each model: gradients by DDP or exactly, and BatchNorm for each part of the global batch."""
+    """A row for each task."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     rows = []
-    for model in (Generator(), Discriminator(), LSTM(10), DigitClassifier()):
-        freeze_cancelled_biases(model)
-        trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-        channels = sum(layer.num_features for layer in model.modules() if isinstance(layer, _BatchNorm))
-        exact = 8 * sum(trained) + 4 * len(trained)  # int64, and the largest value of each tensor
-        moments = 4 * 4 * channels  # mean and variance forward, two sums backward
-        row = {"model": type(model).__name__, "ddp": 4 * sum(trained), "exact": exact, "batch_norm": moments}
-        rows.append(row)
+    for task, changes in TASKS.items():
+        ddp, exact = bytes_of_a_step(task, **changes)
+        rows.append({"task": task, "ddp": ddp, "exact": exact})
+    torch.distributed.destroy_process_group()
     return rows
 
 
 if __name__ == "__main__":
-    store("traffic", {"rows": traffic()})
+    store("traffic", {"rows": traffic(), "micro_batches": MICRO_BATCHES})

@@ -22,11 +22,10 @@ Gradients = Sequence[Float32[Tensor, "..."] | None]
 
 
 class ExactMean:
-    """Averages gradients over micro-batches; keeps its buffer from call to call."""
+    """Averages gradients over micro-batches."""
 
     def __init__(self, micro_batches: int) -> None:
         self._count = micro_batches
-        self._buffer = torch.empty(0, dtype=torch.int64)
 
     @torch.no_grad()
     def __call__(self, gradients: Sequence[Gradients], parameters: Sequence[Tensor]) -> list[Tensor | None]:
@@ -44,20 +43,25 @@ class ExactMean:
         largest = torch.stack([_largest(of_one, parameters) for of_one in gradients]).amax(0)
         if dist.is_initialized():
             dist.all_reduce(largest, dist.ReduceOp.MAX)
+        found: list[Tensor | None] = [None] * len(parameters)
+        used = [number for number, top in enumerate(largest.tolist()) if top != UNUSED]
         exponents = torch.frexp(largest)[1].tolist()
-        scales = [2.0 ** (HEAD - (self._count - 1).bit_length() - exponent) for exponent in exponents]
+        bits = HEAD - (self._count - 1).bit_length()
+        scales = [2.0 ** (bits - exponents[number]) for number in used]
         by_parameter = [
-            [gradient.reshape(-1) for gradient in of_all if gradient is not None]
-            for of_all in zip(*gradients, strict=True)
+            [part.reshape(-1) for of_one in gradients if (part := of_one[number]) is not None]
+            for number in used
         ]
-        means = [torch.empty(parameter.numel(), device=parameter.device) for parameter in parameters]
-        if dist.is_initialized():
-            buffer = self._buffer_for(means)
-            for sums, scale, parts in zip(buffer, scales, by_parameter, strict=True):
+        means = [torch.empty(parameters[n].numel(), device=parameters[n].device) for n in used]
+        if dist.is_initialized() and used:
+            sizes = [len(mean) for mean in means]
+            buffer = torch.empty(sum(sizes), dtype=torch.int64, device=means[0].device)
+            by_sums = buffer.split(sizes)
+            for sums, scale, parts in zip(by_sums, scales, by_parameter, strict=True):
                 for piece in _pieces(sums):
                     _add(sums[piece], scale, [part[piece] for part in parts])
-            dist.all_reduce(self._buffer)
-            for sums, scale, mean in zip(buffer, scales, means, strict=True):
+            dist.all_reduce(buffer)
+            for sums, scale, mean in zip(by_sums, scales, means, strict=True):
                 for piece in _pieces(sums):
                     self._divide(sums[piece], scale, mean[piece])
         else:  # one pass through the cache
@@ -67,16 +71,10 @@ class ExactMean:
                     of_piece = sums[: len(mean[piece])]
                     _add(of_piece, scale, [part[piece] for part in parts])
                     self._divide(of_piece, scale, mean[piece])
-        return [
-            None if top == UNUSED else self._finished(mean, parameter, is_finite=top < torch.inf)
-            for mean, parameter, top in zip(means, parameters, largest.tolist(), strict=True)
-        ]
-
-    def _buffer_for(self, means: Sequence[Tensor]) -> Sequence[Tensor]:
-        sizes = [len(mean) for mean in means]
-        if len(self._buffer) != sum(sizes):
-            self._buffer = torch.empty(sum(sizes), dtype=torch.int64, device=means[0].device)
-        return self._buffer.split(sizes)
+        for number, mean in zip(used, means, strict=True):
+            is_finite = bool(largest[number] < torch.inf)
+            found[number] = self._finished(mean, parameters[number], is_finite=is_finite)
+        return found
 
     def _divide(self, sums: Tensor, scale: float, mean: Tensor) -> None:
         """Write the sums over scale and count to `mean`."""
