@@ -230,11 +230,11 @@ def loop(batch: int, steps: int, log_every: int, *command: object) -> float:
     return 1000 * batch / statistics.median([*rates][1:])
 
 
-def scaled(processes: int, samples: int) -> float:
+def scaled(processes: int, samples: int, *changes: object) -> float:
     """The GAN's loop with the discriminator trained in every step, one thread a process."""
     os.environ["CS324DIST_THREADS"] = "1"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes)
-    options = ("--discriminator-every", 1, "--dataset", "fake")
+    options = ("--discriminator-every", 1, "--dataset", "fake", *changes)
     return loop(processes * samples, 24, 4, *launcher, "launch/gan.py", *options)
 
 
@@ -287,6 +287,8 @@ CASES: dict[str, Callable[[], float]] = {
     "lstm_without_allocator": partial(lstm_ours, 50, without="allocator"),
     **{f"{processes} x {samples}": partial(scaled, processes, samples)
        for processes, samples in ((1, 64), (2, 32), (2, 64), (1, 256), (2, 128), (2, 256))},
+    "2 x 32 exact": partial(scaled, 2, 32, "--micro-batches", 2),
+    "2 x 128 exact": partial(scaled, 2, 128, "--micro-batches", 2),
     "samples_file": partial(samples, to_file=True),
     "samples_forward": partial(samples, to_file=False),
 }  # fmt: skip
