@@ -272,9 +272,48 @@ def draw() -> None:
         picture.invert_yaxis()
 
 
+def draw_killed_run() -> None:
+    """Write the picture of the front page."""
+    from matplotlib.figure import Figure
+
+    runs = load("killed_run")["runs"]
+    colours = {1: "#0072b2", 2: "#d55e00", 3: "#009e73"}
+    figure = Figure((9, 3), layout="constrained")
+    exact, ddp = figure.subplots(1, 2, sharey=True)
+
+    def plot(picture: Any, name: str, style: str, **options: Any) -> None:
+        points = runs[name]["curve"]
+        picture.semilogy([row["step"] for row in points], [row["loss"] for row in points], style, **options)
+
+    plot(exact, "whole", "-", color="#bbbbbb", linewidth=5, label="never stopped, 1 process")
+    owners = runs["killed"]["owners"]
+    for owner, end in zip(owners, [*(one["step"] for one in owners[1:]), None], strict=True):
+        some = [row for row in runs["killed"]["curve"] if owner["step"] <= row["step"] <= (end or math.inf)]
+        label = f"then on {owner['processes']}" if owner["step"] else "killed: on 1 process"
+        steps, losses = [row["step"] for row in some], [row["loss"] for row in some]
+        exact.semilogy(steps, losses, color=colours[owner["processes"]], linewidth=1.5, label=label)
+        if end:
+            exact.axvline(end, color="grey", linestyle=":", linewidth=1)
+            place = exact.get_xaxis_transform()  # steps across, a share of the height
+            exact.text(end - 1, 0.03, "kill -9", color="grey", ha="right", transform=place)
+    for processes in (1, 2):
+        label = f"{processes} process{'es' * (processes > 1)}"
+        plot(ddp, f"ddp {processes}", "-", color=colours[processes], linewidth=1.5, label=label)
+    same = runs["whole"]["sha256"] == runs["killed"]["sha256"]
+    exact.set(
+        title="--micro-batches 4: one SHA-256" if same else "not the same", xlabel="step", ylabel="loss"
+    )
+    ddp.set(title="without: equal up to rounding, which grows", xlabel="step")
+    for picture in (exact, ddp):
+        picture.grid(alpha=0.3)
+        picture.legend(fontsize="small")
+    figure.savefig(IMAGES / "killed-run.png", dpi=120)
+
+
 if __name__ == "__main__":
     for name in ("results", "performance", "distributed"):
         path = REPOSITORY / "docs" / f"{name}.md"
         path.write_text(page(name))
         print(path.relative_to(REPOSITORY))
     draw()
+    draw_killed_run()
