@@ -1,136 +1,119 @@
 """Curves as SVG paths in the data's own coordinates.
 
 They are drawn in a box of 1000 by 1000, which the page scales; one transform maps the data to the box. The
-page's script sets another transform to zoom, and reads the values off the paths, the only copy of the data.
+page's script reads the values off the paths, the only copy of the data, and sets other transforms and round
+ticks (`page/axes.js`). Without the script, an axis names its two ends.
 """
 
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median_low
 
 from cs324dist.report.reading import Run, Series
 
-BOX = 1000
 MOST_POINTS = 800  # of a curve
 TABLE_ROWS = 11
-FAR = 4  # times the usual highest value
+FLAT = 1e-12  # the least that two ends of an axis differ by
 LARGE = 1e7  # numbers from here on have an exponent
 Runs = Sequence[tuple[int, Run]]  # the runs of a section, numbered as their curves are
 
 
 @dataclass(frozen=True)
-class Axis:
-    """From `low` to `high`, in data coordinates."""
+class Metric:
+    """What a chart shows."""
 
-    low: float
-    high: float
+    name: str
+    title: str
+    note: str = ""
+    unit: str = ""
+    """`%` for a share, `log` for a positive number on a logarithmic axis."""
 
-    def share(self, value: float) -> float:
-        """Where a value lies, in percent of the axis."""
-        return 100 * (value - self.low) / (self.high - self.low)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A value to compare a curve with."""
-
-    value: float
-    label: str
+    real: float | None = None
+    """What real digits score."""
 
 
 @dataclass(frozen=True)
 class Chart:
     """One metric of several runs over their steps."""
 
-    title: str
-    note: str
-    unit: str  # "": a plain number, "%": a share, "log": a positive number on a logarithmic axis
-    x: Axis
-    y: Axis
+    metric: Metric
+    unit: str
+    last: int
+    """Steps are shown from 0 to this one."""
+
+    low: float
+    high: float
+    """Ends of the axis of values, in the data coordinates that `height` gives."""
+
     curves: Mapping[int, str]
     """SVG paths by the number of the run."""
 
     description: str
     header: list[str]
     table: list[list[str]]
-    reference: Reference | None = None
 
     @property
     def transform(self) -> str:
-        """From data coordinates to the box; y points down there."""
-        across, down = BOX / (self.x.high - self.x.low), BOX / (self.y.low - self.y.high)
-        return f"matrix({across:.9g} 0 0 {down:.9g} {-self.x.low * across:.9g} {-self.y.high * down:.9g})"
+        """From data coordinates to the box, where y points down: the two ends lie at 5 and 95 %."""
+        down = -900 / (self.high - self.low)
+        return f"matrix({1000 / self.last:.9g} 0 0 {down:.9g} 0 {950 - self.low * down:.9g})"
 
     @property
-    def x_ticks(self) -> list[tuple[float, str]]:
-        """Where to label steps, in percent of the axis, and the labels."""
-        return [(self.x.share(v), number(v)) for v in ticks(self.x) if v == int(v)]
+    def reference(self) -> float | None:
+        """What real digits score, in data coordinates."""
+        return None if self.metric.real is None else height(self.metric.real, self.unit)
 
     @property
-    def y_ticks(self) -> list[tuple[float, str]]:
-        """Where to label values, in percent of the axis, and the labels."""
-        values = log_ticks(self.y) if self.unit == "log" else ticks(self.y)
-        return [(self.y.share(self.height(v)), formatted(v, self.unit)) for v in values]
-
-    def height(self, value: float) -> float:
-        """A value in data coordinates."""
-        return math.log10(value) if self.unit == "log" else value
+    def ends(self) -> list[str]:
+        """The lowest and the highest value of the axis."""
+        log = self.unit == "log"
+        return [formatted(10**end if log else end, self.unit) for end in (self.low, self.high)]
 
 
-def chart(
-    title: str, note: str, metric: str, unit: str, runs: Runs, reference: Reference | None = None
-) -> Chart | None:
-    """The curves of the runs that have the metric; None if none has."""
-    drawn = {index: run for index, run in runs if run.last(metric) is not None}
-    if not drawn:
-        return None
-    all_series = {index: run.series(metric) for index, run in drawn.items()}
-    shown = [[value for value in series.values() if value is not None] for series in all_series.values()]
-    shown += [[reference.value]] if reference else []
-    if unit == "log" and min(map(min, shown)) <= 0:
-        unit = ""
-    last = max(step for series in all_series.values() for step in series)
-    ends = [f"{run.name} ends at {formatted(run.last(metric), unit)}" for run in drawn.values()]
+def charts(runs: Runs, metrics: Iterable[Metric]) -> list[Chart]:
+    """A chart for each metric that any run has, all over the same steps, as they are zoomed together."""
+    drawn = {metric: [(k, run) for k, run in runs if run.last(metric.name) is not None] for metric in metrics}
+    steps = (step for metric, some in drawn.items() for _, run in some for step in run.series(metric.name))
+    last = max(steps, default=0)
+    return [_chart(metric, some, max(last, 1)) for metric, some in drawn.items() if some]
+
+
+def _chart(metric: Metric, runs: Runs, last: int) -> Chart:
+    all_series = [run.series(metric.name) for _, run in runs]
+    values = [value for series in all_series for value in series.values() if value is not None]
+    values += [] if metric.real is None else [metric.real]
+    unit = "" if metric.unit == "log" and min(values) <= 0 else metric.unit
+    low, high = height(min(values), unit), height(max(values), unit)
+    if high - low < FLAT:
+        low, high = low - 1, high + 1
+    ends = [f"{run.name} ends at {formatted(run.last(metric.name), unit)}" for _, run in runs]
     return Chart(
-        title=title,
-        note=note,
+        metric=metric,
         unit=unit,
-        x=Axis(0.0, float(max(last, 1))),
-        y=limits([[math.log10(v) if unit == "log" else v for v in values] for values in shown], unit),
-        curves={index: path(series, unit == "log") for index, series in all_series.items()},
-        description=f"{title} over {number(last)} steps. {'; '.join(ends)}.",
-        header=[run.name for run in drawn.values()],
-        table=_table(list(all_series.values()), unit),
-        reference=reference,
+        last=last,
+        low=low,
+        high=high,
+        curves={index: path(run.series(metric.name), unit) for index, run in runs},
+        description=f"{metric.title} over {number(last)} steps. {'; '.join(ends)}.",
+        header=["Step", *(run.name for _, run in runs)],
+        table=_table(all_series, unit),
     )
 
 
-def limits(curves: Sequence[Sequence[float]], unit: str) -> Axis:
-    """An axis that holds the curves with a little room; a share's goes from 0 to 100 %.
-
-    A curve that is far higher than the others, such as one that diverges, leaves the picture.
-    """
-    low, high = min(map(min, curves)), max(map(max, curves))
-    if unit == "" and (usual := median_low(map(max, curves))) > 0:
-        high = min(high, FAR * usual)
-    if unit == "%" and low >= 0 and high <= 1:
-        return Axis(-0.03, 1.03)
-    if unit != "log" and 0 < low < high / 2:
-        low = 0.0
-    room = 0.05 * (high - low) or abs(high) / 2 or 1.0
-    return Axis(low - room, high + room)
+def height(value: float, unit: str) -> float:
+    """A value in data coordinates."""
+    return math.log10(value) if unit == "log" else value
 
 
-def path(series: Series, log: bool) -> str:
+def path(series: Series, unit: str) -> str:
     """The line through the values, with a gap where there is none."""
     strokes: list[list[str]] = [[]]
     for step, value in thinned(series):
         if value is None:
             strokes.append([])
         else:
-            strokes[-1].append(f"{step} {math.log10(value) if log else value:.5g}")
+            strokes[-1].append(f"{step} {height(value, unit):.5g}")
     return "".join(f"M{'L'.join(points)}h0" for points in strokes if points)  # h0: a lone point is a dot
 
 
@@ -148,23 +131,6 @@ def thinned(series: Series) -> Iterable[tuple[int, float | None]]:
     return sorted(kept, key=lambda point: point[0])
 
 
-def ticks(axis: Axis, about: int = 5) -> list[float]:
-    """Round numbers on the axis."""
-    rough = (axis.high - axis.low) / about
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.99)
-    first, last = math.ceil(axis.low / step), math.floor(axis.high / step)
-    return [float(f"{k * step:.10g}") for k in range(first, min(last, first + 2 * about) + 1)]
-
-
-def log_ticks(axis: Axis) -> list[float]:
-    """1, 2, 5, 10, … on an axis of logarithms; only powers of ten where there are many."""
-    powers = range(math.floor(axis.low), math.ceil(axis.high) + 1)
-    factors = (1, 2, 5) if axis.high - axis.low < 2.5 else (1,)
-    values = (factor * 10.0**power for power in powers for factor in factors)
-    return [v for v in values if axis.low <= math.log10(v) <= axis.high][:20]
-
-
 def number(value: int | float) -> str:
     """A number for people: 187 500, 0.0123."""
     if value == int(value) and abs(value) < LARGE:
@@ -172,7 +138,7 @@ def number(value: int | float) -> str:
     return f"{value:.3g}".replace("e+", "e").replace("-", "\N{MINUS SIGN}")
 
 
-def formatted(value: float | None, unit: str) -> str:
+def formatted(value: float | None, unit: str = "") -> str:
     """A value with its unit; a share slightly below 100 % is not rounded up to it."""
     if value is None:
         return "\N{EN DASH}"
@@ -186,11 +152,11 @@ def formatted(value: float | None, unit: str) -> str:
 def _table(all_series: list[Series], unit: str) -> list[list[str]]:
     """Values at a few steps: at each, a run's last so far, unless it has ended before."""
     steps = sorted({step for series in all_series for step in series})
-    at = sorted({steps[round(k * (len(steps) - 1) / (TABLE_ROWS - 1))] for k in range(TABLE_ROWS)})
-    orders = [list(series.items()) for series in all_series]
+    rows = sorted({steps[round(k * (len(steps) - 1) / (TABLE_ROWS - 1))] for k in range(TABLE_ROWS)})
 
-    def value(points: list[tuple[int, float | None]], step: int) -> str:
-        before = bisect_right(points, step, key=lambda point: point[0])
-        return formatted(points[before - 1][1], unit) if before and step <= points[-1][0] else ""
+    def value(series: Series, step: int) -> str:
+        known = list(series)
+        before = bisect_right(known, step)
+        return formatted(series[known[before - 1]], unit) if before and step <= known[-1] else ""
 
-    return [[number(step), *(value(points, step) for points in orders)] for step in at]
+    return [[number(step), *(value(series, step) for series in all_series)] for step in rows]

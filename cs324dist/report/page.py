@@ -4,7 +4,7 @@ import base64
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from importlib.resources import files
 from itertools import groupby
@@ -15,16 +15,29 @@ from markupsafe import Markup
 
 from cs324dist.errors import UserError
 from cs324dist.report import provenance
-from cs324dist.report.charts import Chart, Reference, Runs, chart, formatted, number
-from cs324dist.report.pictures import MOST_FRAMES, Film, Walk, film, walk
+from cs324dist.report.charts import Chart, Metric, Runs, charts, formatted, number
+from cs324dist.report.pictures import Film, Walk, film, walk
 from cs324dist.report.reading import Run, plain, read_runs
 from cs324dist.runs.files import replaced
 
 ASSETS = files("cs324dist.report") / "page"
-MOST_FRAMES_OF_A_RUN = 60
+MOST_FRAMES, MOST_FRAMES_OF_A_RUN = 160, 60  # of the films of a page
 # What real digits score with the package's own classifier; tests/report/test_floor.py measures it again.
 FRECHET_FLOOR = 3.46  # the first 10 000 training images; other tens of thousands: 2.10 to 3.85
 SURE_OF_REAL = 0.974  # of the test images
+PALINDROMES = (
+    Metric("train/accuracy", "Accuracy", "of each logged training batch", "%"),
+    Metric("train/loss", "Loss", "cross-entropy of the last digit"),
+)
+DIGITS = (
+    Metric("eval/frechet_distance", "Fréchet distance",
+           "from 10 000 samples to the test images; lower is better", "log", FRECHET_FLOOR),
+    Metric("eval/sure", "Readable digits",
+           "share of samples that the classifier is sure of", "%", SURE_OF_REAL),
+    Metric("train/generator_loss", "Generator loss", "binary cross-entropy"),
+    Metric("train/discriminator_loss", "Discriminator loss",
+           "binary cross-entropy, and the gradient penalty if there is one"),
+)  # fmt: skip
 TEMPLATES = Environment(
     loader=PackageLoader("cs324dist.report", "page"),
     autoescape=True,
@@ -34,16 +47,6 @@ TEMPLATES = Environment(
 )
 TEMPLATES.policies["json.dumps_kwargs"] = {"default": vars}  # of dataclasses
 TEMPLATES.globals |= {"provenance": provenance, "number": number, "formatted": formatted, "plain": plain}
-
-
-@dataclass(frozen=True)
-class GANSection:
-    """What the page shows of one GAN run beside its curves."""
-
-    run: Run
-    film: Film
-    walk: Walk | None
-    why_no_walk: str
 
 
 def write_report(paths: tuple[Path, ...], out: Path) -> list[str]:
@@ -65,22 +68,19 @@ def render(runs: Sequence[Run]) -> str:
     order = {"lstm": 0, "gan": 1}
     runs = sorted(runs, key=lambda run: (order.get(run.task, 2), run.task, *_by_length(run), run.name))
     of_task = {task: list(enumerate(some)) for task, some in groupby(runs, key=lambda run: run.task)}
-    gans = of_task.pop("gan", [])
-    lstms = of_task.pop("lstm", [])
-    script = ASSETS.joinpath("script.js").read_text()
+    lstms, gans = of_task.pop("lstm", []), of_task.pop("gan", [])
+    digits = all(run.setting("dataset") == "mnist" for _, run in gans)
+    script = "".join(ASSETS.joinpath(name).read_text() for name in ("axes.js", "script.js"))
     return TEMPLATES.get_template("page.html").render(
         headline=headline(runs),
         written=datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
         runs=runs,
         lstms=lstms,
-        lstm_charts=_aligned(
-            chart("Accuracy", "of each logged training batch", "train/accuracy", "%", lstms),
-            chart("Loss", "cross-entropy of the last digit", "train/loss", "", lstms),
-        ),
+        lstm_charts=charts(lstms, PALINDROMES),
         lstm_rows=[(run, *_first_perfect(run)) for _, run in lstms],
         gans=gans,
-        gan_charts=_gan_charts(gans),
-        gan_sections=[_gan_section(run, MOST_FRAMES // len(gans)) for _, run in gans],
+        gan_charts=charts(gans, DIGITS if digits else [replace(metric, real=None) for metric in DIGITS]),
+        gan_pictures=[(run, *_pictures(run, MOST_FRAMES // len(gans))) for _, run in gans],
         others=[(task, some, _every_metric(some)) for task, some in of_task.items()],
         style=Markup(ASSETS.joinpath("style.css").read_text()),
         script=Markup(script),
@@ -90,8 +90,8 @@ def render(runs: Sequence[Run]) -> str:
 
 def headline(runs: Sequence[Run]) -> str:
     """How many runs there are, and in what state."""
-    states = Counter(run.state for run in runs).most_common()
     total = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    states = Counter(run.state for run in runs).most_common()
     if len(states) == 1:
         return f"{total}, {'all ' if len(runs) > 1 else ''}{states[0][0]}"
     parts = [f"{count}\N{NO-BREAK SPACE}{state}" for state, count in states]
@@ -112,37 +112,15 @@ def _first_perfect(run: Run) -> tuple[int | None, int | None]:
     return batch if run.record.config.get("curriculum") == 1 else None, test
 
 
-def _gan_charts(gans: Runs) -> list[Chart]:
-    floor = sure = None
-    if all(run.setting("dataset") == "mnist" for _, run in gans):
-        floor = Reference(FRECHET_FLOOR, f"real digits {FRECHET_FLOOR}")
-        sure = Reference(SURE_OF_REAL, f"real digits {formatted(SURE_OF_REAL, '%')}")
-    return _aligned(
-        chart("Fréchet distance", "from 10 000 samples to the test images; lower is better",
-              "eval/frechet_distance", "log", gans, floor),
-        chart("Readable digits", "share of samples that the classifier is sure of",
-              "eval/sure", "%", gans, sure),
-        chart("Generator loss", "binary cross-entropy", "train/generator_loss", "", gans),
-        chart("Discriminator loss", "binary cross-entropy, and the gradient penalty if there is one",
-              "train/discriminator_loss", "", gans),
-    )  # fmt: skip
-
-
 def _every_metric(runs: Runs) -> list[Chart]:
     names = dict.fromkeys(name for _, run in runs for name in run.metrics)
-    return _aligned(*(chart(name, "", name, "%" if "accuracy" in name else "", runs) for name in names))
+    return charts(runs, [Metric(name, name, unit="%" if "accuracy" in name else "") for name in names])
 
 
-def _aligned(*charts: Chart | None) -> list[Chart]:
-    """The charts that there are, with one axis of steps, as they are zoomed together."""
-    drawn = [one for one in charts if one is not None]
-    return [replace(one, x=max((other.x for other in drawn), key=lambda x: x.high)) for one in drawn]
-
-
-def _gan_section(run: Run, most_frames: int) -> GANSection:
-    walked, why = None, ""
+def _pictures(run: Run, most_frames: int) -> tuple[Film, Walk | None, str]:
+    """The film, and the walk or why there is none."""
+    shown = film(run, max(3, min(most_frames, MOST_FRAMES_OF_A_RUN)))
     try:
-        walked = walk(run)
+        return shown, walk(run), ""
     except (UserError, OSError) as error:
-        why = plain(str(error))
-    return GANSection(run, film(run, max(3, min(most_frames, MOST_FRAMES_OF_A_RUN))), walked, why)
+        return shown, None, plain(str(error))

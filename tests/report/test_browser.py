@@ -3,14 +3,17 @@
 No test waits for time to pass: the page's clock is the test's.
 """
 
-import re
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cs324dist.report.page import write_report
+from cs324dist.report.charts import formatted
+from cs324dist.report.page import ASSETS, write_report
 from cs324dist.report.pictures import WALK_FRAMES
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -22,6 +25,8 @@ pytestmark = [
 ]
 PATIENCE = 100_000  # milliseconds
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+VALUES = st.floats(-1e15, 1e15).filter(lambda v: v == 0 or abs(v) > 1e-9)
+CURVES = st.lists(st.lists(VALUES, min_size=1, max_size=5), min_size=1, max_size=5)
 Open = Callable[..., "sync_api.Page"]
 
 
@@ -74,6 +79,15 @@ def page(open_page) -> "sync_api.Page":
 @pytest.fixture
 def stopped_page(open_page) -> "sync_api.Page":
     return open_page(stopped_clock=True)
+
+
+@pytest.fixture(scope="module")
+def call(browser) -> Iterator[Callable[..., list]]:
+    """What a function of page/axes.js gives for each of some arguments."""
+    page = browser.new_page()
+    page.add_script_tag(content=ASSETS.joinpath("axes.js").read_text())
+    yield lambda function, arguments: page.evaluate(f"all => all.map({function})", arguments)
+    page.close()
 
 
 def player(page: "sync_api.Page", kind: str) -> "sync_api.Locator":
@@ -225,19 +239,44 @@ class TestCurves:
         plot.dblclick()
         assert ticks.all_text_contents()[-1] == "500"
 
-    def test_script_and_file_agree(self, open_page):
-        """What the page shows before its script has run is what it shows after."""
-        with_script, without = open_page(), open_page(java_script_enabled=False)
-        for what in (".x-axis", ".y-axis", "span.reference"):
-            assert with_script.locator(what).all_text_contents() == [
-                re.sub(r"\n", "", text) for text in without.locator(what).all_text_contents()
-            ]
 
-        def numbers(page: "sync_api.Page") -> list[float]:
-            texts = page.locator("g.data").evaluate_all("all => all.map(g => g.getAttribute('transform'))")
-            return [float(number) for text in texts for number in text[7:-1].split()]
+class TestAxes:
+    @settings(deadline=None)
+    @given(CURVES, st.sampled_from(["", "%", "log"]))
+    def test_an_axis_has_room_and_a_few_round_ticks(self, call, curves, unit):
+        ((low, high),) = axis = call(f"curves => limits(curves, '{unit}')", [curves])
+        assert low < min(map(min, curves))
+        assert low < high
+        if high - low > 1e-6 * abs(high):
+            (marks,) = call("axis => ticks(axis)", axis)
+            assert 2 <= len(marks) <= 11
+            assert all(-1e-6 <= (mark - low) / (high - low) <= 1 + 1e-6 for mark in marks)
 
-        assert numbers(with_script) == pytest.approx(numbers(without), rel=1e-4, abs=1e-3)
+    def test_a_curve_that_diverges_does_not_hide_the_others(self, call):
+        many = [[[2.3, 0.1], [2.5, 0.2], [1e11]], [[1e11]]]
+        (_, high), (_, alone) = call("curves => limits(curves, '')", many)
+        assert high == pytest.approx(10, rel=0.1)
+        assert alone > 1e11
+
+    def test_round_numbers(self, call):
+        assert call("axis => ticks(axis)", [[0, 1500], [-0.1, 2.4]]) == [
+            [0, 500, 1000, 1500],
+            [0, 0.5, 1, 1.5, 2],
+        ]
+        assert call("axis => logTicks(axis)", [[math.log10(0.3), math.log10(60)], [-2, 3]]) == [
+            [0.5, 1, 2, 5, 10, 20, 50],
+            [0.01, 0.1, 1, 10, 100, 1000],
+        ]
+
+    @pytest.mark.parametrize(
+        ("unit", "values"),
+        [
+            ("", [0.0, 187_500.0, 0.012345, -2.5, 1e11, -1234.5, 999.4, 0.00123]),
+            ("%", [0.0, 1.0, 0.9999, 0.99999, 0.5256, 0.0004, -0.25, 98.7]),
+        ],
+    )
+    def test_script_and_file_write_numbers_alike(self, call, unit, values):
+        assert call(f"v => formatted(v, '{unit}')", values) == [formatted(value, unit) for value in values]
 
 
 def test_the_keyboard_reaches_everything(page):
@@ -262,6 +301,8 @@ def test_without_script_there_are_pictures_tables_and_switches(open_page):
     assert page.locator(".zoom").first.is_hidden()
     for picture in page.locator("img").all():
         assert picture.is_visible()
+    ends = page.locator("#digits .chart").first.locator(".y-axis span, .x-axis span, .reference:not(path)")
+    assert ends.all_text_contents() == ["3.46", "10\u202f000", "real digits 3.46", "0", "400"]
     curve = page.locator("#palindromes .curve[data-run='1'][d*='L']").first
     assert curve.is_visible()
     page.locator("#palindromes [type=checkbox]").nth(1).uncheck()

@@ -2,54 +2,15 @@ import math
 import re
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from made_runs import make_lstm
+from made_runs import make_gan, make_lstm
 
-from cs324dist.report.charts import (
-    MOST_POINTS,
-    Axis,
-    chart,
-    formatted,
-    limits,
-    log_ticks,
-    number,
-    path,
-    thinned,
-    ticks,
-)
+from cs324dist.report.charts import MOST_POINTS, Chart, Metric, charts, formatted, number, path, thinned
 from cs324dist.report.reading import read_run
-
-VALUES = st.floats(-1e15, 1e15).filter(lambda v: v == 0 or abs(v) > 1e-9)
-UNITS = ["", "%", "log"]
-
-
-@given(st.lists(st.lists(VALUES, min_size=1, max_size=5), min_size=1, max_size=5), st.sampled_from(UNITS))
-def test_an_axis_has_room_and_a_few_round_ticks(curves: list[list[float]], unit: str) -> None:
-    axis = limits(curves, unit)
-    assert axis.low < min(map(min, curves))
-    assert axis.low < axis.high
-    if axis.high - axis.low > 1e-6 * abs(axis.high):
-        assert 2 <= len(ticks(axis)) <= 11
-        assert all(-1e-6 <= axis.share(v) <= 100 + 1e-6 for v in ticks(axis))
-
-
-def test_a_curve_that_diverges_does_not_hide_the_others() -> None:
-    usual = [[2.3, 0.1], [2.5, 0.2]]
-    assert limits([*usual, [1e11]], "").high == pytest.approx(10, rel=0.1)
-    assert limits([[1e11]], "").high > 1e11
-
-
-def test_round_numbers() -> None:
-    assert ticks(Axis(0.0, 1500.0)) == [0, 500, 1000, 1500]
-    assert ticks(Axis(-0.1, 2.4)) == [0, 0.5, 1, 1.5, 2]
-    assert log_ticks(Axis(math.log10(0.3), math.log10(60))) == [0.5, 1, 2, 5, 10, 20, 50]
-    assert log_ticks(Axis(-2.0, 3.0)) == [0.01, 0.1, 1, 10, 100, 1000]
 
 
 def test_a_gap_breaks_the_line_and_a_lone_point_is_a_dot() -> None:
-    assert path({1: 2.0, 2: 3.0, 3: None, 4: 0.5}, log=False) == "M1 2L2 3h0M4 0.5h0"
-    assert path({10: 100.0}, log=True) == "M10 2h0"
+    assert path({1: 2.0, 2: 3.0, 3: None, 4: 0.5}, unit="") == "M1 2L2 3h0M4 0.5h0"
+    assert path({10: 100.0}, unit="log") == "M10 2h0"
 
 
 def test_thinning_keeps_the_ends_and_the_peaks() -> None:
@@ -62,21 +23,55 @@ def test_thinning_keeps_the_ends_and_the_peaks() -> None:
     assert {(0, series[0]), (9999, series[9999]), (4321, 7.0)} <= set(kept)
 
 
-def test_the_transform_maps_the_axes_to_the_box(tmp_path) -> None:
+def heights(drawn: Chart, *values: float) -> list[float]:
+    """Where values in data coordinates lie in the box, in percent from its bottom."""
+    _, _, _, d, _, f = map(float, re.findall(r"[-\d.e]+", drawn.transform.removeprefix("matrix")))
+    return [100 - (d * value + f) / 10 for value in values]
+
+
+def test_an_axis_names_the_ends_of_what_is_drawn(tmp_path) -> None:
     run = read_run(make_lstm(tmp_path / "run"), "run")
-    drawn = chart("Loss", "", "train/loss", "", [(0, run)])
-    assert drawn is not None
-    a, _, _, d, e, f = map(float, re.findall(r"[-\d.e]+", drawn.transform.removeprefix("matrix")))
-    assert (a * drawn.x.high + e, d * drawn.y.high + f, d * drawn.y.low + f) == pytest.approx(
-        (1000, 0, 1000), abs=1e-3
-    )
+    (drawn,) = charts([(0, run)], [Metric("train/loss", "Loss"), Metric("absent", "x")])
+    assert (drawn.last, drawn.ends) == (300, ["0.115", "2.08"])
+    assert heights(drawn, 2.3 * math.exp(-3), 2.3 * math.exp(-0.1)) == pytest.approx([5, 95])
     assert drawn.description == "Loss over 300 steps. run ends at 0.115."
     steps = [10, 40, 70, 100, 130, 150, 180, 210, 240, 270, 300]
     assert [row[0] for row in drawn.table] == [number(step) for step in steps]
 
 
-def test_no_chart_without_values(tmp_path) -> None:
-    assert chart("x", "", "absent", "", [(0, read_run(make_lstm(tmp_path / "run"), "run"))]) is None
+def test_what_real_digits_score_is_on_the_axis(tmp_path) -> None:
+    run = read_run(make_gan(tmp_path / "run", checkpoint=False), "run")
+    metric = Metric("eval/frechet_distance", "Distance", unit="log", real=1.0)
+    (drawn,) = charts([(0, run)], [metric])
+    assert (drawn.ends, drawn.reference) == (["1", "50"], 0)
+    assert heights(drawn, 0, math.log10(50)) == pytest.approx([5, 95])
+
+
+def test_a_flat_curve_lies_in_the_middle(tmp_path) -> None:
+    run = read_run(make_gan(tmp_path / "run", checkpoint=False), "run")
+    (drawn,) = charts([(0, run)], [Metric("train/generator_loss", "Loss")])
+    assert (drawn.ends, heights(drawn, 1)) == (["0", "2"], [pytest.approx(50)])
+
+
+def test_a_logarithmic_axis_needs_positive_values(tmp_path) -> None:
+    run = read_run(make_lstm(tmp_path / "run"), "run")
+    run.series("train/loss")[300] = 0.0
+    (drawn,) = charts([(0, run)], [Metric("train/loss", "Loss", unit="log")])
+    assert (drawn.unit, drawn.ends[0]) == ("", "0")
+
+
+def test_all_charts_have_the_same_steps_and_a_run_that_has_ended_no_numbers(tmp_path) -> None:
+    runs = [
+        (k, read_run(make_lstm(tmp_path / str(k), steps=steps), str(k))) for k, steps in enumerate((20, 40))
+    ]
+    runs[1][1].series("train/loss").pop(40)
+    first, second = charts(
+        runs, [Metric("train/accuracy", "Accuracy", unit="%"), Metric("train/loss", "Loss")]
+    )
+    assert (first.last, second.last) == (40, 40)
+    assert [row[0] for row in first.table] == ["10", "20", "30", "40"]
+    assert [bool(row[1]) for row in first.table] == [True, True, False, False]
+    assert all(row[2] for row in first.table)
 
 
 @pytest.mark.parametrize(

@@ -1,46 +1,7 @@
-"use strict";
 {
   const all = (root, selector) => [...root.querySelectorAll(selector)];
   const element = (tag, className, text = "") => Object.assign(document.createElement(tag), { className, textContent: text });
   const calm = matchMedia("(prefers-reduced-motion: reduce)");
-
-  // Numbers as charts.py writes them.
-  const plain = (v) => {
-    if (Math.abs(v) >= 1e7) return v.toExponential(2).replace(/\.?0*e\+/, "e");
-    if (Number.isInteger(v) || Math.abs(v) >= 1000) return Math.round(v).toLocaleString("en").replace(/,/g, "\u202f");
-    return String(+v.toPrecision(3));
-  };
-  const number = (v) => plain(v).replace("-", "\u2212");
-  const formatted = (v, unit) => {
-    if (unit !== "%") return number(v);
-    const percent = +(100 * v).toPrecision(8);
-    return `${percent > 99 && percent < 100 ? Math.floor(percent * 100) / 100 : +percent.toFixed(1)}\u00a0%`;
-  };
-
-  function ticks([low, high], about = 5) {
-    const rough = (high - low) / about, power = 10 ** Math.floor(Math.log10(rough));
-    const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough * 0.99);
-    const first = Math.ceil(low / step), count = Math.min(Math.floor(high / step) - first + 1, 2 * about);
-    return Array.from({ length: Math.max(count, 0) }, (_, k) => +((first + k) * step).toPrecision(10));
-  }
-
-  function logTicks([low, high]) {
-    const found = [];
-    for (let power = Math.floor(low); power <= Math.ceil(high); power++)
-      for (const factor of high - low < 2.5 ? [1, 2, 5] : [1]) found.push(factor * 10 ** power);
-    return found.filter((v) => Math.log10(v) >= low && Math.log10(v) <= high).slice(0, 20);
-  }
-
-  function limits(curves, unit) {
-    const highest = curves.map((values) => Math.max(...values)).sort((a, b) => a - b);
-    const usual = highest[(highest.length - 1) >> 1];
-    let low = Math.min(...curves.flat()), high = highest.at(-1);
-    if (unit === "" && usual > 0) high = Math.min(high, 4 * usual);
-    if (unit === "%" && low >= 0 && high <= 1) return [-0.03, 1.03];
-    if (unit !== "log" && low > 0 && low < high / 2) low = 0;
-    const room = 0.05 * (high - low) || Math.abs(high) / 2 || 1;
-    return [low - room, high + room];
-  }
 
   const nearest = (points, x) => points.reduce((best, point) => (Math.abs(point[0] - x) < Math.abs(best[0] - x) ? point : best));
 
