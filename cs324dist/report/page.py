@@ -65,8 +65,7 @@ def write_report(paths: tuple[Path, ...], out: Path) -> list[str]:
 
 def render(runs: Sequence[Run]) -> str:
     """The page."""
-    order = {"lstm": 0, "gan": 1}
-    runs = sorted(runs, key=lambda run: (order.get(run.task, 2), run.task, *_by_length(run), run.name))
+    runs = sorted(runs, key=_place)
     of_task = {task: list(enumerate(some)) for task, some in groupby(runs, key=lambda run: run.task)}
     lstms, gans = of_task.pop("lstm", []), of_task.pop("gan", [])
     digits = all(run.setting("dataset") == "mnist" for _, run in gans)
@@ -98,9 +97,10 @@ def headline(runs: Sequence[Run]) -> str:
     return f"{total}: {', '.join(parts)}"
 
 
-def _by_length(run: Run) -> tuple[int, str, str]:
-    length = run.setting("length")
-    return len(length), length, run.setting("model")  # shorter texts of numbers are smaller numbers
+def _place(run: Run) -> tuple[int, str, int, str, str, str]:
+    task = {"lstm": 0, "gan": 1}.get(run.task, 2)
+    length = run.setting("length")  # shorter texts of numbers are smaller numbers
+    return task, run.task, len(length), length, run.setting("model"), run.name
 
 
 def _first_perfect(run: Run) -> tuple[int | None, int | None]:

@@ -16,7 +16,6 @@ from cs324dist.sampling.generators import generate
 from cs324dist.sampling.grids import grid
 from cs324dist.sampling.interpolation import STRIP_IMAGES, Method, interpolate, strip, walk_ends
 
-MOST_FRAMES = 160  # of all films of a page
 LARGEST_FILE, LARGEST_SIDE = 1 << 20, 1024  # bytes and pixels of a sample; ours are 17 KiB and 152
 WALK_FRAMES = 48
 METHODS: tuple[Method, ...] = ("linear", "spherical")
@@ -52,15 +51,14 @@ class Walk:
 
     ends: str
     frames: list[Frame]
-    strips: dict[str, str]
+    strips: dict[Method, str]
 
 
 def film(run: Run, most_frames: int) -> Film:
     """The run's samples, evenly thinned; the first and the last are kept."""
     steps, problems, frames = list(run.samples), [], []
-    count = min(len(steps), most_frames)
-    chosen = sorted({steps[round(k * (len(steps) - 1) / max(count - 1, 1))] for k in range(count)})
-    for step in chosen:
+    gap = max(1, (len(steps) - 1) / (most_frames - 1))
+    for step in sorted({steps[round(k * gap)] for k in range(min(len(steps), most_frames))}):
         shares = [run.series(f"eval/share_of_{digit}").get(step) for digit in range(10)]
         valid = [share for share in shares if share is not None and 0 <= share <= 1]
         try:
@@ -94,14 +92,13 @@ def walk(run: Run) -> Walk:
     """
     generator = load_generator(run.path)
     start, end, ends = walk_ends(generator, run.setting("dataset"))
-    strips: dict[str, str] = {}
-    columns = []
-    for method in METHODS:
-        strips[method] = _as_png(strip(generator, start, end, STRIP_IMAGES, method))
-        images = generate(generator, interpolate(start, end, WALK_FRAMES, method))
-        columns.append([_as_png(grid(image[None], 1)) for image in images])
-    rows = enumerate(zip(*columns, strict=True), 1)
-    return Walk(ends, [Frame(f"{k} of {WALK_FRAMES}", list(sources)) for k, sources in rows], strips)
+    strips = {method: _as_png(strip(generator, start, end, STRIP_IMAGES, method)) for method in METHODS}
+    walks = [generate(generator, interpolate(start, end, WALK_FRAMES, method)) for method in METHODS]
+    frames = [
+        Frame(f"{k} of {WALK_FRAMES}", [_as_png(grid(image[None], 1)) for image in images])
+        for k, images in enumerate(zip(*walks, strict=True), 1)
+    ]
+    return Walk(ends, frames, strips)
 
 
 def _as_png(tiles: UInt8[Tensor, "1 height width"]) -> str:

@@ -43,7 +43,7 @@ def command(run: Run) -> str | None:
 def _words(name: str, value: Any) -> list[str]:
     """The words of a command line that give an option this value."""
     if isinstance(value, bool):
-        return [option(name) if value else option(f"no-{name}")]
+        return [option(name if value else f"no-{name}")]
     if isinstance(value, list):
         return [option(name), *map(_text, value)]
     text = _text(value)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -26,7 +27,6 @@ Series = dict[int, float | None]  # value by step, in the order of steps; None: 
 LARGEST = 1e15  # larger values are not drawn
 LONGEST = 300  # characters of a text
 MOST_ROWS, MOST_METRICS, MOST_OWNERS = 200_000, 40, 100
-DOUBTED_AFTER = 60  # seconds without a sign of life after which a run is no longer believed to be running
 BASE_OPTIONS = {field.name for field in dataclasses.fields(Config)}
 Answer = TypeVar("Answer")
 
@@ -44,7 +44,9 @@ class Run:
     state: State | Literal["not started", "unclear"]
     step: int
     why: str
-    silent_for: float | None
+    silent_for: float
+    """Seconds since the last sign of life of a process that is marked as running."""
+
     metrics: Mapping[str, Series]
     samples: Mapping[int, Path]
     owners: Mapping[int, Owner]
@@ -54,7 +56,7 @@ class Run:
     """How many processes ran it."""
 
     environment: Environment | None
-    """That of the last owner that wrote it down."""
+    """The last owner's that wrote it down."""
 
     processes: int | None
     """How many trained it together when it was last saved."""
@@ -76,11 +78,6 @@ class Run:
         """The last saved step; the last logged one of a run that is running, or has no readable status."""
         logged = (step for series in self.metrics.values() for step in series)
         return max(self.step, *logged, 0) if self.state in ("running", "unclear") else self.step
-
-    @property
-    def seems_killed(self) -> bool:
-        """Whether it is marked as running, but probably is not."""
-        return self.silent_for is not None and self.silent_for > DOUBTED_AFTER
 
     def setting(self, name: str) -> str:
         """A setting as text."""
@@ -113,26 +110,23 @@ def read_runs(paths: tuple[Path, ...]) -> tuple[list[Run], list[str]]:
     Raises:
         UserError: none of them is a run.
     """
-    places = {Path(os.path.realpath(path)): path for path in reversed(paths)}  # each once
     found: dict[Path, Path] = {}
-    others = []
-    for place, path in reversed(places.items()):
+    others: dict[Path, str] = {}
+    for path in paths:
+        place = Path(os.path.realpath(path))
         try:
-            is_run, why = RunDir(path).exists, "is not a run folder"
+            if RunDir(path).exists:
+                found.setdefault(place, path)  # each once
+            else:
+                others[place] = f"{plain(str(path))} is not a run folder"
         except OSError as error:
-            is_run, why = False, f"cannot be read ({error.strerror})"
-        if is_run:
-            found[place] = path
-        else:
-            others.append(f"{plain(str(path))} {why}")
+            others[place] = f"{plain(str(path))} cannot be read ({error.strerror})"
     if not found:
-        given = "; ".join(others) or "no run was named"
+        given = "; ".join(others.values()) or "no run was named"
         raise UserError(f"{given}: give run folders, such as runs/gan-fast-0")
-    names = [place.name for place in found]
-    return [
-        read_run(path, place.name if names.count(place.name) == 1 else str(path))
-        for place, path in found.items()
-    ], others
+    names = Counter(place.name for place in found)
+    named = ((path, place.name if names[place.name] == 1 else str(path)) for place, path in found.items())
+    return [read_run(path, name) for path, name in named], list(others.values())
 
 
 def read_run(path: Path, name: str) -> Run:
@@ -149,7 +143,8 @@ def read_run(path: Path, name: str) -> Run:
         return None
 
     record = read(folder.read_record)
-    options = read(_base_options, record.config, path) if record else None
+    base = {name: value for name, value in (record.config if record else {}).items() if name in BASE_OPTIONS}
+    options = read(from_json, Config, base, f"{path}/config.json") if record else None
     begun = (path / "status.json").exists()
     status = read(folder.read_status) if begun else None
     owners = _numbered(path / "owners", r"([1-9][0-9]{0,8})\.json")
@@ -170,7 +165,7 @@ def read_run(path: Path, name: str) -> Run:
         state=status.state if status else "unclear" if begun else "not started",
         step=status.step if status else 0,
         why=plain(status.why) if status else "",
-        silent_for=time.time() - touched.st_mtime if touched else None,
+        silent_for=time.time() - touched.st_mtime if touched else 0.0,
         metrics=metrics,
         samples=dict(_numbered(path / "samples", r"([0-9]{1,18})\.png")),
         owners=read_owners,
@@ -179,11 +174,6 @@ def read_run(path: Path, name: str) -> Run:
         processes=saved.processes if saved else None,
         problems=problems,
     )
-
-
-def _base_options(config: Mapping[str, Any], run: Path) -> Config:
-    base = {name: value for name, value in config.items() if name in BASE_OPTIONS}
-    return from_json(Config, base, f"{run}/config.json")
 
 
 def _read_metrics(run: RunDir) -> tuple[dict[str, Series], bool]:
