@@ -4,7 +4,7 @@ Step `s` trains on the samples [s·B, (s+1)·B), where B is the size of the glob
 equal micro-batches, shared by all processes: 1, 2 or 64 of them see the same data in the same order.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -73,19 +73,12 @@ class ShuffledEpochs:
     def items(self, batch: MicroBatch) -> Int64[Tensor, " samples"]:
         """The items, in [0, size), of a micro-batch. Does not wait for the device."""
         first = batch.step * batch.batch_size
-        epochs = range(first // self.size, (first + batch.batch_size - 1) // self.size + 1)
-        return self._items(batch.samples, epochs)
-
-    def items_at(self, indices: Indices) -> Int64[Tensor, " samples"]:
-        """The items, in [0, size), at any sample indices. Waits for the device."""
-        return self._items(indices, (indices // self.size).unique().tolist())
-
-    def _items(self, indices: Indices, epochs: Iterable[int]) -> Int64[Tensor, " samples"]:
-        epoch_of, positions = indices // self.size, indices % self.size
-        items = torch.empty_like(indices)
-        for epoch in epochs:
-            permutation = _permutation(self, epoch, indices.device)
-            items = torch.where(epoch_of == epoch, permutation[positions], items)
+        last = first + batch.batch_size - 1
+        epoch_of, positions = batch.samples // self.size, batch.samples % self.size
+        items = torch.empty_like(positions)
+        for epoch in range(first // self.size, last // self.size + 1):
+            order = _permutation(self, epoch, batch.device)
+            items = torch.where(epoch_of == epoch, order[positions], items)
         return items
 
 

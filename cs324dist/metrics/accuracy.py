@@ -25,28 +25,31 @@ def palindrome_accuracy(
 
     Of all there are, if they are at most 10 000; else of 10 000 of `stream`, 1 000 beyond length 2 000.
     """
-    exhaustive = DIGITS ** free_digits(length) <= TRIALS
-    trials = DIGITS ** free_digits(length) if exhaustive else TRIALS if length <= LONG else TRIALS_WHEN_LONG
+    all_there_are = DIGITS ** free_digits(length)
+    trials = min(all_there_are, TRIALS if length <= LONG else TRIALS_WHEN_LONG)
 
-    def count_right(indices: Int64[Tensor, " batch"]) -> dict[str, Tensor]:
-        digits, last = (
-            all_palindromes(length, indices) if exhaustive else palindromes(stream, indices, length)
-        )
-        return {"right": count_correct(predict(encode(digits, encoding)), last)}
+    def answer(indices: Int64[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
+        is_all = trials == all_there_are
+        digits, last = all_palindromes(length, indices) if is_all else palindromes(stream, indices, length)
+        return predict(encode(digits, encoding)), last
 
-    return (
-        sum_over(count_right, trials, max(LEAST_AT_ONCE, DIGITS_AT_ONCE // length))["right"].item() / trials
-    )
+    return _share_right(answer, trials, sum_over, max(LEAST_AT_ONCE, DIGITS_AT_ONCE // length))
 
 
 def image_accuracy(predict: Predict, images: LabelledImages, sum_over: SumOver) -> float:
     """The share of images that are classified correctly."""
 
-    def count_right(indices: Int64[Tensor, " batch"]) -> dict[str, Tensor]:
-        logits = predict(to_unit_range(images.images[indices]))
-        return {"right": count_correct(logits, images.labels[indices])}
+    def answer(indices: Int64[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
+        return predict(to_unit_range(images.images[indices])), images.labels[indices]
 
-    return sum_over(count_right, len(images.labels))["right"].item() / len(images.labels)
+    return _share_right(answer, len(images.labels), sum_over)
+
+
+def _share_right(
+    answer: Callable[[Tensor], tuple[Tensor, Tensor]], count: int, sum_over: SumOver, at_once: int = 500
+) -> float:
+    found = sum_over(lambda some: {"right": count_correct(*answer(some))}, count, at_once)
+    return found["right"].item() / count
 
 
 def count_correct(

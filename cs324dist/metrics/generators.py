@@ -17,7 +17,6 @@ from cs324dist.distributed.process import on_main_process, start_accelerator
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import UserError
 from cs324dist.metrics.digits import DigitStatistics, digit_classifier
-from cs324dist.models.digit_classifier import DigitClassifier
 from cs324dist.models.gan import Generator
 from cs324dist.runs.models import load_model
 from cs324dist.runs.trained import Weights, data_set_of, find_generator, load_classifier
@@ -48,6 +47,7 @@ class GeneratorQuality:
     """Share of each class among the samples."""
 
     classifier_sha256: str
+    """Of its weights' file."""
 
 
 @torch.no_grad()
@@ -86,24 +86,21 @@ def measure(
             f"{run_or_checkpoint} draws {dataset}, the classifier knows {known}: give --classifier with a "
             f"run of launch/classifier.py --dataset {dataset}"
         )
-    test, train = (load_images(dataset, split, data_root).images for split in ("test", "train"))
     device, stream = accelerator.device, Stream(seed, "latents/evaluation")
-    generator.to(device)
+    test, train = (load_images(dataset, split, data_root).images.to(device) for split in ("test", "train"))
     classifier = classifier.to(device) if classifier else digit_classifier(device)
+    generator.to(device)
 
     def sampled(indices: Tensor) -> Tensor:
         return generator(stream.normals(indices, generator.config["input_dim"]))
-
-    def of_images(images: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda indices: to_unit_range(images[indices.cpu()].to(device))
 
     def statistics(name: str, draw: Callable[[Tensor], Tensor], count: int) -> DigitStatistics:
         show = sys.stderr.isatty() and accelerator.is_main_process
         sum_over = SumOver(accelerator, lambda rounds: tqdm(rounds, name, disable=not show))
         return DigitStatistics.of(draw, count, sum_over, classifier)
 
-    reference = statistics("test images", of_images(test), len(test))
-    trained_on = statistics("training images", of_images(train), FLOOR)
+    reference = statistics("test images", lambda indices: to_unit_range(test[indices]), len(test))
+    trained_on = statistics("training images", lambda indices: to_unit_range(train[indices]), FLOOR)
     samples = statistics("samples", sampled, count)
     if not accelerator.is_main_process:
         return None
@@ -119,11 +116,5 @@ def measure(
         floor=trained_on.compared_with(reference)["frechet_distance"],
         frechet_distance_to_training_images=samples.compared_with(trained_on)["frechet_distance"],
         sure_of_test_images=reference.compared_with(reference)["sure"],
-        classifier_sha256=digest(classifier),
+        classifier_sha256=hashlib.sha256(save(classifier.state_dict())).hexdigest(),
     )
-
-
-def digest(classifier: DigitClassifier) -> str:
-    """SHA-256 of its file."""
-    tensors = {name: tensor.cpu() for name, tensor in classifier.state_dict().items()}
-    return hashlib.sha256(save(tensors)).hexdigest()

@@ -75,12 +75,8 @@ class LSTM(nn.Module):
         return torch.stack(hidden), (h, c)
 
     def _scan_fused(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, State]:
-        weights = (
-            self.W_x,
-            self.W_h,
-            self.b,
-            torch.zeros_like(self.b),
-        )  # torch has a second bias; ours is zero
+        second_bias = torch.zeros_like(self.b)  # torch has one
+        weights = (self.W_x, self.W_h, self.b, second_bias)
         hidden, h_last, c_last = torch.lstm(
             x, (h[None], c[None]), weights, True, 1, 0.0, self.training, False, False
         )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from cs324dist.runs.files import replaced
@@ -28,10 +28,8 @@ def save_gif(
     images: Float[Tensor, "frames 1 28 28"], path: Path, scale: int = 6, frames_per_second: int = 20
 ) -> None:
     """Write images in [-1, 1] as a film that goes there and back, for ever."""
-    film = [Image.fromarray(grid(image[None], 1)[0].numpy()) for image in images]
-    film = [
-        frame.resize((frame.width * scale, frame.height * scale), Image.Resampling.NEAREST) for frame in film
-    ]
+    frames = (Image.fromarray(grid(image[None], 1)[0].numpy()) for image in images)
+    film = [ImageOps.scale(frame, scale, Image.Resampling.NEAREST) for frame in frames]
     with replaced(path) as temporary:
         film[0].save(
             temporary,

@@ -111,9 +111,7 @@ class TestShuffledEpochs:
     @given(SEEDS, st.integers(1, 500), st.integers(0, 10**6))
     def test_every_epoch_is_a_permutation(self, seed: int, size: int, epoch: int) -> None:
         shuffle = ShuffledEpochs(seed, "x", size)
-        items = shuffle.items_at(torch.arange(epoch * size, (epoch + 1) * size))
-        assert sorted(items.tolist()) == list(range(size))
-        assert torch.equal(shuffle.items(MicroBatch(epoch, size)), items)
+        assert sorted(shuffle.items(MicroBatch(epoch, size)).tolist()) == list(range(size))
 
     @settings(deadline=None)
     @given(SEEDS, st.integers(1, 12), st.integers(0, 100), st.integers(1, 5), st.integers(1, 10))
@@ -129,10 +127,10 @@ class TestShuffledEpochs:
 
     @settings(deadline=None)
     @given(SEEDS, st.integers(1, 12), st.lists(st.integers(0, 10**6), max_size=30))
-    def test_any_indices_may_be_asked_for_in_any_order(self, seed: int, size: int, indices) -> None:
+    def test_any_samples_may_be_asked_for_in_any_order(self, seed: int, size: int, indices) -> None:
         shuffle = ShuffledEpochs(seed, "x", size)
-        items = shuffle.items_at(torch.tensor(indices, dtype=torch.int64))
-        assert items.tolist() == [one_by_one(shuffle, index) for index in indices]
+        items = [shuffle.items(MicroBatch(index, 1)).item() for index in indices]
+        assert items == [one_by_one(shuffle, index) for index in indices]
 
     @settings(deadline=None)
     @given(st.integers(1, 64), st.integers(1, 50), st.integers(0, 100), st.integers(1, 4))
@@ -141,16 +139,16 @@ class TestShuffledEpochs:
     ) -> None:
         shuffle, batch = ShuffledEpochs(0, "x", size), count * each
         items = torch.cat([shuffle.items(part) for part in parts(step, batch, count)])
-        assert torch.equal(items, shuffle.items_at(torch.arange(step * batch, (step + 1) * batch)))
+        assert torch.equal(items, shuffle.items(MicroBatch(step, batch)))
 
     def test_an_item_asked_for_directly_is_the_item_reached(self) -> None:
         shuffle = ShuffledEpochs(0, "x", 50)
-        reached = shuffle.items_at(torch.arange(1001))
-        assert shuffle.items_at(torch.tensor([1000])).item() == reached[1000]
+        reached = shuffle.items(MicroBatch(0, 1001))
+        assert shuffle.items(MicroBatch(1000, 1)).item() == reached[1000]
 
     def test_epochs_seeds_and_names_differ(self) -> None:
         orders = [
-            ShuffledEpochs(seed, name, 20).items_at(torch.arange(epoch * 20, (epoch + 1) * 20))
+            ShuffledEpochs(seed, name, 20).items(MicroBatch(epoch, 20))
             for seed in (0, 1)
             for name in ("a", "b")
             for epoch in (0, 1, 2)
@@ -158,7 +156,7 @@ class TestShuffledEpochs:
         assert len({tuple(order.tolist()) for order in orders}) == len(orders)
 
     def test_all_24_orders_of_four_items_are_equally_frequent(self) -> None:
-        epochs = ShuffledEpochs(0, "x", 4).items_at(torch.arange(4 * 2400)).view(-1, 4)
+        epochs = ShuffledEpochs(0, "x", 4).items(MicroBatch(0, 4 * 2400)).view(-1, 4)
         _, counts = (epochs * torch.tensor([64, 16, 4, 1])).sum(1).unique(return_counts=True)
         assert len(counts) == 24
         assert stats.chisquare(counts.numpy()).pvalue > 0.001

@@ -5,7 +5,7 @@ import torch
 from launched import newest_checkpoint
 from paths import assert_same_path, command, weights_in
 
-from cs324dist.data.streams import ShuffledEpochs, Stream
+from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream
 
 pytestmark = pytest.mark.gpu
 CASES = {
@@ -19,7 +19,10 @@ def test_a_gpu_draws_the_numbers_of_a_cpu():
     stream, shuffle = Stream(3, "tests"), ShuffledEpochs(3, "tests", 1000)
     assert stream.integers(indices.cuda(), 7, 10).tolist() == stream.integers(indices, 7, 10).tolist()
     assert stream.signs(indices.cuda(), 100).tolist() == stream.signs(indices, 100).tolist()
-    assert shuffle.items_at(indices.cuda()).tolist() == shuffle.items_at(indices).tolist()
+    on_cpu, on_gpu = (
+        shuffle.items(MicroBatch(7, 300, device=torch.device(name))) for name in ("cpu", "cuda")
+    )
+    assert on_gpu.tolist() == on_cpu.tolist()
     torch.testing.assert_close(stream.normals(indices.cuda(), 7).cpu(), stream.normals(indices, 7))
 
 
