@@ -155,7 +155,7 @@ def memorised() -> list[Row]:
         return torch.cat([some.values for some in found]), torch.cat([some.indices for some in found])
 
     with torch.no_grad():
-        images = generate(generator, latents(generator, 0, 0, 10_000))
+        images = generate(generator, latents(generator, 0, 10_000))
         read = [read_digits(some)[:2] for some in images.split(500)]
     digits, confidence = (torch.cat(values) for values in zip(*read, strict=True))
     surest = images[[int(torch.where(digits == digit, confidence, 0).argmax()) for digit in range(10)]]

@@ -71,7 +71,7 @@ class Grid(Drawing):
         """Write the picture."""
         generator, count = load_generator(self.run, self.weights), self.rows * self.columns
         if self.digit is None:
-            z = latents(generator, self.seed, 0, count)
+            z = latents(generator, self.seed, count)
         else:
             z = self.latents_of(self.digit, generator, count)
         save_png(grid(generate(generator, z), self.columns), self.out)
@@ -90,7 +90,7 @@ class TensorFile(Drawing):
     def draw(self) -> None:
         """Write the file."""
         generator = load_generator(self.run, self.weights)
-        images = generate(generator, latents(generator, self.seed, 0, self.count))
+        images = generate(generator, latents(generator, self.seed, self.count))
         with replaced(self.out) as temporary:
             save_tensors(temporary, {"images": images})
 
@@ -136,7 +136,7 @@ class Interpolation(Drawing):
 
         def latent(digit: int, seed: int | None) -> torch.Tensor:
             if seed is not None:
-                return latents(generator, seed, 0, 1)[0]
+                return latents(generator, seed, 1)[0]
             return self.latents_of(digit, generator, 1)[0]
 
         start = latent(self.start_digit, self.start_seed)

@@ -106,7 +106,7 @@ def content(checkpoint: Path) -> dict[str, Any]:
     if weights := tensors.get("generator_ema/model.safetensors"):
         (generator := Generator(8).eval()).load_state_dict(weights)
         with torch.no_grad():
-            tensors["images"] = {"images": generator(sampling.latents(generator, 0, 0, 2))}
+            tensors["images"] = {"images": generator(sampling.latents(generator, 0, 2))}
     trainer = json.loads(own(checkpoint / "trainer.json").read_bytes())
     return {**{file: facts(part) for file, part in tensors.items()}, "trainer.json": trainer}
 

@@ -13,10 +13,9 @@ AT_ONCE = 500  # images of one forward pass
 CANDIDATES = 1000
 
 
-def latents(generator: Generator, seed: int, start: int, count: int) -> Float[Tensor, "count latent"]:
-    """Standard normal latents: samples [start, start + count) of the seed's stream for sampling."""
-    indices = torch.arange(start, start + count)
-    return Stream(seed, "latents/sampling").normals(indices, generator.config["input_dim"])
+def latents(generator: Generator, seed: int, count: int) -> Float[Tensor, "count latent"]:
+    """Standard normal latents: the first of the seed's stream for sampling."""
+    return Stream(seed, "latents/sampling").normals(torch.arange(count), generator.config["input_dim"])
 
 
 @torch.no_grad()
@@ -31,7 +30,7 @@ def surest(generator: Generator, digit: int, count: int, seed: int) -> Float[Ten
     Raises:
         UserError: fewer than `count` candidates are surely (confidence above 0.95) this digit.
     """
-    candidates = latents(generator, seed, 0, max(CANDIDATES, 20 * count))
+    candidates = latents(generator, seed, max(CANDIDATES, 20 * count))
     digits, confidence, _ = read_digits(generate(generator, candidates))
     of_digit = torch.where(digits == digit, confidence, 0.0)
     best = of_digit.argsort(descending=True, stable=True)[:count]

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from cs324dist.runs.files import replaced
 
+SCALE, FRAME_MILLISECONDS = 6, 50  # of a film
+
 
 def grid(images: Float[Tensor, "count 1 28 28"], columns: int) -> UInt8[Tensor, "1 height width"]:
     """Images in [-1, 1] side by side, row by row, two pixels apart."""
@@ -24,18 +26,17 @@ def save_png(picture: UInt8[Tensor, "1 height width"], path: Path) -> None:
         Image.fromarray(picture[0].numpy()).save(temporary, format="png")
 
 
-def save_gif(
-    images: Float[Tensor, "frames 1 28 28"], path: Path, scale: int = 6, frames_per_second: int = 20
-) -> None:
-    """Write images in [-1, 1] as a film that goes there and back, for ever."""
+def save_gif(images: Float[Tensor, "frames 1 28 28"], path: Path) -> None:
+    """Write images in [-1, 1] as a film, six times as large, that goes there and back, for ever."""
     frames = (Image.fromarray(grid(image[None], 1)[0].numpy()) for image in images)
-    film = [ImageOps.scale(frame, scale, Image.Resampling.NEAREST) for frame in frames]
+    film = [ImageOps.scale(frame, SCALE, Image.Resampling.NEAREST) for frame in frames]
     with replaced(path) as temporary:
+        back = film[-2:0:-1]
         film[0].save(
             temporary,
-            format="gif",
+            "gif",
             save_all=True,
-            append_images=film[1:] + film[-2:0:-1],
-            duration=1000 // frames_per_second,
+            append_images=film[1:] + back,
+            duration=FRAME_MILLISECONDS,
             loop=0,
         )

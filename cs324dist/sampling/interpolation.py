@@ -47,7 +47,7 @@ def walk_ends(
             pass
         else:
             return start, end, f"from a {START} to a {END}"
-    start, end = latents(generator, 0, 0, 2)
+    start, end = latents(generator, 0, 2)
     return start, end, "from one image to another"
 
 

@@ -55,7 +55,7 @@ def test_a_walk_goes_from_one_end_to_the_other_by_both_methods(runs: Path) -> No
     run = read_run(runs / "gan-fast-0", "gan")
     walked = walk(run)
     generator = load_generator(run.path)
-    ends = (generate(generator, latents(generator, 0, 0, 2)) + 1) * 127.5
+    ends = (generate(generator, latents(generator, 0, 2)) + 1) * 127.5
     assert walked.ends == "from one image to another"
     assert (len(walked.frames), walked.frames[0].label) == (WALK_FRAMES, f"1 of {WALK_FRAMES}")
     for column in (0, 1):

@@ -69,13 +69,13 @@ class TestSurest:
 
     def test_the_surest_of_a_thousand_come_first(self, fours_of_known_confidence: None) -> None:
         generator = confident(lambda z: 0.97 + 0.004 * z)
-        candidates = latents(generator, 5, 0, 1000).tolist()
+        candidates = latents(generator, 5, 1000).tolist()
         expected = sorted(candidates, key=lambda z: z[0], reverse=True)[:30]
         assert surest(generator, 4, 30, seed=5).tolist() == expected
 
     def test_the_doubtful_are_not_taken(self, fours_of_known_confidence: None) -> None:
         generator = confident(lambda z: torch.where(z > 2, 0.96, 0.94))
-        sure = sum(z[0] > 2 for z in latents(generator, 5, 0, 1000).tolist())
+        sure = sum(z[0] > 2 for z in latents(generator, 5, 1000).tolist())
         assert len(surest(generator, 4, sure, seed=5)) == sure
         with pytest.raises(UserError, match=f"^of 1000 samples, {sure} are surely a 4 where {sure + 1} are"):
             surest(generator, 4, sure + 1, seed=5)
@@ -89,15 +89,15 @@ class TestSurest:
 
 def test_images_are_generated_in_order_a_few_at_a_time() -> None:
     stub = confident(torch.tanh)
-    z = latents(stub, 0, 0, 1201)
+    z = latents(stub, 0, 1201)
     assert torch.equal(generate(stub, z)[:, 0, 0, 0], z[:, 0].tanh())
     assert stub.batches == [500, 500, 201]
 
 
 def test_latents_are_a_slice_of_the_seed_s_stream() -> None:
     stub = confident(torch.tanh)
-    assert torch.equal(latents(stub, 0, 5, 3), latents(stub, 0, 0, 8)[5:])
-    assert not torch.equal(latents(stub, 0, 5, 3), latents(stub, 1, 5, 3))
+    assert torch.equal(latents(stub, 0, 3), latents(stub, 0, 8)[:3])
+    assert not torch.equal(latents(stub, 0, 3), latents(stub, 1, 3))
 
 
 def write(checkpoint: Path, step: int, **networks: nn.Module) -> Path:

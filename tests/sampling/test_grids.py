@@ -58,14 +58,14 @@ def test_a_picture_is_read_back_to_the_pixel(tmp_path: Path) -> None:
 
 
 @settings(deadline=None, max_examples=8)
-@given(frames=st.integers(2, 12), scale=st.integers(1, 8))
-def test_a_film_goes_there_and_back_for_ever(tmp_path_factory, frames: int, scale: int) -> None:
+@given(frames=st.integers(2, 12))
+def test_a_film_goes_there_and_back_for_ever(tmp_path_factory, frames: int) -> None:
     path = tmp_path_factory.mktemp("film") / "walk.gif"
     greys = [round(255 * k / (frames - 1)) for k in range(frames)]
-    save_gif(constant(*(grey / 127.5 - 1 for grey in greys)), path, scale)
+    save_gif(constant(*(grey / 127.5 - 1 for grey in greys)), path)
     with Image.open(path) as film:
         assert film.format == "GIF"
-        assert film.size == (28 * scale, 28 * scale)
+        assert film.size == (168, 168)
         assert film.info["loop"] == 0
         assert film.n_frames == 2 * frames - 2
         shown = [
@@ -77,11 +77,10 @@ def test_a_film_goes_there_and_back_for_ever(tmp_path_factory, frames: int, scal
     assert [file.name for file in path.parent.iterdir()] == ["walk.gif"]
 
 
-def test_a_film_s_pixels_are_squares_of_the_scale(tmp_path: Path) -> None:
+def test_a_film_s_pixels_are_squares(tmp_path: Path) -> None:
     image = torch.linspace(-1, 1, 28 * 28).view(1, 1, 28, 28)
-    save_gif(torch.cat([image, -image]), tmp_path / "walk.gif", scale=3, frames_per_second=10)
+    save_gif(torch.cat([image, -image]), tmp_path / "walk.gif")
     with Image.open(tmp_path / "walk.gif") as film:
-        assert film.info["duration"] == 100
         first = np.asarray(film.convert("L"))
     expected = ((image[0, 0] + 1) * 127.5).round().to(torch.uint8).numpy()
-    assert np.array_equal(first, expected.repeat(3, axis=0).repeat(3, axis=1))
+    assert np.array_equal(first, expected.repeat(6, axis=0).repeat(6, axis=1))
