@@ -9,11 +9,11 @@ from made_runs import make_gan, make_lstm
 from PIL import Image
 
 from cs324dist.errors import UserError
-from cs324dist.report.pictures import WALK_FRAMES, film, walk
+from cs324dist.report.pictures import METHODS, WALK_FRAMES, film, walk
 from cs324dist.report.reading import read_run
 from cs324dist.runs.trained import load_generator
 from cs324dist.sampling.generators import generate, latents
-from cs324dist.sampling.interpolation import STRIP_IMAGES
+from cs324dist.sampling.interpolation import STRIP_IMAGES, interpolate
 
 
 def decoded(source: str) -> np.ndarray:
@@ -62,6 +62,10 @@ def test_a_walk_goes_from_one_end_to_the_other_by_both_methods(runs: Path) -> No
         for frame, image in ((walked.frames[0], ends[0, 0]), (walked.frames[-1], ends[1, 0])):
             shown = torch.from_numpy(decoded(frame.sources[column]))
             assert (shown - image).abs().max() < 1
+    between = [interpolate(*latents(generator, 0, 2), WALK_FRAMES, method)[20:21] for method in METHODS]
+    for source, z in zip(walked.frames[20].sources, between, strict=True):
+        image = (generate(generator, z)[0, 0] + 1) * 127.5
+        assert (torch.from_numpy(decoded(source)) - image).abs().max() < 1
     assert list(walked.strips) == ["linear", "spherical"]
     for strip in walked.strips.values():
         assert decoded(strip).shape == (32, 30 * STRIP_IMAGES + 2)
