@@ -8,6 +8,7 @@ PARENT = os.getppid()  # at the start, before the seconds that importing torch t
 
 if TYPE_CHECKING:
     from cs324dist.config import MUTABLE, BatchSize, Config, Count, Fraction, Positive
+    from cs324dist.data.loader import loader
     from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream, seeded
     from cs324dist.errors import UserError
     from cs324dist.metrics.accuracy import accuracy, count_correct
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "config": ("MUTABLE", "BatchSize", "Config", "Count", "Fraction", "Positive"),
+    "data.loader": ("loader",),
     "data.streams": ("MicroBatch", "ShuffledEpochs", "Stream", "seeded"),
     "errors": ("UserError",),
     "metrics.accuracy": ("accuracy", "count_correct"),
@@ -26,7 +28,7 @@ _MODULE_OF = {name: module for module, names in _PLACES.items() for name in name
 __all__ = [
     "MUTABLE", "BatchSize", "Config", "Count", "Evaluation", "Fraction", "MicroBatch", "Positive",
     "ShuffledEpochs", "Stream", "Task", "UserError", "accuracy", "count_correct", "load_generator",
-    "load_network", "main", "seeded",
+    "load_network", "loader", "main", "seeded",
 ]  # fmt: skip
 
 

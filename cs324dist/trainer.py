@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from cs324dist.command_line import from_command_line
 from cs324dist.config import Config, as_json
 from cs324dist.data.counter_rng import stream_keys
-from cs324dist.data.streams import MicroBatch
+from cs324dist.data.streams import MicroBatch, share
 from cs324dist.distributed.batch_norm import convert_sync_batchnorm, freeze_cancelled_biases, spans_the_batch
 from cs324dist.distributed.failures import ProcessLost, translate_errors
 from cs324dist.distributed.gradients import DDPGradients, ExactGradients
@@ -65,7 +65,7 @@ class Trainer:
         self.task, self.accelerator, self.config = task, accelerator, task.config
         rank, processes = accelerator.process_index, accelerator.num_processes
         self.count = self.config.micro_batches or processes
-        self._own = range(-(-self.count * rank // processes), -(-self.count * (rank + 1) // processes))
+        self._own = share(rank, processes, self.count)
         self._trained = {name: self._networks_of(name) for name in task.optimizers}
         networks = dict.fromkeys(network for some in self._trained.values() for network in some)
         plugin = accelerator.state.dynamo_plugin

@@ -40,6 +40,11 @@ class MicroBatch:
         return torch.arange(first, first + size, device=self.device)
 
 
+def share(rank: int, processes: int, count: int) -> range:
+    """Which of `count` micro-batches a process computes."""
+    return range(-(-count * rank // processes), -(-count * (rank + 1) // processes))
+
+
 @dataclass(frozen=True)
 class Stream:
     """Random numbers for one purpose: a pure function of (seed, name, sample index)."""
@@ -93,5 +98,5 @@ def _permutation(shuffle: ShuffledEpochs, epoch: int, device: torch.device) -> I
 def seeded(seed: int, name: str) -> Iterator[None]:
     """Seed torch's CPU generator from (seed, name), as for initial weights, and restore it at the end."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.stream_keys(seed, name)[0])
+        torch.default_generator.manual_seed(rng.stream_keys(seed, name)[0])
         yield

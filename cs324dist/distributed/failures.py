@@ -10,6 +10,7 @@ from cs324dist.config import Config, option
 from cs324dist.errors import RunFailed
 
 NO_MEMORY = ("can't allocate memory", "out of memory", "bad allocation")
+LOADER_GONE = ("dataloader worker (pid",)
 PEER_SILENT = ("timed out", "timeout")
 PEER_GONE = ("connection closed by peer", "connection reset", "broken pipe", "connection refused")
 
@@ -42,6 +43,11 @@ def translate_errors(config: Config) -> Iterator[None]:
             raise OneProcessFailed(f"out of memory: lower {ways}") from error
         if isinstance(error, OSError) and error.strerror:
             raise OneProcessFailed(f"{error.filename or 'a file'}: {error.strerror}") from error
+        if _says(text, LOADER_GONE):
+            raise OneProcessFailed(
+                "a worker that loads data was killed, perhaps as memory ran out: "
+                "use fewer workers, then run the same command again"
+            ) from error
         if dist.is_initialized() and _says(text, PEER_SILENT):
             raise ProcessLost(
                 f"another process did not answer within {config.peer_timeout} s (--peer-timeout): "

@@ -1,0 +1,197 @@
+"""Samples of a torch data set, loaded by worker processes, and yet a pure function of (seed, sample)."""
+
+import atexit
+import ctypes
+import os
+import random
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate.utils import send_to_device
+from jaxtyping import Int64
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from cs324dist.data.counter_rng import stream_keys
+from cs324dist.data.streams import CPU, MicroBatch, ShuffledEpochs, seeded, share
+from cs324dist.errors import ReportedError, UserError
+
+Collate = Callable[[list[Any]], Any]
+TO_STOP = (signal.SIGTERM, signal.SIGINT)
+Address = tuple[str, int]  # what its random numbers are named by, and the item
+# Micro-batches run in threads, and the generators of torch, numpy and random are one for all.
+_one_at_a_time = threading.Lock()
+
+
+def loader(
+    dataset: Dataset[Any], seed: int, name: str, *, workers: int = 0, collate: Collate = default_collate
+) -> "Loader":
+    """What a task asks for the samples of its micro-batches: `self.data.batch(batch)`.
+
+    The order is that of `ShuffledEpochs(seed, name, len(dataset))`. While `dataset[item]` runs, the
+    generators of torch, numpy and random are seeded from (seed, name, sample): augmentation does not depend
+    on who loads what.
+
+    Args:
+        dataset: with `len(dataset)` and `dataset[item]`; it computes on the CPU.
+        seed: of the run.
+        name: of the stream; give each purpose a name of its own.
+        workers: processes that load ahead, for each process that trains; 0: it loads by itself.
+        collate: makes a batch of a list of samples.
+
+    Raises:
+        UserError: the data set is empty, or can only be iterated over.
+    """
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise UserError(f"the data set of {name!r} needs len(dataset) and dataset[item]; it has not both")
+    if not len(dataset):
+        raise UserError(f"the data set of {name!r} is empty")
+    return Loader(_Samples(dataset, seed, name, collate), ShuffledEpochs(seed, name, len(dataset)), workers)
+
+
+class Loader:
+    """See `loader`."""
+
+    def __init__(self, samples: "_Samples", order: ShuffledEpochs, workers: int) -> None:
+        self._samples, self._plan = samples, _Plan(order)
+        self._parts: dict[int, Any] = {}  # of a step
+        self._loader = DataLoader(
+            samples,
+            batch_sampler=self._plan,
+            num_workers=workers,
+            collate_fn=samples.collated,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+            worker_init_fn=_prepare_worker,
+            generator=torch.Generator(),  # in place of torch's own, which a step may draw from
+        )
+        # Workers start here, in the main thread, and not in that of some micro-batch.
+        self._iterator: Iterator[Any] = iter(self._loader)
+        self._step: MicroBatch | None = None
+        atexit.register(_end_workers, weakref.ref(self))
+
+    def batch(self, batch: MicroBatch) -> Any:
+        """The samples of a micro-batch, collated, on its device.
+
+        Raises:
+            ReportedError: one that the data set raised.
+        """
+        step = replace(batch, index=0, device=CPU)
+        with _one_at_a_time:
+            if step != self._step:
+                if self._step is None or step != _following(self._step):
+                    self._plan.first = step
+                    self._iterator = iter(self._loader)
+                self._step, self._parts = step, {index: next(self._iterator) for index in _own(batch)}
+            return _on(batch.device, self._parts[batch.index])
+
+    def items(self, items: Int64[Tensor, " items"]) -> Any:
+        """These items of the data set, collated, on the device of `items`, as for an evaluation.
+
+        This process loads them itself. Augmentation depends on (seed, name, item).
+        """
+        with _one_at_a_time:
+            samples = [self._samples[f"item {item}", item] for item in items.tolist()]
+            return _on(items.device, self._samples.collated(samples))
+
+
+def _end_workers(ended: "weakref.ref[Loader]") -> None:
+    """Before torch waits five seconds for each that is still there when Python ends."""
+    if (loader := ended()) is not None:
+        vars(loader).clear()
+
+
+class _Plan:
+    """What to load for one micro-batch of this process after the other."""
+
+    def __init__(self, order: ShuffledEpochs) -> None:
+        self._order = order
+        self.first: MicroBatch | None = None
+
+    def __iter__(self) -> Iterator[list[Address]]:
+        step = self.first
+        while step is not None:
+            for index in _own(step):
+                part = replace(step, index=index)
+                items = self._order.items(part).tolist()
+                yield [(str(sample), item) for sample, item in zip(part.samples.tolist(), items, strict=True)]
+            step = _following(step)
+
+
+def _following(batch: MicroBatch) -> MicroBatch:
+    return replace(batch, step=batch.step + 1)
+
+
+def _own(batch: MicroBatch) -> range:
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return share(rank, processes, batch.count)
+
+
+def _on(device: torch.device, collated: Any) -> Any:
+    if isinstance(collated, ReportedError):
+        raise collated
+    return send_to_device(collated, device, non_blocking=True)
+
+
+class _Samples(Dataset[Any]):
+    """A data set by address; an error for the user is returned: torch would make a traceback of it."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int, name: str, collate: Collate) -> None:
+        self._dataset, self._seed, self._name, self._collate = dataset, seed, name, collate
+
+    def __getitem__(self, address: Address) -> Any:
+        random_name, item = address
+        try:
+            with _everything_seeded(self._seed, f"{self._name}/{random_name}"):
+                return self._dataset[item]
+        except ReportedError as error:
+            return error
+        except Exception as error:
+            error.add_note(f"at item {item} of the data set of {self._name!r}")
+            raise
+
+    def collated(self, samples: list[Any]) -> Any:
+        errors = (sample for sample in samples if isinstance(sample, ReportedError))
+        return next(errors, None) or self._collate(samples)
+
+
+@contextmanager
+def _everything_seeded(seed: int, name: str) -> Iterator[None]:
+    """Inside, torch, numpy and random are seeded; torch uses one core, as it does in a worker."""
+    states, cores = (random.getstate(), np.random.get_state()), torch.get_num_threads()
+    key = stream_keys(seed, name)[0]
+    random.seed(key)
+    np.random.seed(key % 2**32)
+    torch.set_num_threads(1)
+    try:
+        with seeded(seed, name):
+            yield
+    finally:
+        torch.set_num_threads(cores)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _prepare_worker(_: int) -> None:
+    if sys.platform == "linux":
+        # Slurm signals every process, and the one that trains decides when to stop.
+        signal.pthread_sigmask(signal.SIG_BLOCK, TO_STOP)
+        threading.Thread(target=_end_when_the_parent_asks, daemon=True).start()
+        # A worker that outlived its process would hold the lock of the run.
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _end_when_the_parent_asks() -> None:
+    while signal.sigwaitinfo(TO_STOP).si_pid != os.getppid():
+        pass
+    os._exit(0)

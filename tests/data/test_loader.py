@@ -1,0 +1,180 @@
+"""Data from workers: the same whoever loads it, exact in the middle of an epoch, and stopped in order."""
+
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from chaos import content_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from launched import Launched, files_of, newest_checkpoint, status
+from loading import Rows
+from torch.utils.data import IterableDataset, TensorDataset
+
+from cs324dist import MicroBatch, ShuffledEpochs, UserError, loader
+
+LOADING = ("tests/data/loading.py", "--checkpoint-every", "5")
+
+
+def rows_of(loading, step, index=0, count=2):
+    rows, labels = loading.batch(MicroBatch(step, 8, index, count))
+    assert torch.equal(labels, rows[:, 0].long() % 2)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def loads():
+    """By number of workers."""
+    loads = {workers: loader(Rows(), 3, "rows", workers=workers) for workers in (0, 1, 2)}
+    yield loads
+    loads.clear()  # or their workers would be waited for at the end
+
+
+class TestSamples:
+    def test_the_order_is_that_of_shuffled_epochs(self, loads):
+        for step in range(4):  # the second epoch begins within step 2
+            for index in range(2):
+                expected = ShuffledEpochs(3, "rows", 20).items(MicroBatch(step, 8, index, 2))
+                assert torch.equal(rows_of(loads[2], step, index)[:, 0].long(), expected)
+
+    @given(steps=st.lists(st.integers(0, 30), min_size=1, max_size=6), count=st.sampled_from([1, 2, 4]))
+    @settings(max_examples=20)
+    def test_from_any_step_and_any_number_of_workers_they_are_the_same(self, loads, steps, count):
+        for step in steps:
+            found = [
+                torch.cat([rows_of(loading, step, index, count) for index in range(count)])
+                for loading in loads.values()
+            ]
+            assert torch.equal(found[0], found[1])
+            assert torch.equal(found[0], found[2])
+
+    def test_each_epoch_augments_anew_and_each_seed_differs(self, loads):
+        rows = torch.cat([rows_of(loads[0], step, count=1) for step in range(5)])
+        assert rows[:, 0].unique(return_counts=True)[1].tolist() == [2] * 20
+        for generator in (1, 2, 3):
+            assert len(rows[:, generator].unique()) == 40
+        other = loader(Rows(), 4, "rows").batch(MicroBatch(0, 8))[0]
+        assert not set(other[:, 1].tolist()) & set(rows[:, 1].tolist())
+
+    def test_the_generators_of_the_process_stay_as_they_were(self, loads):
+        # Not checked of `random`: beartype, which checks shapes in these tests, draws from it.
+        for loading in loads.values():
+            for step in (7, 8, 20):  # 20 starts the workers over
+                before = torch.get_rng_state(), np.random.get_state()[1]
+                rows_of(loading, step)
+                assert torch.equal(before[0], torch.get_rng_state())
+                assert (before[1] == np.random.get_state()[1]).all()
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_micro_batches_in_threads_get_their_own(self, loads, workers):
+        expected, loading = [rows_of(loads[1], 11, index, 4) for index in range(4)], loads[workers]
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(5):
+                found = list(pool.map(lambda index: rows_of(loading, 11, index, 4), [2, 0, 3, 1]))
+                assert all(torch.equal(found[k], expected[i]) for k, i in enumerate([2, 0, 3, 1]))
+                rows_of(loading, 3)  # and start over
+
+    def test_items_are_loaded_for_evaluations(self, loads):
+        items = torch.tensor([4, 4, 19])
+        found = [loading.items(items)[0] for loading in loads.values()]
+        assert found[0][:, 0].tolist() == [4, 4, 19]
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0][0], found[0][1])
+
+
+class TestBadData:
+    def test_a_data_set_that_is_empty_or_has_no_items_is_refused(self):
+        with pytest.raises(UserError, match="the data set of 'rows' is empty"):
+            loader(TensorDataset(torch.empty(0)), 0, "rows")
+        with pytest.raises(UserError, match=r"'rows' needs len\(dataset\) and dataset\[item\]"):
+            loader(type("Rows", (IterableDataset,), {"__iter__": iter})(), 0, "rows")
+
+    @pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "2"])
+    def test_an_error_for_the_user_is_one_line(self, launch, tmp_path, workers):
+        command = (*LOADING, "--run-dir", tmp_path / "run", "--workers", workers, "--bad-item", "3")
+        done = launch(*command, check=False)
+        assert done.returncode == 2
+        assert [line for line in done.stderr.splitlines() if "step" not in line] == [
+            "error: row 3 cannot be read: mend it"
+        ]
+
+    def test_another_error_names_the_item(self):
+        class Broken(Rows):
+            def __getitem__(self, item):
+                raise ZeroDivisionError
+
+        for workers in (0, 1):
+            with pytest.raises(ZeroDivisionError) as raised:
+                loader(Broken(), 0, "rows", workers=workers).batch(MicroBatch(0, 1))
+            said = [*getattr(raised.value, "__notes__", []), str(raised.value)]
+            assert any("of the data set of 'rows'" in text for text in said)
+
+
+@pytest.fixture(scope="module")
+def never_stopped(launch, tmp_path_factory):
+    run = tmp_path_factory.mktemp("loading") / "run"
+    launch(*LOADING, "--run-dir", run)
+    return run
+
+
+class TestRuns:
+    def test_workers_do_not_change_a_bit(self, launch, never_stopped, tmp_path):
+        launch(*LOADING, "--workers", "0", "--run-dir", tmp_path / "run")
+        ends = [files_of(newest_checkpoint(run)) for run in (tmp_path / "run", never_stopped)]
+        for end in ends:
+            del end["trainer.json"]
+        assert ends[0] == ends[1]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("norm", [[], ["--norm"]], ids=["dropout", "BatchNorm"])
+    def test_one_process_and_three_are_the_same(self, launch, tmp_path, norm):
+        command = (*LOADING, "--micro-batches", "4", *norm)
+        launch(*command, "--run-dir", tmp_path / "one")
+        launch(*command, "--workers", "1", "--run-dir", tmp_path / "three",
+               launcher="torchrun", options=("--nproc_per_node", "3"))  # fmt: skip
+        one, three = (content_of(tmp_path / name) for name in ("one", "three"))
+        assert one == three
+
+    @pytest.mark.parametrize(
+        "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["TERM", "INT"]
+    )
+    def test_a_signal_to_all_processes_leaves_a_checkpoint(self, launch_environment, tmp_path, number):
+        command = (*LOADING, "--steps", "100000", "--checkpoint-every", "100000")
+        with Launched(command, tmp_path / "run", launch_environment) as started:
+            started.wait_for_line("step 10/")
+            own = psutil.Process(started.process.pid)
+            workers = own.children()
+            for process in (*workers, own):  # as Slurm does
+                process.send_signal(number)
+            assert started.end() == 75
+        assert len(workers) == 2
+        assert status(tmp_path / "run")["state"] == "stopped"
+        assert int(newest_checkpoint(tmp_path / "run").name) >= 10
+
+    @pytest.mark.slow
+    def test_no_worker_outlives_its_process_and_the_run_goes_on_to_the_same_end(
+        self, launch, launch_environment, never_stopped, tmp_path
+    ):
+        run = tmp_path / "run"
+        with Launched(LOADING, run, launch_environment) as started:
+            started.wait_for_line("step 6/")
+            started.send_signal(signal.SIGKILL)
+            assert started.end() == -signal.SIGKILL
+        launch(*LOADING, "--run-dir", run)
+        assert content_of(run) == content_of(never_stopped)
+
+    @pytest.mark.slow
+    def test_a_worker_that_is_killed_ends_the_run_in_one_line(self, launch_environment, tmp_path):
+        run = tmp_path / "run"
+        command = (*LOADING, "--steps", "100000")
+        with Launched(command, run, launch_environment) as started:
+            started.wait_for_line("step 10/")
+            os.kill(psutil.Process(started.process.pid).children()[0].pid, signal.SIGKILL)
+            assert started.end() == 1
+        (line,) = [line for line in started.said.splitlines() if not line.startswith(("step", str(run)))]
+        assert line.startswith("error: a worker that loads data was killed")
+        assert status(run)["state"] == "failed"
