@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -49,7 +50,7 @@ from cs324dist.runs.lease import Superseded
 from cs324dist.runs.optimizers import each, optimizers_of, with_full_state
 from cs324dist.runs.run_dir import RunDir, RunRecord
 from cs324dist.tasks import find_task
-from cs324dist.tasks.base import Loss, Metrics, Task
+from cs324dist.tasks.base import Loss, Mean, Metrics, Task
 from cs324dist.trackers import Trackers
 
 
@@ -93,7 +94,7 @@ class Trainer:
             plain = () if self.compiled else networks
             self._gradients = ExactGradients(plain, self.count, len(self._own), accelerator, meet=meet)
         self._step, self._is_logged = 0, False
-        self._metrics: dict[str, dict[int, Tensor]] = {}
+        self._metrics: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
         self._skipped = SkippedSteps(accelerator)
 
     def _networks_of(self, name: str) -> tuple[nn.Module, ...]:
@@ -122,20 +123,27 @@ class Trainer:
         """See `Updater`."""
         networks, scaler = self._trained[name], self.accelerator.scaler
         optimizers = optimizers_of(self.task.optimizers, name)
+        parameters = [p for network in networks for p in network.parameters()]
+        weights: dict[int, Tensor] = {}
 
         def loss_of(batch: MicroBatch) -> Tensor:
             value, metrics = loss(batch)
             self._record(batch, metrics)
-            return value
+            if isinstance(value, Tensor):
+                return value
+            weights[batch.index] = self._weight(value)
+            return value[0]
 
         def seed_of(batch: MicroBatch) -> int:  # of what draws from torch's generator, such as dropout
             return stream_keys(self.config.seed, f"step {batch.step}/{name}/{batch.index}")[0]
 
         self._gradients.compute(networks, loss_of, seed_of, self._batches())
+        if weights:  # the gradient is that of the mean of sums
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, self.count / self.sum(weights))
         if self.config.max_grad_norm is not None:
             for optimizer in optimizers if scaler else ():
                 scaler.unscale_(optimizer)
-            parameters = [p for network in networks for p in network.parameters()]
             clip_grad_norm_(parameters, self.config.max_grad_norm)
         factor = self.config.learning_rate_factor(self._step)
         for optimizer in optimizers:
@@ -164,15 +172,24 @@ class Trainer:
 
     def _record(self, batch: MicroBatch, metrics: Metrics) -> None:
         for name, value in metrics.items():
-            self._metrics.setdefault(f"train/{name}", {})[batch.index] = value.detach()
+            total = value if isinstance(value, Tensor) else value[0]
+            pair = total.detach().double(), self._weight(value)
+            self._metrics.setdefault(f"train/{name}", {})[batch.index] = pair
+
+    def _weight(self, value: Mean) -> Float64[Tensor, ""]:
+        weight = 1.0 if isinstance(value, Tensor) else value[1]
+        return torch.as_tensor(weight, dtype=torch.float64, device=self.accelerator.device).detach()
 
     def read_metrics(self) -> dict[str, float]:
         """The metrics of the last step, averaged over its micro-batches; waits for the device."""
         names = list(self._metrics)
         if not names:
             return self._skipped.read()
-        rows = {i: torch.stack([self._metrics[name][i].double() for name in names]) for i in self._own}
-        means = add_in_order(gather_rows(rows, self.count)) / self.count
+        rows = {
+            i: torch.stack([part for name in names for part in self._metrics[name][i]]) for i in self._own
+        }
+        totals, weights = self.sum(rows).view(-1, 2).unbind(1)
+        means = totals / weights
         return {**dict(zip(names, means.tolist(), strict=True)), **self._skipped.read()}
 
     def sum_over(self, until_stopped: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter) -> SumOver:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -13,8 +13,12 @@ from cs324dist.config import ConfigT
 from cs324dist.data.streams import MicroBatch
 from cs324dist.distributed.sum_over import SumOver
 
-Metrics = Mapping[str, Float[Tensor, ""]]
-Loss = Callable[[MicroBatch], tuple[Float[Tensor, ""], Metrics]]
+Mean = Float[Tensor, ""] | tuple[Float[Tensor, ""], Shaped[Tensor, ""] | float]
+"""The mean over the samples of a micro-batch; or a sum and its weight, such as the number of tokens, of which
+the mean over the global batch is the sum of the sums over the sum of the weights."""
+
+Metrics = Mapping[str, Mean]
+Loss = Callable[[MicroBatch], tuple[Mean, Metrics]]
 Picture = UInt8[Tensor, "channels height width"]
 
 
@@ -35,7 +39,7 @@ class Updater(Protocol):
     def update(self, name: str, loss: Loss) -> None:
         """Take one step of the optimizers `name` with the gradient of `loss` over the global batch.
 
-        `loss` returns the mean loss of a micro-batch, and metrics to log: scalars, averaged over the batch.
+        `loss` returns the mean loss of a micro-batch, and metrics to log; see `Mean`.
         """
 
     def measure(self, loss: Loss) -> None:
@@ -73,8 +77,8 @@ class Task(Generic[ConfigT]):
         (name,) = self.optimizers
         trainer.update(name, self.loss)
 
-    def loss(self, batch: MicroBatch) -> tuple[Float[Tensor, ""], Metrics]:
-        """The mean loss of the samples of a micro-batch, and metrics to log."""
+    def loss(self, batch: MicroBatch) -> tuple[Mean, Metrics]:
+        """The loss of a micro-batch, and metrics to log: means over its samples, or (sum, weight)."""
         raise NotImplementedError
 
     def evaluate(self, sum_over: SumOver) -> Evaluation:

@@ -1,0 +1,72 @@
+"""Takes steps of a task whose samples have different lengths.
+
+torchrun weighted.py OUT MICRO_BATCHES, where 0 is DDP.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cs324dist import Config, MicroBatch, Stream, Task, seeded
+from cs324dist.distributed.process import start_accelerator
+from cs324dist.errors import exit_process
+from cs324dist.trainer import Trainer
+
+STEPS, BATCH, LONGEST, RATE = 5, 12, 9, 0.3
+
+
+def sequences(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs, labels, and which places of each sequence count: the longer, the later the sample."""
+    inputs = Stream(0, "inputs").normals(batch.samples, LONGEST * 3).view(-1, LONGEST, 3)
+    labels = Stream(0, "labels").integers(batch.samples, LONGEST, 2)
+    lengths = 1 + batch.samples % BATCH * LONGEST // BATCH
+    return inputs, labels, torch.arange(LONGEST) < lengths[:, None]
+
+
+def model() -> nn.Module:
+    with seeded(0, "weights"):
+        return nn.Linear(3, 2)
+
+
+class Weighted(Task[Config]):
+    name = "weighted"
+    presets: ClassVar = {"fast": Config(steps=STEPS, batch_size=BATCH, max_grad_norm=1.0)}
+
+    def __init__(self, config, device):
+        super().__init__(config, device)
+        self.networks = {"model": model()}
+        self.optimizers = {"model": torch.optim.SGD(self.networks["model"].parameters(), RATE)}
+
+    def loss(self, batch):
+        inputs, labels, mask = sequences(batch)
+        logits = self.networks["model"](inputs[mask])
+        total = F.cross_entropy(logits, labels[mask], reduction="sum")
+        right = (logits.argmax(1) == labels[mask]).sum()
+        metrics = {
+            "loss": (total, mask.sum()),
+            "accuracy": (right, len(logits)),
+            "longest": mask.sum(1).max(),
+        }
+        return (total, mask.sum()), metrics
+
+
+if __name__ == "__main__":
+    if not (micro_batches := int(sys.argv[2])):
+        torch.set_default_dtype(torch.float64)
+    accelerator = start_accelerator()
+    config = replace(Weighted.presets["fast"], micro_batches=micro_batches or None)
+    trainer = Trainer(task := Weighted(config, accelerator.device), accelerator)
+    metrics = []
+    for step in range(STEPS):
+        trainer.step(step, is_logged=True)
+        metrics.append(trainer.read_metrics())
+    if accelerator.is_main_process:
+        weights = {name: p.tolist() for name, p in task.networks["model"].state_dict().items()}
+        Path(sys.argv[1]).write_text(json.dumps({"weights": weights, "metrics": metrics}))
+    exit_process(0)
