@@ -263,6 +263,11 @@ class Run:
         self.trainer, self.run, self.stop = trainer, run, stop
         self.task, self.config, self.accelerator = trainer.task, trainer.config, trainer.accelerator
         self.on_main = partial(on_main_process, self.accelerator)
+        self._task_is_done = False
+
+    def is_over(self, completed: int) -> bool:
+        """Whether no step is left to take."""
+        return self._task_is_done or completed >= self.config.steps
 
     def resume(self) -> TrainerState:
         """Read the newest valid checkpoint, if there is one; returns where it stands.
@@ -276,7 +281,11 @@ class Run:
             return TrainerState(0)
         state = self.trainer.restore(newest)
         self.on_main(lambda: self.run.check_metrics(state.metrics_lines))
+        self._task_is_done = self._ask_whether_done(state.step)
         return state
+
+    def _ask_whether_done(self, completed: int) -> bool:
+        return self.on_main(lambda: self.task.is_done(self.run.read_evaluations(completed)))
 
     def _check_that_it_can_be_saved(self) -> None:
         scratch = self.run.path / ".scratch"
@@ -306,7 +315,9 @@ class Run:
                 if not self._evaluate(trackers, start.step):
                     return start.step
                 self.on_main(lambda: self._settle(start))
-            for completed in range(start.step + 1, config.steps + 1):
+            completed = start.step
+            while not self.is_over(completed):
+                completed += 1
                 is_logged = config.is_due(completed, config.log_every)
                 trainer.step(completed - 1, is_logged=is_logged)
                 if is_logged:
@@ -319,10 +330,10 @@ class Run:
                     trackers, completed
                 )
                 stopping = self.stop.agreed() or owed
-                if stopping or config.is_due(completed, config.checkpoint_every):
+                if stopping or self._task_is_done or config.is_due(completed, config.checkpoint_every):
                     with trackers.paused():
                         self.save(completed, evaluation_owed=owed)
-                if stopping and (owed or completed < config.steps):
+                if stopping and (owed or not self.is_over(completed)):
                     return completed
         return None
 
@@ -332,6 +343,7 @@ class Run:
             evaluation = self.task.evaluate(self.trainer.sum_over(self.stop.until_stopped))
             if is_complete := not self.stop.interrupted():
                 trackers.log_evaluation(completed, evaluation)
+                self._task_is_done = self._ask_whether_done(completed)
         return is_complete
 
     def save(self, completed: int, *, evaluation_owed: bool = False) -> None:
@@ -356,7 +368,7 @@ class Run:
             write_checkpoint(run.checkpoint(completed), self.task, state)
         except OSError as error:
             text = f"no checkpoint of step {completed}: {error.strerror}; {self._last_good()}"
-            if completed == self.config.steps:
+            if self.is_over(completed):
                 raise RunFailed(f"{text}; make room, then run the same command again") from None
             warn(text)
         except RunFailed as failure:
@@ -403,8 +415,8 @@ class Run:
                 return False
             raise
         if stopped_at is None:
-            self.on_main(lambda: run.write_status("finished", self.config.steps))
-            self.say(f"{run}: finished after {self.config.steps} steps")
+            self.on_main(lambda: run.write_status("finished", run.newest_step()))
+            self.say(f"{run}: finished after {run.newest_step()} steps")
             return True
         self.on_main(lambda: run.write_status("stopped", run.newest_step(), "a signal asked for it"))
         self.say(f"{run}: stopped after {stopped_at} steps; run the same command to go on")
@@ -457,9 +469,11 @@ def run_task(task_type: type[Task[Any]], config: Config, accelerator: Accelerato
         trainer = Trainer(task, accelerator)
         run = Run(trainer, run_dir, stop)
         start = run.resume()
-        if start.step >= config.steps and not start.evaluation_owed:
+        if run.is_over(start.step) and not start.evaluation_owed:
             on_main(lambda: run_dir.finish(start.step, config.keep_last))
-            run.say(f"{run_dir} is finished, {start.step} steps: for more, give --steps or another --run-dir")
+            done = start.step < config.steps
+            more = "its task is done" if done else "for more, give --steps or another --run-dir"
+            run.say(f"{run_dir} is finished, {start.step} steps: {more}")
             return True
         stop.listen()
         record = run_record(task_type, config)

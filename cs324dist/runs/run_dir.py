@@ -294,6 +294,12 @@ class RunDir:
         """The rows so far; lines that are none, such as one that is just being written, are skipped."""
         return (row for line in self._lines_of_metrics() if (row := _row(line)) is not None)
 
+    def read_evaluations(self, until: int) -> list[dict[str, float]]:
+        """The metrics of the evaluations after at most `until` steps."""
+        rows = (row for row in self.read_metrics() if row["step"] <= until)
+        named = ({k[5:]: v for k, v in row.items() if k.startswith("eval/")} for row in rows)
+        return [{k: math.nan if v is None else v for k, v in row.items()} for row in named if row]
+
     def check_metrics(self, lines: int) -> None:
         """Check that the first lines are whole, as far as they are there.
 

@@ -85,6 +85,14 @@ class Task(Generic[ConfigT]):
         """Measure the networks, which are in eval mode and compute in full precision, without gradients."""
         return Evaluation({})
 
+    def is_done(self, evaluations: Sequence[Mapping[str, float]]) -> bool:
+        """Whether training ends here; asked after each evaluation, on the main process.
+
+        Args:
+            evaluations: the metrics of all evaluations so far, NaN where one was not finite.
+        """
+        return False
+
     def state_dict(self) -> dict[str, Any]:
         """Whatever else belongs to the state: tensors, numbers and words, nested in dicts and lists."""
         return {}

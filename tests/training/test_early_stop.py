@@ -1,0 +1,60 @@
+"""A task that says it is done ends its run as the last step would, and it stays done."""
+
+import signal
+
+import pytest
+from chaos import content_of
+from launched import Launched, metrics, newest_checkpoint, status
+
+STOPPING = ("tests/training/stopping.py",)
+
+
+@pytest.fixture(scope="module")
+def done(launch, tmp_path_factory):
+    run = tmp_path_factory.mktemp("done") / "run"
+    return run, launch(*STOPPING, "--run-dir", run).stderr
+
+
+def test_it_ends_after_the_evaluation_that_says_so_with_a_checkpoint(done):
+    run, said = done
+    assert f"{run}: finished after 40 steps" in said
+    assert status(run) == {"state": "finished", "step": 40, "why": ""}
+    assert newest_checkpoint(run).name == "000000040"
+    assert [row["eval/score"] for row in metrics(run) if "eval/score" in row] == [3, 5, 4, 4.5]
+
+
+def test_it_is_not_taken_up_again_by_the_same_command_or_more_steps(launch, done):
+    run, _ = done
+    before = content_of(run)
+    for more in ([], ["--steps", "600"]):
+        said = launch(*STOPPING, *more, "--run-dir", run).stderr
+        assert f"{run} is finished, 40 steps: its task is done" in said
+    assert content_of(run) == before
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_is_done_at_the_same_step(launch, launch_environment, done, tmp_path):
+    run = tmp_path / "run"
+    with Launched((*STOPPING, "--log-every", "1"), run, launch_environment) as started:
+        started.wait_for_line("step 35/")  # its last checkpoint knows three evaluations
+        started.send_signal(signal.SIGKILL)
+        started.end()
+    launch(*STOPPING, "--log-every", "7", "--run-dir", run)
+    assert newest_checkpoint(run).name == "000000040"
+    assert content_of(run)["optimizers.safetensors"] == content_of(done[0])["optimizers.safetensors"]
+
+
+@pytest.mark.slow
+def test_three_processes_stop_together(launch, done, tmp_path):
+    run = tmp_path / "run"
+    launch(*STOPPING, "--run-dir", run, launcher="torchrun", options=("--nproc_per_node", "3"))
+    assert status(run)["step"] == 40
+    assert content_of(run)["model/model.safetensors"] == content_of(done[0])["model/model.safetensors"]
+
+
+def test_a_run_that_only_became_done_is_done_where_it_is(launch, done, tmp_path):
+    run = tmp_path / "run"
+    launch(*STOPPING, "--steps", "40", "--patience", "9", "--run-dir", run)
+    assert status(run)["step"] == 40
+    said = launch(*STOPPING, "--steps", "60", "--run-dir", run).stderr
+    assert f"{run} is finished, 40 steps: its task is done" in said
