@@ -65,6 +65,10 @@ class Config:
     keep_last: Annotated[Count, MUTABLE] = 3
     """Number of newest checkpoints that are kept."""
 
+    keep_best: Annotated[str, MUTABLE] = ""
+    """Metric of which the best checkpoint is kept as well, such as eval/accuracy, or eval/loss:min for the
+    smallest. A checkpoint is then written after each evaluation."""
+
     peer_timeout: Annotated[Count, MUTABLE] = 600
     """Seconds without an answer from another process after which the run ends."""
 
@@ -95,7 +99,7 @@ class Config:
 
     groups: ClassVar[Mapping[str, Sequence[str]]] = {
         "run": ("preset", "run_dir", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_last",
-                "peer_timeout", "wandb", "dry_run"),
+                "keep_best", "peer_timeout", "wandb", "dry_run"),
         "data": ("seed", "batch_size", "micro_batches", "dataset", "data_root", "data", "length", "encoding"),
         "model": ("model", "kernel", "hidden_size", "latent_dim", "initialisation", "batch_norm"),
     }  # fmt: skip

@@ -330,7 +330,9 @@ class Run:
                     trackers, completed
                 )
                 stopping = self.stop.agreed() or owed
-                if stopping or self._task_is_done or config.is_due(completed, config.checkpoint_every):
+                due = config.is_due(completed, config.checkpoint_every) or self._task_is_done
+                due |= bool(config.keep_best) and config.is_due(completed, config.evaluate_every)
+                if stopping or due:
                     with trackers.paused():
                         self.save(completed, evaluation_owed=owed)
                 if stopping and (owed or not self.is_over(completed)):
@@ -343,8 +345,15 @@ class Run:
             evaluation = self.task.evaluate(self.trainer.sum_over(self.stop.until_stopped))
             if is_complete := not self.stop.interrupted():
                 trackers.log_evaluation(completed, evaluation)
+                self._check_keep_best(evaluation.metrics)
                 self._task_is_done = self._ask_whether_done(completed)
         return is_complete
+
+    def _check_keep_best(self, metrics: Mapping[str, float]) -> None:
+        wanted, measured = self.config.keep_best.removesuffix(":min"), [f"eval/{name}" for name in metrics]
+        if wanted and wanted not in measured:
+            found = f"give one of {', '.join(measured)}" if measured else "the task measures nothing"
+            raise UserError(f"--keep-best {wanted} is no metric of an evaluation: {found}")
 
     def save(self, completed: int, *, evaluation_owed: bool = False) -> None:
         """Write a checkpoint: every process enters, the main process writes, all wait.
@@ -375,7 +384,7 @@ class Run:
             raise self._diverged(str(failure)) from None
         else:
             run.write_status("running", completed)
-            run.keep_newest(self.config.keep_last)
+            run.keep_newest(self.config.keep_last, self.config.keep_best)
 
     def _settle(self, start: TrainerState) -> None:
         """Record that the evaluation is no longer owed; if that fails, the next start evaluates once more."""
@@ -470,7 +479,7 @@ def run_task(task_type: type[Task[Any]], config: Config, accelerator: Accelerato
         run = Run(trainer, run_dir, stop)
         start = run.resume()
         if run.is_over(start.step) and not start.evaluation_owed:
-            on_main(lambda: run_dir.finish(start.step, config.keep_last))
+            on_main(lambda: run_dir.finish(start.step, config.keep_last, config.keep_best))
             done = start.step < config.steps
             more = "its task is done" if done else "for more, give --steps or another --run-dir"
             run.say(f"{run_dir} is finished, {start.step} steps: {more}")

@@ -45,6 +45,7 @@ MUTABLE_OPTIONS = {
     "evaluate_every",
     "checkpoint_every",
     "keep_last",
+    "keep_best",
     "wandb",
     "dry_run",
     "data_root",
@@ -215,7 +216,7 @@ class TestOptions:
 
     @pytest.mark.parametrize("task", TASKS)
     def test_every_option_that_has_a_rule_can_be_wrong_and_all_are_named_together(self, task):
-        free_text = {"run_dir", "data_root", "dry_run"}
+        free_text = {"run_dir", "data_root", "dry_run", "keep_best"}
         names = [field.name for field in fields(PRESETS[task]["fast"]) if field.name not in free_text]
         wrong = {name: "nonsense" if isinstance(default(task, name), str) else "-1" for name in names}
         lines = refused(TASKS[task], *(f"{option(name)}={value}" for name, value in wrong.items()))
@@ -614,7 +615,7 @@ class TestHelp:
                     "--evaluate-every",
                     "--checkpoint-every",
                 ),
-                *("--keep-last", "--peer-timeout", "--wandb", "--dry-run"),
+                *("--keep-last", "--keep-best", "--peer-timeout", "--wandb", "--dry-run"),
             },
             "data": {"--seed", "--batch-size", "--micro-batches", "--dataset", "--data-root"},
             "model": {"--latent-dim", "--batch-norm"},

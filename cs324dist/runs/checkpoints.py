@@ -292,15 +292,15 @@ def _written_by(folder: Path) -> dict[Path, int]:
     return {path: _generation(path) for path in named if path.is_dir() and not path.is_symlink()}
 
 
-def keep_newest(folder: Path, count: int, generation: int = 1) -> None:
-    """Delete all but the newest `count` checkpoints, and what a killed writer left behind.
+def keep_newest(folder: Path, count: int, generation: int = 1, *, best: int | None = None) -> None:
+    """Delete all but the newest `count` checkpoints and that of step `best`, and a killed writer's leavings.
 
     What later generations than this wrote stays.
     """
     written_by = _written_by(folder)
     newest_first = sorted(written_by, key=lambda path: (written_by[path], int(path.name)), reverse=True)
     for path in newest_first[count:]:
-        if written_by[path] <= generation:
+        if written_by[path] <= generation and int(path.name) != best:
             _delete(path)
     for path in folder.glob(".*.tmp"):
         writer = re.fullmatch(r"\.[0-9]+\.([0-9]{1,9})\.tmp", path.name)

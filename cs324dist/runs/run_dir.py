@@ -239,21 +239,33 @@ class RunDir:
         except OSError as error:
             warn(f"{self}/status.json cannot be written: {error.strerror}")
 
-    def finish(self, step: int, keep_last: int) -> None:
+    def finish(self, step: int, keep_last: int, keep_best: str = "") -> None:
         """Mark a complete run finished if a crash prevented it."""
         with suppress(UserError):
             if self.read_status().state == "finished":
                 return
         self._started = True
-        self.keep_newest(keep_last)
+        self.keep_newest(keep_last, keep_best)
         self.write_status("finished", step)
 
-    def keep_newest(self, count: int) -> None:
-        """Delete all but the newest `count` checkpoints; warn of one that cannot be deleted."""
+    def keep_newest(self, count: int, best: str = "") -> None:
+        """Delete all but the newest `count` checkpoints and the best; warn of one that cannot be deleted.
+
+        Args:
+            count: of the newest.
+            best: the metric that is largest at the best one; `METRIC:min`: smallest.
+        """
         try:
-            keep_newest(self.checkpoints, count, self.generation)
+            keep_newest(self.checkpoints, count, self.generation, best=self._best_step(best))
         except OSError as error:  # somebody reads it over a network file system, perhaps
             warn(f"an old checkpoint stays for now: {error}")
+
+    def _best_step(self, best: str) -> int | None:
+        metric, _, smallest = best.partition(":")
+        saved = {int(path.name) for path in checkpoints_in(self.checkpoints)} if best else set()
+        rows = ((row["step"], row.get(metric)) for row in self.read_metrics()) if saved else ()
+        values = {step: value for step, value in rows if step in saved and value is not None}
+        return (min if smallest else max)(values, key=values.__getitem__, default=None)
 
     def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a line; `step` is the number of completed steps. Values that are not finite become null.

@@ -1,0 +1,37 @@
+"""--keep-best: the checkpoint with the best value of a metric stays, however old it is."""
+
+import pytest
+from launched import metrics
+
+STOPPING = ("tests/training/stopping.py", "--patience", "9", "--keep-last", "1", "--steps", "50")
+VALUES = (5, 3, 8, 8, 4)
+
+
+def checkpoints(run) -> list[int]:
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(("best", "kept"), [("eval/score", [30, 50]), ("eval/score:min", [20, 50])])
+def test_the_best_checkpoint_is_kept_and_the_run_goes_on_from_the_newest(launch, tmp_path, best, kept):
+    run = tmp_path / "run"
+    values = tuple(map(str, VALUES))
+    command = (*STOPPING, "--keep-best", best, "--run-dir", run, "--values", *values)
+    launch(*command)
+    assert checkpoints(run) == kept
+    assert {row["step"]: row["eval/score"] for row in metrics(run) if "eval/score" in row}[kept[0]] in (8, 3)
+    said = launch(*command, "9" if best.endswith("score") else "1", "--steps", "60").stderr
+    assert "continuing from step 50 of 60" in said
+    assert checkpoints(run) == [60]
+
+
+def test_without_it_only_the_newest_are(launch, tmp_path):
+    launch(*STOPPING, "--run-dir", tmp_path / "run", "--values", *map(str, VALUES))
+    assert checkpoints(tmp_path / "run") == [50]
+
+
+def test_a_metric_that_is_not_measured_is_refused_at_the_first_evaluation(launch, tmp_path):
+    done = launch(*STOPPING, "--keep-best", "eval/acuracy", "--run-dir", tmp_path / "run", check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "error: --keep-best eval/acuracy is no metric of an evaluation: give one of eval/score, eval/step"
+    )
