@@ -75,6 +75,12 @@ class Config:
     wandb: Annotated[Literal["online", "offline", "disabled"], MUTABLE] = "online"
     """Weights & Biases: online (offline if there is no login or network), offline or disabled."""
 
+    wandb_project: Annotated[str, MUTABLE] = "cs324dist"
+    """Weights & Biases' project."""
+
+    tensorboard: Annotated[bool, MUTABLE] = False
+    """Write the metrics for TensorBoard too, into tensorboard/ of the run folder."""
+
     dry_run: Annotated[bool, MUTABLE] = False
     """Print the settings that would be used, and stop."""
 
@@ -99,7 +105,8 @@ class Config:
 
     groups: ClassVar[Mapping[str, Sequence[str]]] = {
         "run": ("preset", "run_dir", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_last",
-                "keep_best", "peer_timeout", "wandb", "dry_run"),
+                "keep_best", "peer_timeout", "wandb", "wandb_project",
+                "tensorboard", "dry_run"),
         "data": ("seed", "batch_size", "micro_batches", "dataset", "data_root", "data", "length", "encoding"),
         "model": ("model", "kernel", "hidden_size", "latent_dim", "initialisation", "batch_norm"),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Where metrics go: the terminal, the run's `metrics.jsonl`, and the same values to Weights & Biases."""
+"""Where metrics go: the terminal, the run's `metrics.jsonl`, and the same values to other trackers."""
 
 import netrc
 import os
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
@@ -21,7 +22,6 @@ from cs324dist.runs.run_dir import RunDir
 from cs324dist.sampling.grids import save_png
 from cs324dist.tasks.base import Evaluation
 
-PROJECT = "cs324dist"
 CONNECT_TIMEOUT = 5  # seconds
 LOGIN_TIMEOUT = 10  # seconds
 
@@ -32,6 +32,7 @@ class Trackers:
     def __init__(self, run: RunDir, accelerator: Accelerator, config: Config, start: int) -> None:
         self._run, self._accelerator, self._config = run, accelerator, config
         self._last_step, self._last_time = start, time.perf_counter()
+        self._tensorboard: Any = None
         self._in_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=config.steps,
@@ -42,11 +43,32 @@ class Trackers:
 
     def __enter__(self) -> "Trackers":
         open_wandb(self._accelerator, self._config, self._run)
+        if self._config.tensorboard and self._accelerator.is_main_process:
+            self._open_tensorboard()
         self._last_time = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+
+    def _open_tensorboard(self) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What an earlier process wrote past this step is hidden.
+            folder = self._run.path / "tensorboard"
+            self._tensorboard = SummaryWriter(folder, purge_step=self._last_step + 1)
+        except Exception as error:
+            warn(f"TensorBoard: {printable(error)}; nothing is recorded there: pip install tensorboard")
+
+    def _to_tensorboard(self, add: str, values: Mapping[str, Any], step: int) -> None:
+        try:
+            for name, value in values.items() if self._tensorboard is not None else ():
+                getattr(self._tensorboard, add)(name, value, step)
+                self._tensorboard.flush()  # or a process that is killed loses two minutes
+        except Exception as error:
+            warn(f"TensorBoard: {printable(error)}; nothing more is recorded there")
+            self._tensorboard = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -87,9 +109,11 @@ class Trackers:
                 save_png(evaluation.picture, self._run.sample(completed))
             except OSError as error:
                 warn(f"no picture of step {completed}: {error.strerror}")
-        if self._accelerator.trackers:
+        if self._accelerator.trackers or self._tensorboard is not None:
             drawn = {"samples": evaluation.picture, "strip": evaluation.strip and evaluation.strip()}
-            images = {name: [p.permute(1, 2, 0).numpy()] for name, p in drawn.items() if p is not None}
+            pictures = {name: picture for name, picture in drawn.items() if picture is not None}
+            self._to_tensorboard("add_image", pictures, completed)
+            images = {name: [p.permute(1, 2, 0).numpy()] for name, p in pictures.items()}
             for tracker in self._accelerator.trackers:
                 self._track(partial(tracker.log_images, images, step=completed))
 
@@ -100,6 +124,7 @@ class Trackers:
             except OSError as error:
                 warn(f"{self._run}/metrics.jsonl: {error.strerror}; trying again later")
             self._track(partial(self._accelerator.log, dict(metrics), step=completed))
+            self._to_tensorboard("add_scalar", metrics, completed)
 
     def _track(self, log: Callable[[], object]) -> None:
         try:
@@ -168,7 +193,7 @@ def _init(accelerator: Accelerator, config: Config, run: RunDir, mode: str) -> N
     if accelerator.trackers:  # of an attempt that failed; its client holds the run's id
         wandb.teardown()
     accelerator.log_with, accelerator.trackers = ["wandb"], []
-    accelerator.init_trackers(PROJECT, as_json(config), {"wandb": wandb_run})
+    accelerator.init_trackers(config.wandb_project, as_json(config), {"wandb": wandb_run})
 
 
 def _log_again(accelerator: Accelerator, run: RunDir) -> None:

@@ -47,12 +47,14 @@ MUTABLE_OPTIONS = {
     "keep_last",
     "keep_best",
     "wandb",
+    "wandb_project",
+    "tensorboard",
     "dry_run",
     "data_root",
     "kernel",
 }
 FIELDS = [(task, field.name) for task, presets in PRESETS.items() for field in fields(presets["fast"])]
-MOST_OPTIONS = 28
+MOST_OPTIONS = 32
 STEPS = "give a whole number, at least 1 and at most 1e+09"
 LAUNCHER = "is an option of accelerate launch: give it before the name of the script"
 COMMANDS = {"sample.py": ["grid", "tensor", "interpolate"], "train.py": ["examples/mlp.py:MLPTask"]}
@@ -216,7 +218,7 @@ class TestOptions:
 
     @pytest.mark.parametrize("task", TASKS)
     def test_every_option_that_has_a_rule_can_be_wrong_and_all_are_named_together(self, task):
-        free_text = {"run_dir", "data_root", "dry_run", "keep_best"}
+        free_text = {"run_dir", "data_root", "dry_run", "keep_best", "wandb_project", "tensorboard"}
         names = [field.name for field in fields(PRESETS[task]["fast"]) if field.name not in free_text]
         wrong = {name: "nonsense" if isinstance(default(task, name), str) else "-1" for name in names}
         lines = refused(TASKS[task], *(f"{option(name)}={value}" for name, value in wrong.items()))
@@ -615,7 +617,15 @@ class TestHelp:
                     "--evaluate-every",
                     "--checkpoint-every",
                 ),
-                *("--keep-last", "--keep-best", "--peer-timeout", "--wandb", "--dry-run"),
+                *(
+                    "--keep-last",
+                    "--keep-best",
+                    "--peer-timeout",
+                    "--wandb",
+                    "--wandb-project",
+                    "--tensorboard",
+                    "--dry-run",
+                ),
             },
             "data": {"--seed", "--batch-size", "--micro-batches", "--dataset", "--data-root"},
             "model": {"--latent-dim", "--batch-norm"},

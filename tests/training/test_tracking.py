@@ -57,7 +57,7 @@ def metrics_by_step(run: Path) -> dict[int, dict]:
 @pytest.fixture(scope="module")
 def recorded(launch, tmp_path_factory):
     run = tmp_path_factory.mktemp("offline") / "run"
-    return run, launch(*SMOKE, "--run-dir", run).stderr
+    return run, launch(*SMOKE, "--wandb-project", "mine", "--run-dir", run).stderr
 
 
 def test_without_a_login_it_records_offline_and_says_so_in_one_line(recorded):
@@ -70,6 +70,7 @@ def test_the_same_values_and_pictures_go_there_as_to_the_metrics_file(recorded):
     run, _ = recorded
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
     logged, expected = history(file), metrics_by_step(run)
+    assert {r.run.project for r in records(file) if r.WhichOneof("record_type") == "run"} == {"mine"}
     assert expected.keys() == {5, 10}
     for step, row in expected.items():
         assert {name: logged[step][name] for name in row} == row
