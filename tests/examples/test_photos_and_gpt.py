@@ -1,0 +1,102 @@
+"""Two larger examples keep what the toolkit promises, with workers, BatchNorm, dropout, two optimizers."""
+
+import signal
+
+import psutil
+import pytest
+from launched import Launched, metrics, newest_checkpoint, status
+
+from cs324dist.testing import assert_same_on_one_process_and_three, assert_same_when_killed
+
+SMALL = ("--steps", "6", "--batch-size", "12", "--micro-batches", "3", "--log-every", "1",
+         "--evaluate-every", "3", "--checkpoint-every", "2")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(launch, tmp_path_factory):
+    """The command for a few steps."""
+    folder = tmp_path_factory.mktemp("shapes")
+    launch("examples/shapes.py", folder, "60")
+    return ("examples/photos.py", "--data", folder, "--workers", "1", *SMALL)
+
+
+GPT = ("examples/gpt.py", "--text", "README.md", "--context", "24", "--head-size", "4", *SMALL)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.setenv("CS324DIST_THREADS", "1")
+
+
+def test_photos_is_the_same_on_one_process_and_three(photos, tmp_path):
+    assert_same_on_one_process_and_three(photos, tmp_path)
+    assert 0 <= metrics(tmp_path / "one")[-1]["eval/accuracy"] <= 1
+
+
+def test_gpt_is_the_same_on_one_process_and_three(tmp_path):
+    assert_same_on_one_process_and_three(GPT, tmp_path)
+    losses = [row["eval/loss"] for row in metrics(tmp_path / "one") if "eval/loss" in row]
+    assert losses[0] < 5.6  # of 256 equally likely characters: 5.55
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_photos_ends_the_same_when_killed(photos, tmp_path):
+    assert_same_when_killed((*photos, "--steps", "30"), tmp_path)
+
+
+@pytest.mark.slow
+def test_gpt_ends_the_same_when_killed(tmp_path):
+    assert_same_when_killed((*GPT, "--steps", "30"), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_of_photos_leaves_a_checkpoint(photos, launch_environment, tmp_path):
+    command = (*map(str, photos), "--steps", "9999", "--checkpoint-every", "9999", "--workers", "2")
+    with Launched(command, tmp_path / "run", launch_environment) as started:
+        started.wait_for_line("step 3/")
+        own = psutil.Process(started.process.pid)
+        for process in (*own.children(), own):  # as Slurm does
+            process.send_signal(signal.SIGTERM)
+        assert started.end() == 75
+    assert status(tmp_path / "run")["state"] == "stopped"
+    assert int(newest_checkpoint(tmp_path / "run").name) >= 3
+
+
+@pytest.mark.slow
+def test_photos_reads_what_it_is_said_to(launch, tmp_path):
+    launch("examples/shapes.py", tmp_path / "shapes")
+    launch(
+        "examples/photos.py",
+        "--data",
+        tmp_path / "shapes",
+        "--run-dir",
+        tmp_path / "run",
+        "--wandb",
+        "disabled",
+    )
+    assert metrics(tmp_path / "run")[-1]["eval/accuracy"] >= 0.95
+
+
+@pytest.mark.slow
+def test_gpt_learns_what_it_is_said_to(launch, tmp_path):
+    launch("examples/gpt.py", "--run-dir", tmp_path / "run", "--wandb", "disabled")
+    assert metrics(tmp_path / "run")[-1]["eval/loss"] < 2.4
+
+
+def test_a_photo_that_cannot_be_read_is_named(launch, tmp_path):
+    launch("examples/shapes.py", tmp_path / "shapes", "60")
+    broken = tmp_path / "shapes" / "cross" / "00001.png"
+    broken.write_bytes(b"no picture")
+    command = (
+        "examples/photos.py",
+        "--data",
+        tmp_path / "shapes",
+        "--run-dir",
+        tmp_path / "run",
+        "--workers",
+        "1",
+    )
+    done = launch(*command, "--wandb", "disabled", check=False)
+    assert done.returncode == 2
+    assert f"error: {broken} cannot be read: cannot identify image file" in done.stderr
