@@ -1,0 +1,56 @@
+"""Every code block of docs/your_own_task.md is run: its first line says which file it is."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launched import metrics, status
+
+PAGE = Path(__file__).parents[1] / "docs" / "your_own_task.md"
+BLOCKS = re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def run(tmp_path, launch_environment):
+    """Run Python on the files of the page, in a folder of their own."""
+    for name, code in BLOCKS:
+        (tmp_path / name).write_text(code)
+
+    def run(*words: str) -> str:
+        path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**launch_environment, "PYTHONPATH": path}
+        command = [sys.executable, *words]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stderr
+
+    return run
+
+
+def test_every_block_is_a_file():
+    assert PAGE.read_text().count("```") == 2 * len(BLOCKS)
+    files = ["my_data.py", "train.py", "my_task.py", "weighted.py", "test_my_task.py"]
+    assert [name for name, _ in BLOCKS] == files
+
+
+def test_the_script_runs_and_the_task_learns(run, tmp_path):
+    run("train.py")
+    run("my_task.py", "--wandb", "disabled", "--run-dir", "run")
+    assert metrics(tmp_path / "run")[-1]["eval/accuracy"] > 0.8
+
+
+def test_the_weighted_task_stops_early(run, tmp_path):
+    often = ("--evaluate-every", "4", "--steps", "400", "--workers", "0")
+    run("weighted.py", *often, "--wandb", "disabled", "--run-dir", "run")
+    assert status(tmp_path / "run")["state"] == "finished"
+    assert status(tmp_path / "run")["step"] < 400
+
+
+@pytest.mark.slow
+def test_the_test_of_the_page_passes(run):
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "test_my_task.py")
