@@ -45,7 +45,7 @@ def test_the_script_runs_and_the_task_learns(run, tmp_path):
 
 
 def test_the_weighted_task_stops_early(run, tmp_path):
-    often = ("--evaluate-every", "4", "--steps", "400", "--workers", "0")
+    often = ("--evaluate-every", "4", "--steps", "400")
     run("weighted.py", *often, "--wandb", "disabled", "--run-dir", "run")
     assert status(tmp_path / "run")["state"] == "finished"
     assert status(tmp_path / "run")["step"] < 400
