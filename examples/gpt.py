@@ -2,8 +2,8 @@
 
 python examples/gpt.py
 
-In 200 steps, less than a minute on two cores, the loss on lines held out of this project's own docs falls
-from 5.5 to below 2.4 nats a character. Each line of a text is a sample, and lines have different lengths: the
+In 120 steps, less than a minute on two cores, the loss on lines held out of this project's own docs falls
+from 5.5 to below 2.6 nats a character. Each line of a text is a sample, and lines have different lengths: the
 loss is a sum and the number of characters that it is over. A text of your own:
 
 torchrun --nproc_per_node 3 examples/gpt.py --text my_text.txt --batch-size 32 --micro-batches 4
@@ -32,6 +32,7 @@ from cs324dist import (
     ShuffledEpochs,
     Task,
     UserError,
+    UserError,
     main,
     seeded,
 )
@@ -45,15 +46,15 @@ HELD_OUT = 10  # every tenth line
 class GPTConfig(Config):
     """Train a transformer on a text."""
 
-    steps: Annotated[Count, MUTABLE] = 200
-    evaluate_every: Annotated[Count, MUTABLE] = 50
-    checkpoint_every: Annotated[Count, MUTABLE] = 50
+    steps: Annotated[Count, MUTABLE] = 120
+    evaluate_every: Annotated[Count, MUTABLE] = 40
+    checkpoint_every: Annotated[Count, MUTABLE] = 40
     batch_size: BatchSize = 32
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: Annotated[int, Interval(ge=0)] = 20
     max_grad_norm: Positive | None = 1.0
 
-    text: tuple[Path, ...] = (Path("docs/checkpoints.md"), Path("docs/distributed.md"))
+    text: tuple[Path, ...] = (Path("README.md"), Path("docs/checkpoints.md"), Path("docs/distributed.md"))
     """Files of text."""
 
     context: Annotated[int, Interval(ge=2)] = 96
@@ -109,8 +110,7 @@ class GPT(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         """(lines, places) to (lines, places, VOCABULARY)."""
-        places = torch.arange(text.shape[1], device=text.device)
-        return self.head(self.layers(self.characters(text) + self.places(places)))
+        return self.head(self.layers(self.characters(text) + self.places.weight[: text.shape[1]]))
 
 
 class GPTTask(Task[GPTConfig]):
@@ -135,8 +135,8 @@ class GPTTask(Task[GPTConfig]):
 
     def loss(self, batch: MicroBatch) -> tuple[tuple[Tensor, Tensor], dict]:
         """The sum over all characters of the lines, and how many there are."""
-        summed, count = self.summed_loss(self.lines[self.order.items(batch)])
-        return (summed, count), {"loss": (summed, count)}
+        mean = self.summed_loss(self.lines[self.order.items(batch)])
+        return mean, {"loss": mean}
 
     def summed_loss(self, lines: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy in nats, and the number of characters; places after a line do not count."""
@@ -173,8 +173,7 @@ def read_lines(files: tuple[Path, ...], context: int) -> Tensor:
     except OSError as error:
         raise UserError(f"--text {error.filename} cannot be read: {error.strerror}") from None
     cut = [line[k : k + context - 1] for line in lines for k in range(0, len(line), context - 1)]
-    padded = [[END, *line, END] + [0] * (context - 1 - len(line)) for line in cut]
-    return torch.tensor(padded)
+    return torch.tensor([[END, *line, END] + [0] * (context - 1 - len(line)) for line in cut])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ torchrun --nproc_per_node 3 examples/photos.py --data my_photos --micro-batches 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Interval
@@ -24,7 +24,6 @@ from torchvision.transforms import v2
 from cs324dist import (
     MUTABLE,
     Config,
-    Count,
     Evaluation,
     MicroBatch,
     Positive,
@@ -46,12 +45,6 @@ AS_TENSOR = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([
 @dataclass(frozen=True)
 class PhotosConfig(Config):
     """Train a classifier of photos."""
-
-    steps: Annotated[Count, MUTABLE] = 150
-    evaluate_every: Annotated[Count, MUTABLE] = 50
-    checkpoint_every: Annotated[Count, MUTABLE] = 50
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: Annotated[int, Interval(ge=0)] = 15
 
     data: Path = Path("photos")
     """Folder of photos, in a folder for each class."""
@@ -83,34 +76,34 @@ class Photos(Dataset):
 
 def block(inputs: int, outputs: int) -> list[nn.Module]:
     """Halves the size of its input."""
-    return [
-        nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(),
-    ]
+    convolution = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
+    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
 class PhotosTask(Task[PhotosConfig]):
     """One step: a batch of augmented photos, cross-entropy with smoothed labels."""
 
     name = "photos"
-    presets: ClassVar = {"fast": PhotosConfig()}
+    presets: ClassVar = {
+        "fast": PhotosConfig(
+            steps=150, evaluate_every=50, checkpoint_every=50, schedule="cosine", warmup_steps=15
+        )
+    }
 
     def __init__(self, config: PhotosConfig, device: torch.device) -> None:
         super().__init__(config, device)
         files = sorted(file for file in config.data.glob("*/*") if file.is_file())
         classes = sorted({file.parent.name for file in files})
         held_out = files[::HELD_OUT]
-        train = Photos([file for file in files if file not in set(held_out)], classes, TRAIN)
+        train = Photos(sorted({*files} - {*held_out}), classes, TRAIN)
         self.train = loader(train, config.seed, "photos/train", workers=config.workers)
         self.test, self.test_count = loader(Photos(held_out, classes, []), config.seed, "test"), len(held_out)
         with seeded(config.seed, "weights"):
             layers = [*block(3, 16), *block(16, 32), *block(32, 64), nn.Flatten()]
             self.model = nn.Sequential(*layers, nn.Linear(64 * (SIZE // 8) ** 2, len(classes))).to(device)
         self.networks = {"classifier": self.model}
-        matrices, others = (
-            [p for p in self.model.parameters() if (p.dim() > 1) is big] for big in (True, False)
-        )
+        matrices = [p for p in self.model.parameters() if p.dim() > 1]
+        others = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
         self.optimizers = {"classifier": torch.optim.AdamW(groups, config.learning_rate)}
 
@@ -128,8 +121,8 @@ class PhotosTask(Task[PhotosConfig]):
             photos, labels = self.test.items(items)
             return {"right": count_correct(self.model(photos), labels)}
 
-        right = sum_over(count_right, self.test_count)["right"].item()
-        return Evaluation({"accuracy": right / self.test_count})
+        right = sum_over(count_right, self.test_count)["right"]
+        return Evaluation({"accuracy": right.item() / self.test_count})
 
 
 if __name__ == "__main__":

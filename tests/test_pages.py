@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cs324dist import config
+from cs324dist import command_line
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("slurm/*.md")])
@@ -51,13 +51,13 @@ def test_a_command_of_a_page_is_understood(command: str, monkeypatch: pytest.Mon
     if script.parent.name not in ("launch", "examples") or "--help" in arguments:
         return
 
-    honest = config._parsed
+    honest = command_line._parsed
 
     def parsed(*given: object) -> None:
         honest(*given)
         raise Parsed
 
-    monkeypatch.setattr(config, "_parsed", parsed)
+    monkeypatch.setattr(command_line, "_parsed", parsed)
     monkeypatch.setattr("sys.argv", [str(script), *arguments])
     with pytest.raises(Parsed):
         runpy.run_path(str(script), run_name="__main__")
