@@ -32,7 +32,6 @@ from cs324dist import (
     ShuffledEpochs,
     Task,
     UserError,
-    UserError,
     main,
     seeded,
 )
