@@ -93,6 +93,6 @@ def _end(path: Path) -> dict[str, Any]:
 
 def _assert_same_end(one: Path, other: Path) -> None:
     ends = _end(one), _end(other)
-    different = [k for k in sorted(ends[0].keys() | ends[1].keys()) if ends[0].get(k) != ends[1].get(k)]
+    different = [k for k in dict.fromkeys([*ends[0], *ends[1]]) if ends[0].get(k) != ends[1].get(k)]
     if different:
         raise AssertionError(f"{one} and {other} differ in {', '.join(different[:9])}")

@@ -2,8 +2,8 @@
 
 python examples/gpt.py
 
-In 120 steps, less than a minute on two cores, the loss on lines held out of this project's own docs falls
-from 5.5 to below 2.6 nats a character. Each line of a text is a sample, and lines have different lengths: the
+In 200 steps, less than a minute on two cores, the loss on lines held out of this project's own docs falls
+from 5.5 to below 2.7 nats a character. Each line of a text is a sample, and lines have different lengths: the
 loss is a sum and the number of characters that it is over. A text of your own:
 
 torchrun --nproc_per_node 3 examples/gpt.py --text my_text.txt --batch-size 32 --micro-batches 4
@@ -45,7 +45,7 @@ HELD_OUT = 10  # every tenth line
 class GPTConfig(Config):
     """Train a transformer on a text."""
 
-    steps: Annotated[Count, MUTABLE] = 120
+    steps: Annotated[Count, MUTABLE] = 200
     evaluate_every: Annotated[Count, MUTABLE] = 40
     checkpoint_every: Annotated[Count, MUTABLE] = 40
     batch_size: BatchSize = 32

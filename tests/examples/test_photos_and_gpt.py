@@ -81,7 +81,7 @@ def test_photos_reads_what_it_is_said_to(launch, tmp_path):
 @pytest.mark.slow
 def test_gpt_learns_what_it_is_said_to(launch, tmp_path):
     launch("examples/gpt.py", "--run-dir", tmp_path / "run", "--wandb", "disabled")
-    assert metrics(tmp_path / "run")[-1]["eval/loss"] < 2.6
+    assert metrics(tmp_path / "run")[-1]["eval/loss"] < 2.7
 
 
 def test_a_photo_that_cannot_be_read_is_named(launch, tmp_path):
