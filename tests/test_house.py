@@ -22,6 +22,7 @@ FLOORS = (  # a folder or module imports from those before it, and from those be
     {"command_line"},
     {"trainer"},
     {"audit"},
+    {"testing"},
     {"report"},
 )
 NOT_OF_THE_PAGE = {"tasks", "trackers", "trainer", "audit"}  # it reads what run folders say
