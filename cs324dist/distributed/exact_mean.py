@@ -118,6 +118,6 @@ def _largest(gradients: Gradients, parameters: Sequence[Tensor]) -> Float32[Tens
     """The largest absolute value of each gradient; infinity if one is not finite."""
     used = [gradient for gradient in gradients if gradient is not None]
     norms = iter(torch._foreach_norm(used, torch.inf) if used else ())
-    unused = torch.tensor(UNUSED, device=parameters[0].device)
+    unused = torch.full((), UNUSED, device=parameters[0].device)  # waits for no copy
     found = torch.stack([unused if gradient is None else next(norms).float() for gradient in gradients])
     return found.where(found.isfinite(), torch.inf)  # the largest of NaN and a number may be either

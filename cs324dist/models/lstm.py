@@ -75,12 +75,17 @@ class LSTM(nn.Module):
         return torch.stack(hidden), (h, c)
 
     def _scan_fused(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, State]:
-        second_bias = torch.zeros_like(self.b)  # torch has one
-        weights = (self.W_x, self.W_h, self.b, second_bias)
-        hidden, h_last, c_last = torch.lstm(
-            x, (h[None], c[None]), weights, True, 1, 0.0, self.training, False, False
-        )
-        return hidden, (h_last[0], c_last[0])
+        given: tuple[Tensor, ...] = (x, h, c, self.W_x, self.W_h, self.b)
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):
+            # By hand: autocast lets cuDNN compute in float16, whatever the precision that was asked for.
+            given = tuple(tensor.to(torch.get_autocast_dtype("cuda")) for tensor in given)
+        x, h, c, W_x, W_h, b = given
+        weights = (W_x, W_h, b, torch.zeros_like(b))  # torch has a second bias; ours is zero
+        with torch.autocast("cuda", enabled=False):
+            hidden, h, c = torch.lstm(
+                x, (h[None], c[None]), weights, True, 1, 0.0, self.training, False, False
+            )
+        return hidden, (h[0], c[0])
 
     def gate(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Views of one gate's weights, such as W_gx [hidden, input], W_gh [hidden, hidden], b_g [hidden]."""

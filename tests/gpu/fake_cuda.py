@@ -1,0 +1,269 @@
+"""Takes steps of every task on a CUDA device that is not there: devices, waits and strides, but no numbers.
+
+    python tests/gpu/fake_cuda.py LIBRARY no|bf16|fp16|faults [CASE ...]
+
+Tensors are torch's fake ones, on `cuda:0`. It prints a JSON object: what is wrong in each case. LIBRARY is
+guard.cpp, compiled: what torch without CUDA lacks.
+"""
+
+import ctypes
+import json
+import os
+import sys
+import tempfile
+import traceback
+import types
+import warnings
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+REPOSITORY = Path(__file__).parents[2]
+_, LIBRARY, PRECISION, *WANTED = sys.argv
+os.environ.update(CS324DIST_THREADS="1", ACCELERATE_MIXED_PRECISION=PRECISION.replace("faults", "no"))
+ctypes.CDLL(LIBRARY, ctypes.RTLD_GLOBAL)  # before torch, which asks once whether there is CUDA
+import torch  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
+from torch.optim.optimizer import register_optimizer_step_pre_hook  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from cs324dist.data.images import LabelledImages  # noqa: E402
+from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream  # noqa: E402
+from cs324dist.distributed import micro_batches  # noqa: E402
+from cs324dist.distributed.process import start_accelerator  # noqa: E402
+from cs324dist.metrics import accuracy, digits  # noqa: E402
+from cs324dist.models.lstm import LSTM  # noqa: E402
+from cs324dist.runs import checkpoints, models, optimizers  # noqa: E402
+from cs324dist.tasks import classifier, find_task, lstm  # noqa: E402
+from cs324dist.trainer import Trainer  # noqa: E402
+
+aten = torch.ops.aten
+COPIES = (aten.copy_.default, aten._to_copy.default)
+MLP = REPOSITORY / "examples" / "mlp.py"
+FAKE_DATA = {"dataset": "fake"}
+CASES = {
+    "lstm": ("lstm", "smoke", {"curriculum": 1.0}),
+    "lstm curriculum": ("lstm", "smoke", {}),
+    "lstm equations": ("lstm", "smoke", {"curriculum": 1.0, "length": 4, "kernel": "equations"}),
+    "lstm course": ("lstm", "course", {"length": 4}),
+    "lstm long": ("lstm", "smoke", {"curriculum": 1.0, "length": 13}),
+    "lstm exact": ("lstm", "smoke", {"curriculum": 1.0, "micro_batches": 4}),
+    "rnn": ("lstm", "course", {"length": 4, "model": "rnn"}),
+    "gan": ("gan", "fast", FAKE_DATA),
+    "gan course": ("gan", "course", FAKE_DATA),
+    "gan local": ("gan", "fast", {**FAKE_DATA, "batch_norm": "local"}),
+    "classifier exact": ("classifier", "smoke", {**FAKE_DATA, "micro_batches": 1}),
+    "classifier": ("classifier", "smoke", FAKE_DATA),
+    "mlp": (f"{MLP}:MLPTask", "fast", {"data": MLP.with_name("spirals.csv")}),
+}
+
+
+# torch without CUDA, made to take fake tensors of it
+
+
+class InTurn:
+    """In place of a pool of threads: a dispatch mode belongs to one thread."""
+
+    def __init__(self, *_):
+        pass
+
+    def submit(self, work, *arguments):
+        done = Future()
+        done.set_result(work(*arguments))
+        return done
+
+
+def copied(tensor, memo):
+    copy = tensor.detach().clone()
+    if isinstance(tensor, torch.nn.Parameter):
+        copy = torch.nn.Parameter(copy, tensor.requires_grad)
+    return memo.setdefault(id(tensor), copy)
+
+
+def save_file(tensors, path):
+    assert {str(tensor.device) for tensor in tensors.values()} == {"cpu"}
+    with unset_fake_temporarily():
+        shapes = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
+        honest_save(shapes, path)
+
+
+def read_tensors(path, expected, **options):
+    with unset_fake_temporarily():
+        read = honest_read(path, expected, **options)
+    return {name: FAKE.from_tensor(tensor) for name, tensor in read.items()}
+
+
+for name, answer in {  # of torch.cuda, as far as torch, Accelerate and the project ask
+    "is_available": True, "device_count": 1, "current_device": 0, "set_device": None, "_lazy_init": None,
+    "is_bf16_supported": True, "is_current_stream_capturing": False, "get_device_name": "fake",
+    "get_device_capability": (9, 0), "synchronize": None,
+}.items():  # fmt: skip
+    setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+FakeTensorMode.avoid_device_init = property(lambda mode: True)
+FakeTensorMode.__deepcopy__ = lambda mode, memo: mode
+FakeTensor.__deepcopy__ = copied
+torch.utils.weakref = types.SimpleNamespace(getweakrefs=lambda _: [])  # `Module.to` swaps fake tensors
+warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+honest_save, models.save_file = models.save_file, save_file
+honest_read = models.read_tensors
+checkpoints.read_tensors = optimizers.read_tensors = digits.read_tensors = read_tensors
+micro_batches.ThreadPoolExecutor = InTurn
+accuracy.TRIALS, accuracy.DIGITS_AT_ONCE = 100, 1000
+sys.modules[LSTM.__module__].SAMPLE_STEPS_AT_ONCE = 12 * 128  # 13 digits are long
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)  # one, as permutations and the classifier are kept
+
+
+# What is looked at
+
+
+def place():
+    """The line of torch or of whoever asked it, and the innermost of the project."""
+    inner = (__file__, "_python_dispatch", "_dynamo", "_compile", "_stats", "fake_tensor", "_ops")
+    stack = [f for f in traceback.extract_stack() if not any(part in f.filename for part in inner)]
+    ours = [f for f in stack if f.filename.startswith((f"{REPOSITORY}/cs324dist", str(MLP)))]
+    outer = f"{Path(stack[-1].filename).name}: " if stack[-1] is not ours[-1] else ""
+    return f"{outer}{Path(ours[-1].filename).relative_to(REPOSITORY)}, {ours[-1].name}: {ours[-1].line}"
+
+
+class Host(TorchDispatchMode):
+    """Notes what a GPU would refuse and what it would be waited for, and answers in its place."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.wrong = [], []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if op in (aten.equal.default, aten._local_scalar_dense.default) and not any(
+            isinstance(tensor, FakeTensor) for tensor in given
+        ):
+            with unset_fake_temporarily():  # a generator's state, or what a file holds
+                return op(*args, **kwargs)
+        on_gpu = any(tensor.is_cuda for tensor in given)
+        if op is aten._local_scalar_dense.default:
+            self.wait("a value is read", on_gpu)
+            no_overflow = "grad_scaler.py" in place()
+            return {torch.bool: False, torch.int64: 1}.get(args[0].dtype, 0.0 if no_overflow else 0.5)
+        if op is aten.nonzero.default:
+            self.wait("nonzero", on_gpu)
+            return args[0].new_empty(len(args[0]) // 2, args[0].dim(), dtype=torch.int64)
+        if op is aten.bincount.default:
+            self.wait("bincount", on_gpu)
+            return args[0].new_empty(args[2])
+        if op is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            self.wait("an index by a mask", on_gpu)
+            return args[0].clone()
+        generator, device = kwargs.get("generator"), kwargs.get("device")
+        if generator is not None and device is not None and generator.device.type != device.type:
+            self.wrong.append(
+                f"{op} on {device.type} draws from a generator on {generator.device}: {place()}"
+            )
+        if on_gpu and op not in COPIES and any(tensor.dim() and not tensor.is_cuda for tensor in given):
+            self.wrong.append(f"{op} of tensors on a GPU and a CPU: {place()}")
+        out = op(*args, **kwargs)
+        if op in COPIES and not kwargs.get("non_blocking"):
+            source = args[1] if op is aten.copy_.default else args[0]
+            self.wait(f"a copy from {source.device} to {out.device}", source.is_cuda != out.is_cuda)
+        return out
+
+    def wait(self, what, on_gpu):
+        if on_gpu:
+            self.waits.append(f"{what}: {place()}")
+
+    def look_at_gradients(self, optimizer, *_):
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if (gradient := parameter.grad) is not None and layout(gradient) != layout(parameter):
+                self.wrong.append(f"{layout(gradient)} is a gradient of {layout(parameter)}")
+
+
+def layout(tensor):
+    strides = [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+    return f"{tensor.device} {tensor.dtype} {list(tensor.shape)} strides {strides}"
+
+
+def lstm_seen_by(host, honest=torch.lstm):
+    """Autocast would have cuDNN compute in float16, whatever the precision."""
+
+    def called(x, *arguments):
+        wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(PRECISION, torch.float32)
+        wanted = wanted if torch.is_grad_enabled() else torch.float32  # evaluations are in full precision
+        if torch.is_autocast_enabled("cuda") or x.dtype != wanted:
+            host.wrong.append(f"torch.lstm is given {x.dtype}, under autocast or not: {place()}")
+        return honest(x, *arguments)
+
+    return mock.patch.object(torch, "lstm", called)
+
+
+def run(case):
+    """What is wrong in building, two steps, an evaluation, saving and reading; and what a step waits for."""
+    name, preset, changes = CASES[case]
+    host = Host()
+    hook = register_optimizer_step_pre_hook(host.look_at_gradients)
+    with tempfile.TemporaryDirectory() as scratch, lstm_seen_by(host), FAKE, host:
+        try:
+            task_type = find_task(name)
+            config = replace(task_type.presets[preset], **changes)
+            accelerator = start_accelerator(config.batch_size, config.micro_batches)
+            task = task_type(config, accelerator.device)
+            trainer = Trainer(task, accelerator)
+            trainer.step(0, is_logged=True)  # it fills caches
+            host.waits.clear()
+            trainer.step(1, is_logged=True)
+            waits = dict.fromkeys(host.waits)
+            trainer.read_metrics()
+            with trainer.evaluating():
+                task.evaluate(trainer.sum_over())
+            checkpoint = Path(scratch) / "2"
+            checkpoints.write_checkpoint(checkpoint, task, checkpoints.TrainerState(2))
+            trainer.restore(checkpoint)
+            trainer.step(2, is_logged=True)
+            return [*waits, *dict.fromkeys(host.wrong)]
+        except Exception as error:
+            frames = [
+                f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename
+            ]
+            said = f"{type(error).__name__}: {str(error)[:300]}"
+            return [*dict.fromkeys(host.wrong), f"{said} in {frames[-1].name}: {frames[-1].line}"]
+        finally:
+            hook.remove()
+
+
+FAULTS = {  # where it is planted, and the case that it is seen in
+    "indices without a device": (
+        "lstm", MicroBatch, "samples", property(lambda batch: torch.arange(batch.batch_size))
+    ),
+    "a state without a device": (
+        "lstm", LSTM, "scan", lambda self, x, state=None, honest=LSTM.scan: honest(
+            self, x, state or (torch.zeros(x.shape[1], self.W_h.shape[1]),) * 2)
+    ),
+    "a constant on the CPU": (
+        "classifier", classifier, "to_unit_range", lambda images: images[:, None] / torch.full((28,), 127.5)
+    ),
+    "an index on the CPU": (
+        "classifier", ShuffledEpochs, "items", lambda self, batch: torch.arange(batch.batch_size)
+    ),
+    "float(loss)": (
+        "lstm", lstm, "accuracy", lambda logits, _: torch.tensor(float(logits.detach().mean()))
+    ),
+    "data left on the CPU": (
+        "classifier", LabelledImages, "to", lambda self, device: self
+    ),
+    "a generator on the CPU": (
+        "gan", Stream, "normals", lambda self, indices, components: torch.randn(
+            len(indices), components, device=indices.device, generator=torch.Generator())
+    ),
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    found = {}
+    for name in WANTED or (FAULTS if PRECISION == "faults" else CASES):
+        case, *fault = FAULTS.get(name, (name,))
+        with mock.patch.object(*fault) if fault else nullcontext():
+            found[name] = run(case)
+    print(json.dumps(found), flush=True)
+    os._exit(0)  # without destroying what is fake

@@ -1,0 +1,83 @@
+"""Every task on a GPU that is not there: nothing is on the wrong device, and a step waits for nothing.
+
+fake_cuda.py does it, in a process of its own. It says nothing about numbers; those need `pytest -m gpu`.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+COMPILER = os.environ.get("CXX") or shutil.which("c++")
+CASES = ("lstm", "lstm curriculum", "lstm equations", "lstm course", "lstm long", "rnn", "gan", "gan course",
+         "gan local", "classifier", "mlp")  # fmt: skip
+ALLOWED = {  # waits of a step
+    "lstm curriculum": "a value is read: cs324dist/tasks/lstm.py, step: if decides",
+    "lstm exact": "a value is read: cs324dist/distributed/exact_mean.py, __call__:",
+    "classifier exact": "a value is read: cs324dist/distributed/exact_mean.py, __call__:",
+    # torch's scaler asks whether a gradient overflowed, unless the optimizer is a fused one
+    "lstm course fp16": "a value is read: grad_scaler.py: cs324dist/trainer.py, update:",
+    "rnn fp16": "a value is read: grad_scaler.py: cs324dist/trainer.py, update:",
+    "mlp fp16": "a value is read: grad_scaler.py: cs324dist/trainer.py, update:",
+}
+FAULTS = {  # and what is said of them
+    "indices without a device": "found input tensor at cpu and parameter tensor at cuda:0",
+    "a state without a device": "found input tensor at cuda:0 and hidden tensor at cpu",
+    "a constant on the CPU": "aten.div.Tensor of tensors on a GPU and a CPU: cs324dist/tasks/classifier.py",
+    "an index on the CPU": "aten.index.Tensor of tensors on a GPU and a CPU: cs324dist/tasks/classifier.py",
+    "float(loss)": "a value is read: cs324dist/tasks/lstm.py, loss:",
+    "data left on the CPU": "aten.index.Tensor of tensors on a GPU and a CPU: cs324dist/tasks/classifier.py",
+    "a generator on the CPU": "on cuda draws from a generator on cpu: cs324dist/tasks/gan.py, generator_loss",
+}
+Found = dict[str, list[str]]
+
+
+@pytest.fixture(scope="module")
+def on_fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Found]:
+    """What fake_cuda.py finds."""
+    if torch.version.cuda or sys.platform != "linux":
+        pytest.skip("this torch has a CUDA of its own, or is not Linux's: a CPU build is needed")
+    if COMPILER is None:
+        pytest.skip("no C++ compiler: install one, as c++ or in CXX")
+    library, torch_folder = tmp_path_factory.mktemp("guard") / "guard.so", Path(torch.__file__).parent
+    options = ["-std=c++20", "-shared", "-fPIC", f"-I{torch_folder}/include", f"-L{torch_folder}/lib"]
+    options += [f"-Wl,-rpath,{torch_folder}/lib", HERE / "guard.cpp", "-o", library, "-lc10", "-ltorch_cpu"]
+    subprocess.run([COMPILER, *options], check=True)
+
+    def run(*arguments: str) -> Found:
+        command = [sys.executable, HERE / "fake_cuda.py", library, *arguments]
+        done = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def faults(on_fake_cuda: Callable[..., Found]) -> Found:
+    return on_fake_cuda("faults")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_nothing_is_on_the_wrong_device_and_a_step_waits_for_nothing(
+    on_fake_cuda: Callable[..., Found], precision: str
+) -> None:
+    exact = ("lstm exact", "classifier exact") if precision == "no" else ()
+    found = on_fake_cuda(precision, *CASES, *exact)
+    unexpected = {}
+    for case, lines in found.items():
+        allowed = ALLOWED.get(case) or ALLOWED.get(f"{case} {precision}") or "\0"
+        unexpected[case] = [line for line in lines if not line.startswith(allowed)]
+    assert unexpected == {case: [] for case in (*CASES, *exact)}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_on_a_gpu_is_named(faults: Found, fault: str) -> None:
+    assert any(FAULTS[fault] in line for line in faults[fault]), faults[fault]
