@@ -32,25 +32,38 @@ from cs324dist.distributed.process import prepare_process
 from cs324dist.models.gan import Discriminator, Generator
 from cs324dist.models.lstm import LSTM
 from cs324dist.report.reading import read_run
+from cs324dist.runs.environment import has_gpu
 from cs324dist.runs.trained import load_generator
 from cs324dist.sampling.generators import generate
 
 BATCH, LATENT = 64, 100  # the course recipe's
+ON_GPU = has_gpu()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DATA = REPOSITORY / "data"
 TWO_THREADS = {"CS324DIST_THREADS": "2"}
 SMOKE = "launch/gan.py --preset smoke --dataset fake --wandb disabled"
 
 
+def seconds() -> float:
+    """A clock that is read when the device has done what was asked of it."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def milliseconds(step: Callable[[int], object], steps: int, warm_up: int = 4) -> float:
-    """Median over pairs of steps, as the discriminator of preset `course` trains in every second one."""
+    """Median over pairs of steps, as the discriminator of preset `course` trains in every second one.
+
+    On a GPU the mean over all: to wait for it between pairs would hide what runs ahead of it.
+    """
     for i in range(warm_up):
         step(i)
-    times = []
-    for i in range(warm_up, warm_up + steps, 2):
-        began = time.perf_counter()
-        step(i)
-        step(i + 1)
-        times.append((time.perf_counter() - began) / 2)
+    times, together = [], steps if ON_GPU else 2
+    for first in range(warm_up, warm_up + steps, together):
+        began = seconds()
+        for i in range(first, first + together):
+            step(i)
+        times.append((seconds() - began) / together)
     return 1000 * statistics.median(times)
 
 
@@ -63,8 +76,8 @@ def ours(task: str, preset: str, environment: dict[str, str] | None = None, **ch
 
 def gan_bare(without: str = "") -> float:
     """The mathematics of preset `course` on one fixed batch, without the trainer; and without one measure."""
-    prepare_process(on_cpu=True)
-    generator, discriminator = Generator(), Discriminator()
+    prepare_process(on_cpu=not ON_GPU)
+    generator, discriminator = Generator().to(DEVICE), Discriminator().to(DEVICE)
     if without == "pooling_first":
         layers = list(discriminator.net)
         for pool in (1, 4):
@@ -77,7 +90,8 @@ def gan_bare(without: str = "") -> float:
         torch.optim.Adam(network.parameters(), 2e-4, fused=without != "fused_adam")
         for network in (generator, discriminator)
     )
-    z, real = torch.randn(BATCH, LATENT), torch.rand(BATCH, 1, 28, 28) * 2 - 1
+    z = torch.randn(BATCH, LATENT, device=DEVICE)
+    real = torch.rand(BATCH, 1, 28, 28, device=DEVICE) * 2 - 1
 
     def step(i: int) -> None:
         fake = generator(z)
@@ -115,7 +129,7 @@ def notebook_networks() -> tuple[nn.Module, nn.Module]:
         nn.Linear(64 * 4 * 4, 1024), nn.LeakyReLU(0.2),
         nn.Linear(1024, 1), nn.Sigmoid(),
     )  # fmt: skip
-    return generator, discriminator
+    return generator.to(DEVICE), discriminator.to(DEVICE)
 
 
 def gan_notebook(in_memory: bool = False, accelerated: bool = False) -> float:
@@ -131,24 +145,24 @@ def gan_notebook(in_memory: bool = False, accelerated: bool = False) -> float:
     d_optimizer = torch.optim.Adam(discriminator.parameters(), 2e-4)
     backward: Callable[[Tensor], object] = Tensor.backward
     if accelerated:
-        accelerator = Accelerator(cpu=True)
+        accelerator = Accelerator(cpu=not ON_GPU)
         generator, discriminator, g_optimizer, d_optimizer, loader = accelerator.prepare(
             generator, discriminator, g_optimizer, d_optimizer, loader
         )
         backward = accelerator.backward
 
     def slices() -> Iterator[Tensor]:
-        images = mnist.data[:, None].float() / 127.5 - 1
+        images = (mnist.data[:, None].float() / 127.5 - 1).to(DEVICE)
         while True:
-            yield images[torch.randint(len(images), (BATCH,))]
+            yield images[torch.randint(len(images), (BATCH,), device=DEVICE)]
 
     batches = slices() if in_memory else (images for images, _ in loader)
     criterion, losses = nn.BCELoss(), []
 
     def step(i: int) -> None:
-        real = next(batches)
-        ones, zeros = torch.ones(len(real), 1), torch.zeros(len(real), 1)
-        fake = generator(torch.randn(len(real), LATENT))
+        real = next(batches).to(DEVICE)
+        ones, zeros = (torch.full((len(real), 1), label, device=DEVICE) for label in (1.0, 0.0))
+        fake = generator(torch.randn(len(real), LATENT, device=DEVICE))
         g_optimizer.zero_grad()
         g_loss = criterion(discriminator(fake), ones)
         backward(g_loss)
@@ -167,9 +181,9 @@ def gan_notebook(in_memory: bool = False, accelerated: bool = False) -> float:
 
 def gan_floor() -> float:
     """Its products at the rate of this machine's best matrix product, and one pass of Adam over memory."""
-    prepare_process(on_cpu=True)
+    prepare_process(on_cpu=not ON_GPU)
     generator, discriminator = notebook_networks()
-    a = torch.randn(2048, 2048)
+    a = torch.randn(2048, 2048, device=DEVICE)
     rate = 2 * 2048**3 / milliseconds(lambda _: a @ a, 20)  # operations a millisecond
 
     def floor(network: nn.Module, forward: Callable[[], Tensor]) -> float:
@@ -178,9 +192,12 @@ def gan_floor() -> float:
         optimizer = torch.optim.Adam(network.parameters(), fused=True)
         return operations.get_total_flops() / rate + milliseconds(lambda _: optimizer.step(), 20)
 
-    trained = floor(discriminator, lambda: discriminator(torch.randn(2 * BATCH, 1, 28, 28)))
+    trained = floor(discriminator, lambda: discriminator(torch.randn(2 * BATCH, 1, 28, 28, device=DEVICE)))
     discriminator.requires_grad_(False)
-    return floor(generator, lambda: discriminator(generator(torch.randn(BATCH, LATENT)))) + trained / 2
+    return (
+        floor(generator, lambda: discriminator(generator(torch.randn(BATCH, LATENT, device=DEVICE))))
+        + trained / 2
+    )
 
 
 class TorchLSTM(nn.Module):
@@ -196,8 +213,8 @@ class TorchLSTM(nn.Module):
 
 def lstm_step(model: nn.Module, length: int) -> float:
     """One step of the course recipe on one fixed batch."""
-    optimizer = torch.optim.RMSprop(model.parameters(), 1e-3)
-    digits = torch.randint(10, (128, length + 1))
+    optimizer = torch.optim.RMSprop(model.to(DEVICE).parameters(), 1e-3)
+    digits = torch.randint(10, (128, length + 1), device=DEVICE)
     x, last = digits.T[:-1, :, None].float(), digits[:, 0]
 
     def step(_: int) -> None:
@@ -212,7 +229,7 @@ def lstm_step(model: nn.Module, length: int) -> float:
 
 def lstm_ours(length: int, kernel: str = "fused", without: str = "") -> float:
     kept = {"flush_denormal": without != "flushing", "keep_memory": without != "allocator"}
-    prepare_process(on_cpu=True, **kept)
+    prepare_process(on_cpu=not ON_GPU, **kept)
     model = LSTM(1, 128, 10, kernel=kernel)
     for weight in model.parameters():  # as torch.nn.LSTM draws them, for the sake of the comparison
         nn.init.uniform_(weight, -(128**-0.5), 128**-0.5)

@@ -21,6 +21,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads that outnumber the cores cost
     torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests of the CPU are the same on a machine with a GPU; `pytest -m gpu` alone sees it."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

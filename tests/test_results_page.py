@@ -52,6 +52,21 @@ def test_every_comparison_is_of_cases_that_there_are() -> None:
     assert compared - CASES.keys() == set()
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_gpu_has_done_its_work_when_the_clock_is_read(
+    monkeypatch: pytest.MonkeyPatch, on_gpu: bool
+) -> None:
+    import cases
+
+    done: list[object] = []
+    monkeypatch.setattr(cases, "ON_GPU", on_gpu)
+    monkeypatch.setattr(cases.torch.cuda, "synchronize", lambda: done.append("waited"))
+    monkeypatch.setattr(cases.time, "perf_counter", lambda: done.append("read") or float(len(done)))
+    cases.milliseconds(done.append, 4, warm_up=1)
+    on_cpu = [0, "read", 1, 2, "read", "read", 3, 4, "read"]
+    assert done == ([0, "waited", "read", 1, 2, 3, 4, "waited", "read"] if on_gpu else on_cpu)
+
+
 def test_the_stored_traffic_is_that_of_the_models() -> None:
     rows = json.loads((REPOSITORY / "benchmarks" / "results" / "traffic.json").read_text())["rows"]
     by_task = {row["task"]: row for row in rows}

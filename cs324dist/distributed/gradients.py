@@ -36,7 +36,7 @@ class DDPGradients:
     def __init__(self, trained: Iterable[Networks], accelerator: Accelerator) -> None:
         """`trained` are the networks of each update."""
         self._scaler = accelerator.scaler
-        place = [accelerator.local_process_index] if accelerator.device.type == "cuda" else None
+        place = [accelerator.device] if accelerator.device.type == "cuda" else None
         self._reducers: dict[Networks, nn.Module] = {}
         for networks in dict.fromkeys(trained):
             losses = _Losses(networks)
@@ -70,7 +70,7 @@ class _Losses(nn.Module):
         return loss_of(batch)
 
 
-def _wrapped(losses: nn.Module, place: list[int] | None) -> nn.Module:
+def _wrapped(losses: nn.Module, place: list[torch.device] | None) -> nn.Module:
     with warnings.catch_warnings():
         # torch 2.13 has another name for `broadcast_buffers`
         warnings.simplefilter("ignore", FutureWarning)

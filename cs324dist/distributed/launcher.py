@@ -36,6 +36,16 @@ def _check_accumulation(steps: str | None) -> None:
         )
 
 
+def check_gpus(gpus: int) -> None:
+    """Refuse more processes on this machine than it has GPUs: NCCL gives each of them one of its own."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > gpus:
+        raise UserError(
+            f"{processes} processes on a machine with {gpus} GPUs: give --num_processes {gpus}, or train on "
+            f"its processors with --config_file accelerate_configs/cpu_ddp.yaml"
+        )
+
+
 def check_launcher(world_size: int, is_main_process: bool) -> None:
     """Name a default config that the user may have forgotten; refuse fewer processes than were asked for.
 

@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -17,8 +18,8 @@ from accelerate.utils import broadcast_object_list
 from torch.distributed.rendezvous import rendezvous
 
 from cs324dist import PARENT
-from cs324dist.distributed.launcher import check_environment, check_launcher
-from cs324dist.errors import ReportedError, RunFailed, UserError
+from cs324dist.distributed.launcher import check_environment, check_gpus, check_launcher
+from cs324dist.errors import ReportedError, RunFailed, UserError, warn
 from cs324dist.runs.environment import has_gpu
 
 Answer = TypeVar("Answer")
@@ -30,11 +31,15 @@ def start_accelerator(
     """Join the process group that the launcher described, or run alone.
 
     Raises:
-        UserError: fp16 on a CPU, fewer processes than the launcher or Slurm was asked for, a batch that they
-            cannot share equally, or something the launcher was asked for that would be ignored.
+        UserError: fp16 on a CPU, more processes than GPUs or fewer than the launcher or Slurm was asked for,
+            a batch that they cannot share equally, or something asked of the launcher that would be ignored.
     """
     on_gpu = has_gpu()
     check_environment()
+    if on_gpu and not dist.is_initialized():  # over NCCL; another group may share a GPU
+        check_gpus(torch.cuda.device_count())
+    if on_gpu and micro_batches:
+        make_deterministic()
     prepare_process(on_cpu=not on_gpu)
     if not on_gpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         raise UserError("--mixed_precision fp16 would silently run as float32 on a CPU: give bf16, or no")
@@ -42,6 +47,13 @@ def start_accelerator(
     timeout = timedelta(seconds=peer_timeout + (60 if on_gpu else 0))
     rejoin_after_restart("nccl" if on_gpu else "gloo", timeout)
     accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
+    in_bf16 = on_gpu and accelerator.mixed_precision == "bf16"
+    if (
+        in_bf16
+        and accelerator.is_main_process
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        warn("this GPU emulates bf16, which is slow: give --mixed_precision fp16")
     world_size = accelerator.num_processes
     check_launcher(world_size, accelerator.is_main_process)
     parts = micro_batches or world_size
@@ -79,6 +91,8 @@ def prepare_process(on_cpu: bool, *, flush_denormal: bool = True, keep_memory: b
         os.environ["OMP_NUM_THREADS"] = str(threads)  # or Accelerate sets a number of its own
     else:
         torch.set_float32_matmul_precision("high")  # TF32, as torch's convolutions have it anyway
+        # It would have the LSTM's weights copied once, and not in every call: they are small.
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
     if keep_memory:
         keep_large_memory()
     launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
@@ -88,6 +102,16 @@ def prepare_process(on_cpu: bool, *, flush_denormal: bool = True, keep_memory: b
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
         if _launcher_has_died():  # before this was set
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def make_deterministic() -> None:
+    """Have GPUs compute the same bits every time: other kernels, and one order for NCCL's sums.
+
+    Call it before CUDA starts. torch warns of an operation for which it has no such kernel.
+    """
+    os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_NVLS_ENABLE": "0", "NCCL_ALGO": "Ring"}
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # none is read
 
 
 def keep_large_memory() -> None:

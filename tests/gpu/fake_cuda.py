@@ -208,6 +208,8 @@ def run(case):
             task_type = find_task(name)
             config = replace(task_type.presets[preset], **changes)
             accelerator = start_accelerator(config.batch_size, config.micro_batches)
+            if config.micro_batches and not torch.are_deterministic_algorithms_enabled():
+                host.wrong.append("--micro-batches promises bits that these kernels do not keep")
             task = task_type(config, accelerator.device)
             trainer = Trainer(task, accelerator)
             trainer.step(0, is_logged=True)  # it fills caches

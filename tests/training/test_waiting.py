@@ -68,6 +68,7 @@ def test_what_waits_is_seen() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_on_a_gpu_waits_for_nothing(case: str) -> None:
     trainer = trainer_of(case)

@@ -1,0 +1,96 @@
+"""What a process settles before it uses a GPU, looked at where there is none."""
+
+import os
+from unittest.mock import Mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from cs324dist.distributed import gradients, process
+from cs324dist.errors import UserError
+
+SETTINGS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_NVLS_ENABLE": "0", "NCCL_ALGO": "Ring"}
+
+
+class Reached(Exception):
+    """What follows needs a GPU."""
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """Start up to where Accelerate takes the GPU."""
+
+    def reached(**_):
+        raise Reached
+
+    monkeypatch.setattr(process, "has_gpu", lambda: True)
+    monkeypatch.setattr(process, "Accelerator", reached)
+    monkeypatch.setattr(process, "prepare_process", lambda **_: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    return monkeypatch
+
+
+@pytest.fixture
+def determinism(monkeypatch):
+    """Leaves the process as it was."""
+    for name in SETTINGS:
+        monkeypatch.setenv(name, "unset")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_gpu_is_not_seen_by_tests_of_the_cpu(launch):
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert launch("-c", "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))").stdout == "''\n"
+
+
+def test_more_processes_than_gpus_are_refused_in_one_line(one_gpu):
+    with pytest.raises(Reached):
+        process.start_accelerator()
+    one_gpu.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError) as refused:
+        process.start_accelerator()
+    (line,) = refused.value.lines
+    assert line.startswith("2 processes on a machine with 1 GPUs: give --num_processes 1")
+
+
+def test_a_group_over_gloo_may_share_a_gpu(one_gpu):
+    one_gpu.setenv("LOCAL_WORLD_SIZE", "2")
+    one_gpu.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(Reached):
+        process.start_accelerator()
+
+
+def test_two_ranks_on_one_gpu_are_wrapped_for_the_gpu_that_they_have(monkeypatch):
+    """Accelerate puts local rank 1 on cuda:0 there."""
+    places = []
+    monkeypatch.setattr(gradients, "_wrapped", lambda losses, place: places.append(place))
+    device = torch.device("cuda", 0)
+    rank = Mock(spec=Accelerator, scaler=None, num_processes=2, local_process_index=1, device=device)
+    gradients.DDPGradients([(torch.nn.Linear(1, 1),)], rank)
+    assert places == [[device]]
+
+
+@pytest.mark.parametrize("micro_batches", [None, 2])
+def test_micro_batches_make_a_gpu_deterministic(one_gpu, determinism, micro_batches):
+    with pytest.raises(Reached):
+        process.start_accelerator(micro_batches=micro_batches)
+    asked = micro_batches is not None
+    assert ({name: os.environ[name] for name in SETTINGS} == SETTINGS) == asked
+    assert torch.are_deterministic_algorithms_enabled() == asked
+    assert torch.utils.deterministic.fill_uninitialized_memory != asked
+
+
+@pytest.mark.parametrize(("emulated", "precision", "warned"), [
+    (True, "bf16", True), (True, "fp16", False), (False, "bf16", False),
+])  # fmt: skip
+def test_emulated_bf16_is_warned_about(one_gpu, capsys, emulated, precision, warned):
+    made = Mock(spec=Accelerator, mixed_precision=precision, is_main_process=True, num_processes=1)
+    one_gpu.setattr(process, "Accelerator", lambda **_: made)
+    one_gpu.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not emulated)
+    process.start_accelerator()
+    assert ("warning: this GPU emulates bf16" in capsys.readouterr().err) == warned
