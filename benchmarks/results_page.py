@@ -1,4 +1,4 @@
-"""Write docs/results.md, performance.md and distributed.md, and their pictures, from the stored results.
+"""Write docs/results.md, performance.md, distributed.md, gpu.md and their pictures from the stored results.
 
 python benchmarks/results_page.py
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 from common import IMAGES, REPOSITORY, RESULTS, Row, load, where
+from gpu_check import PARTS
 
 LENGTHS = (5, 10, 15, 20, 50)
 TRIALS = 10_000  # palindromes of an evaluation
@@ -192,6 +193,8 @@ def page(name: str) -> str:
     )
     for function in FUNCTIONS:
         templates.filters[function.__name__] = templates.globals[function.__name__] = function
+    parts = [(part.__name__, str(part.__doc__).rstrip("."), limit) for part, limit in PARTS.items()]
+    templates.globals["parts"] = parts
     stored: dict[str, Any] = {path.stem: load(path.stem) for path in RESULTS.glob("*.json")}
     for model in ("lstm", "gan"):
         stored[model] = {path.stem: load(f"{model}/{path.stem}") for path in (RESULTS / model).glob("*.json")}
@@ -311,7 +314,7 @@ def draw_killed_run() -> None:
 
 
 if __name__ == "__main__":
-    for name in ("results", "performance", "distributed"):
+    for name in ("results", "performance", "distributed", "gpu"):
         path = REPOSITORY / "docs" / f"{name}.md"
         path.write_text(page(name))
         print(path.relative_to(REPOSITORY))

@@ -14,7 +14,7 @@ def benchmarks_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
 
 
-@pytest.mark.parametrize("name", ["results", "performance", "distributed"])
+@pytest.mark.parametrize("name", ["results", "performance", "distributed", "gpu"])
 def test_the_page_is_the_one_that_the_stored_results_make(name: str) -> None:
     from results_page import page
 
@@ -50,6 +50,29 @@ def test_every_comparison_is_of_cases_that_there_are() -> None:
 
     compared = {case for group in COMPARISONS.values() for *cases, _ in group.values() for case in cases}
     assert compared - CASES.keys() == set()
+
+
+def test_what_a_gpu_showed_is_on_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import common
+    import results_page
+
+    stored = shutil.copytree(common.RESULTS, tmp_path / "results")
+    for module in (common, results_page):
+        monkeypatch.setattr(module, "RESULTS", stored)
+    row = {"part": "speed", "what": "GAN step", "found": "1.2 ms | 3\nlines", "good": False}
+    (stored / "gpu.json").write_text(json.dumps({"pretended": False, "rows": [row]}))
+    page = results_page.page("gpu")
+    assert "| speed | GAN step | 1.2 ms \\| 3 lines | **no** |" in page.splitlines()
+    assert "Nothing here has been run" not in page
+
+
+def test_the_cases_of_the_check_of_a_gpu_are_there() -> None:
+    from cases import CASES
+    from gpu_check import PARTS, SPEED, TASKS
+
+    assert {case for case, _ in SPEED.values()} <= CASES.keys()
+    assert all((REPOSITORY / command[0]).is_file() for command in TASKS.values())
+    assert sum(limit for part, limit in PARTS.items() if part.__name__ != "nccl") <= 25 * 60
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
