@@ -44,7 +44,8 @@ class ExactMean:
         if dist.is_initialized():
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         found: list[Tensor | None] = [None] * len(parameters)
-        used = [number for number, top in enumerate(largest.tolist()) if top != UNUSED]
+        tops = largest.tolist()
+        used = [number for number, top in enumerate(tops) if top != UNUSED]
         exponents = torch.frexp(largest)[1].tolist()
         bits = HEAD - (self._count - 1).bit_length()
         scales = [2.0 ** (bits - exponents[number]) for number in used]
@@ -72,8 +73,7 @@ class ExactMean:
                     _add(of_piece, scale, [part[piece] for part in parts])
                     self._divide(of_piece, scale, mean[piece])
         for number, mean in zip(used, means, strict=True):
-            is_finite = bool(largest[number] < torch.inf)
-            found[number] = self._finished(mean, parameters[number], is_finite=is_finite)
+            found[number] = self._finished(mean, parameters[number], is_finite=tops[number] < math.inf)
         return found
 
     def _divide(self, sums: Tensor, scale: float, mean: Tensor) -> None:

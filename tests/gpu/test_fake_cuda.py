@@ -18,10 +18,11 @@ HERE = Path(__file__).parent
 COMPILER = os.environ.get("CXX") or shutil.which("c++")
 CASES = ("lstm", "lstm curriculum", "lstm equations", "lstm course", "lstm long", "rnn", "gan", "gan course",
          "gan local", "classifier", "mlp")  # fmt: skip
+EXACT = "a value is read: cs324dist/distributed/exact_mean.py, __call__:"
 ALLOWED = {  # waits of a step
     "lstm curriculum": "a value is read: cs324dist/tasks/lstm.py, step: if decides",
-    "lstm exact": "a value is read: cs324dist/distributed/exact_mean.py, __call__:",
-    "classifier exact": "a value is read: cs324dist/distributed/exact_mean.py, __call__:",
+    "lstm exact": EXACT,
+    "classifier exact": EXACT,
     # torch's scaler asks whether a gradient overflowed, unless the optimizer is a fused one
     "lstm course fp16": "a value is read: grad_scaler.py: cs324dist/trainer.py, update:",
     "rnn fp16": "a value is read: grad_scaler.py: cs324dist/trainer.py, update:",
