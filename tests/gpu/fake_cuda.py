@@ -67,8 +67,8 @@ CASES = {
 class InTurn:
     """In place of a pool of threads: a dispatch mode belongs to one thread."""
 
-    def __init__(self, *_):
-        pass
+    def __init__(self, count, name, prepare, arguments):
+        prepare(*arguments)
 
     def submit(self, work, *arguments):
         done = Future()
@@ -217,6 +217,7 @@ def run(case):
             trainer.step(1, is_logged=True)
             waits = dict.fromkeys(host.waits)
             trainer.read_metrics()
+            assert trainer.environment().device == "fake"
             with trainer.evaluating():
                 task.evaluate(trainer.sum_over())
             checkpoint = Path(scratch) / "2"
