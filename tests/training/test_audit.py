@@ -91,6 +91,20 @@ def test_one_flipped_bit_of_one_weight_is_found_and_named(launch, copy, step, fo
     assert "Traceback" not in done.stderr
 
 
+def test_what_three_processes_made_of_micro_batches_is_audited_by_one(launch, tmp_path):
+    run = tmp_path / "run"
+    three = {"launcher": "torchrun", "options": ("--nproc_per_node", "3")}
+    launch(*LSTM, "--micro-batches", "4", "--run-dir", run, **three)
+    assert json.loads((run / "owners" / "1.json").read_text())["environment"]["processes"] == 3
+    assert launch("launch/audit.py", run, "--from-start").stdout.splitlines() == equal(0, 5, 10, 15)
+    flip_a_bit(run / "checkpoints" / "000000020")
+    done = launch("launch/audit.py", run, check=False)
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [*equal(5, 10), "steps 15 to 20: DIFFERENT"]
+    named = "error: steps 15 to 20: lstm/model.safetensors: output.weight differs in 1 of 1280 values"
+    assert named in done.stderr.splitlines()
+
+
 def test_a_metric_that_was_written_otherwise_is_found(launch, copy):
     path = copy / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
