@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +58,21 @@ def killed_once(step: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-BEFORE_A_STEP = {"hangs": hangs, "dies beside a busy one": dies_beside_a_busy_one, "killed once": killed_once}
+def waits(step: int) -> None:
+    """Before every tenth step, until the folder VALUE has a file of its number, or a signal asks to stop."""
+    asked = threading.Event()
+    if step and step % 10 == 0:
+        signal.signal(signal.SIGTERM, lambda *_: asked.set())
+        while not (Path(VALUE) / str(step)).exists() and not asked.wait(0.05):
+            pass
+
+
+BEFORE_A_STEP = {
+    "hangs": hangs,
+    "dies beside a busy one": dies_beside_a_busy_one,
+    "killed once": killed_once,
+    "waits": waits,
+}
 
 
 def replaced(owner: Any, name: str, fault: Callable[..., None]) -> None:

@@ -73,10 +73,11 @@ def start_accelerator(
 def rejoin_after_restart(backend: str, timeout: timedelta) -> None:
     """Form the process group under a name of its own, if `--max_restarts` has restarted the workers.
 
-    The store still has the addresses of the dead processes: half of the restarts fail (pytorch #135712).
+    A store that the launcher keeps has the addresses of the dead processes: half of the restarts fail
+    (pytorch #135712). A new store needs no other name, and launchers may have counted different restarts.
     """
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if restarts:
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store, rank, world_size = next(rendezvous("env://"))
         store = dist.PrefixStore(f"restart {restarts}", store)
         dist.init_process_group(backend, timeout=timeout, world_size=world_size, rank=rank, store=store)
