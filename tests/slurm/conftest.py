@@ -41,7 +41,7 @@ def submit(cluster, launch_environment, tmp_path_factory) -> Submit:
     def submit(
         script: str,
         *arguments: str,
-        nodes: int = 2,
+        nodes: int | str = 2,
         options: tuple[str, ...] = (),
         checkout: Path | None = None,
     ) -> Job:

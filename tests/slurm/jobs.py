@@ -116,6 +116,10 @@ class Job:
         newest = checkpoints_in(self.run.checkpoints)[0]
         return {str(path.relative_to(newest)): path.read_bytes() for path in newest.rglob("*.safetensors")}
 
+    def losses(self) -> list[tuple[int, float]]:
+        """The steps that were logged, and their losses."""
+        return [(row["step"], row["train/loss"]) for row in self.run.read_metrics() if "train/loss" in row]
+
     def assert_as_if_uninterrupted(self, reference: "Job", outcomes: list[Outcome]) -> None:
         """It ended at the end of the run, with every step logged once and the weights of `reference`."""
         self.wait_for_end()

@@ -132,6 +132,41 @@ def test_cable_pulled_and_put_back(breakable, submit, uninterrupted, outcomes):
     assert steps == list(range(10, job.step + 1, 10))
 
 
+def test_fewer_nodes_and_more_give_the_same_bits(breakable, submit, uninterrupted, outcomes):
+    """Each start takes the nodes that are free, from one to three."""
+    exact, mine = (*LSTM, "--micro-batches", "4"), []
+    other = breakable.call(
+        *("sbatch", "--parsable", "--nodelist=n3", "--exclusive", "--output=/dev/null", "--wrap=sleep inf")
+    )
+    job = submit(*exact, "--steps", "1000000", nodes="1-3")
+    job.wait_for_step(200)
+    assert job.facts["NodeList"] == "n[1-2]"
+    with job.fault("of two nodes one is powered off, none is free", mine, or_once_more=True):
+        breakable.power_off("n2")
+    assert job.facts["NodeList"] == "n1"
+    breakable.power_on("n2")
+    breakable.wait_for_nodes()
+    with job.fault("time limit, on one node; two are there", mine):
+        job.signal_of_time_limit()
+    assert job.facts["NodeList"] == "n[1-2]"
+    breakable.call("scancel", other.strip())
+    with job.fault("scontrol requeue, on two nodes; three are there", mine):
+        breakable.call("scontrol", "requeue", job.number)
+    assert job.output.count("run: stopped after") == 2  # both times it has saved
+    assert job.facts["NodeList"] == "n[1-3]"
+    breakable.call("scancel", job.number)
+    job.wait_for_end("CANCELLED")
+    assert job.state == "stopped"
+    reference = uninterrupted(*exact, "--steps", str(job.step), nodes=1)
+    last = job.logged_step  # the reference has logged its last step, too
+    assert job.losses() == [(step, loss) for step, loss in reference.losses() if step <= last]
+    equal = job.tensors() == reference.tensors()
+    for outcome in mine:
+        outcome.equal = equal
+    outcomes += mine
+    assert equal
+
+
 def test_cancelled_and_continued_on_one_node(submit, uninterrupted, outcomes):
     job = submit(*LSTM)
     job.wait_for_step(200)
