@@ -3,11 +3,13 @@
     python tests/chaos.py --kills 200 --seed 0 --jobs 2
 
 A trial starts a run, kills it in start-up, between two steps or in a checkpoint's write, starts the same
-command again, and so on until it ends. Killed is one of: every process of the run, one worker, the launcher
-alone. The end must be that of the run that was never killed: every tensor of the newest checkpoint byte for
-byte, and `metrics.jsonl` but for the throughput. No process may be left behind by a kill.
+command again, and so on until it ends. With --micro-batches, each start is on another number of processes
+and threads. Killed is one of: every process of the run, one worker, the launcher alone. The end must be that
+of the run that was never killed: every tensor of the newest checkpoint byte for byte, and `metrics.jsonl` but
+for the throughput. No process may be left behind by a kill.
 
-Prints a table, writes it as JSON with what it was measured on, and exits with 1 if anything differed.
+Prints a line for each kind of run, stores them for docs/results.md with what they were measured on, and exits
+with 1 if anything differed.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -34,7 +36,7 @@ import psutil
 from cs324dist.runs.environment import environment
 
 REPOSITORY = Path(__file__).parents[1]
-RESULTS = REPOSITORY / "benchmarks" / "results" / "chaos.json"
+RESULTS = REPOSITORY / "benchmarks" / "results"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 EVERY = ("--log-every", "1", "--checkpoint-every", "5", "--evaluate-every", "10", "--wandb", "disabled")
 TASKS = {
@@ -42,10 +44,9 @@ TASKS = {
     "gan": ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--steps", "30", *EVERY),
     "classifier": ("launch/classifier.py", "--preset", "smoke", "--dataset", "fake", "--steps", "30", *EVERY),
 }
-PRECISIONS = {"no": 3, "bf16": 1}  # and their shares of the kills
+EXAMPLE = {"mlp": ("examples/mlp.py", "--steps", "60", *EVERY)}
 MOMENTS = {"start-up": 2, "training": 4, "writing": 5}
-MOST_PROCESSES = 4
-MOST_KILLS = 6  # of one trial
+MOST_KILLS = 10  # of one trial
 LATER = 0.2  # seconds at most from a step's line to a kill: steps, evaluations and what follows a write
 PATIENCE = 300  # seconds for a start that is not killed
 UNTIL_GONE = 60  # seconds after a kill; what lives on is an orphan
@@ -56,32 +57,43 @@ class Cell:
     """One kind of run."""
 
     task: str
-    processes: int | None
-    """None: with --micro-batches, and another number from 1 to 4 at every start."""
+    processes: tuple[int, ...]
+    """One number, or several to draw from at each start, with as many --micro-batches as the last."""
+
     precision: str = "no"
 
-    def command(self, run: Path) -> list[str]:
-        processes = self.processes or random.randint(1, MOST_PROCESSES)
+    def layout(self, rng: random.Random) -> tuple[int, int]:
+        """Processes, and threads of each."""
+        processes = rng.choice(self.processes)
+        return processes, rng.choice((1, 2)) if processes == 1 < len(self.processes) else 1
+
+    def command(self, processes: int, run: Path) -> list[str]:
         launcher = (*TORCHRUN, str(processes)) if processes > 1 else ()
-        exact = () if self.processes else ("--micro-batches", str(MOST_PROCESSES))
-        return [sys.executable, *launcher, *TASKS[self.task], *exact, "--run-dir", str(run)]
+        exact = ("--micro-batches", str(self.processes[-1])) if len(self.processes) > 1 else ()
+        script = (TASKS | EXAMPLE)[self.task]
+        return [sys.executable, *launcher, *script, *exact, "--run-dir", str(run)]
+
+    @property
+    def title(self) -> str:
+        """Of its row in the table, which all precisions share."""
+        numbers = " to ".join(map(str, dict.fromkeys((self.processes[0], self.processes[-1]))))
+        return f"{self.task}, {numbers} process{'es' * (numbers != '1')}"
 
     def __str__(self) -> str:
-        return f"{self.task} x {self.processes or f'1 to {MOST_PROCESSES}'} {self.precision}"
+        return f"{self.title}, {self.precision}"
 
 
-CELLS = [
-    Cell(task, n, precision)
-    for precision in PRECISIONS
-    for task in ("gan", "classifier", "lstm")
-    for n in (None, 2, 1)
-]
+ONE_TO_FOUR = (1, 2, 3, 4)
+SHARES = {(ONE_TO_FOUR, "no"): 3, (ONE_TO_FOUR, "bf16"): 1, ((2,), "no"): 1, ((1,), "no"): 1}
+CELLS = {Cell(task, *kind): share for kind, share in SHARES.items() for task in ("gan", "classifier", "lstm")}
+"""How many kills each gets, relative to the others."""
 
 
 @dataclass
 class Kill:
     """One kill, and the start that followed it."""
 
+    processes: int
     moment: str
     target: str
     during_write: bool
@@ -106,19 +118,25 @@ class Outcome:
 class Start:
     """One start of a run's command, and what it says."""
 
-    def __init__(self, cell: Cell, run: Path) -> None:
+    def __init__(self, cell: Cell, layout: tuple[int, int], run: Path) -> None:
         self.run, self.lines = run, [""]
+        self.processes, threads = layout
         self._stale = set(self.unfinished_writes())
         self.began = time.monotonic()
         self.first_step: float | None = None
         self.steps = 0
         leave_out = {"WANDB_API_KEY", "ACCELERATE_MIXED_PRECISION"}
         kept = {name: value for name, value in os.environ.items() if name not in leave_out}
-        own = {"CS324DIST_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_HOME": os.devnull}
+        own = {
+            "ACCELERATE_MIXED_PRECISION": cell.precision,
+            "CS324DIST_THREADS": str(threads),
+            "HF_HOME": os.devnull,
+            "PYTHONPATH": str(REPOSITORY),
+        }
         self.process = subprocess.Popen(
-            cell.command(run),
+            cell.command(self.processes, run),
             cwd=REPOSITORY,
-            env={**kept, **own, "ACCELERATE_MIXED_PRECISION": cell.precision},
+            env={**kept, **own},
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -162,7 +180,7 @@ class Start:
         return code
 
     def victims(self, target: str, rng: random.Random) -> list[psutil.Process]:
-        """All processes, one worker, or the launcher."""
+        """All processes, one worker, or the launcher; without a launcher all."""
         try:
             launcher = psutil.Process(self.process.pid)
             below = launcher.children(recursive=True)
@@ -208,14 +226,15 @@ def processes_of(run: Path) -> list[psutil.Process]:
 
 
 def content_of(run: Path) -> dict[str, str]:
-    """Digests of the newest checkpoint's tensors, and the metrics without the throughput."""
+    """Digests of the newest checkpoint's tensors, the task's state, the metrics without the throughput."""
     newest = max(path for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
+    state = json.loads((newest / "trainer.json").read_text())["task"]
     metrics = re.sub(r', "throughput/\w+": [^,}]+', "", (run / "metrics.jsonl").read_text())
     digests = {
         str(path.relative_to(newest)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(newest.rglob("*.safetensors"))
     }
-    return {"checkpoint": newest.name, **digests, "metrics.jsonl": metrics}
+    return {"checkpoint": newest.name, **digests, "task": json.dumps(state), "metrics.jsonl": metrics}
 
 
 def differences(found: dict[str, str], expected: dict[str, str]) -> list[str]:
@@ -233,8 +252,8 @@ class Whole:
     write: float
 
     @classmethod
-    def of(cls, cell: Cell, run: Path) -> "Whole":
-        start, writes = Start(cell, run), []
+    def of(cls, cell: Cell, layout: tuple[int, int], run: Path) -> "Whole":
+        start, writes = Start(cell, layout, run), []
         while start.wait_for(start.is_writing):
             began = time.monotonic()
             start.wait_for(lambda: not start.is_writing())
@@ -249,14 +268,14 @@ def trial(outcome: Outcome, whole: Whole, planned: int, rng: random.Random, run:
     outcome.trials += 1
     previous: Kill | None = None
     for number in range(planned + 1):
-        start = Start(outcome.cell, run)
+        start = Start(outcome.cell, outcome.cell.layout(rng), run)
         moment = rng.choices(list(MOMENTS), list(MOMENTS.values()))[0]
-        target = rng.choice(["all", "worker", "launcher"] if outcome.cell.processes != 1 else ["all"])
+        target = rng.choice(["all", "worker", "launcher"]) if start.processes > 1 else "all"
         victims = wait_for_moment(start, moment, target, whole, rng) if number < planned else []
         if killed := bool(victims):
             during_write = start.kill(victims)
             outcome.orphans += start.wait_until_gone()
-            kill = Kill(moment, target, during_write, start.is_writing())
+            kill = Kill(start.processes, moment, target, during_write, start.is_writing())
             outcome.kills.append(kill)
         code = start.end()
         if previous:
@@ -301,10 +320,10 @@ def wait_for_moment(
 def torment(cell: Cell, kills: int, seed: int, folder: Path) -> Outcome:
     """Trials of one cell, until there were so many kills."""
     outcome, rng = Outcome(cell), random.Random(f"{seed} {cell}")
-    own = folder / str(cell).replace(" ", "-")
-    whole = Whole.of(cell, own / "whole")
+    own = folder / str(cell).replace(" ", "")
+    whole = Whole.of(cell, (cell.processes[0], 1), own / "whole")
     while len(outcome.kills) < kills:
-        planned = min(rng.randint(2, MOST_KILLS), kills - len(outcome.kills))
+        planned = min(rng.randint(3, MOST_KILLS), kills - len(outcome.kills))
         run = own / f"trial-{outcome.trials}"
         trial(outcome, whole, planned, rng, run)
         shutil.rmtree(run)
@@ -317,23 +336,18 @@ def torment(cell: Cell, kills: int, seed: int, folder: Path) -> Outcome:
     return outcome
 
 
-def shares(kills: int, cells: Iterable[Cell]) -> dict[Cell, int]:
-    """How often to kill each cell; together at least `kills`."""
-    weights = {cell: PRECISIONS[cell.precision] for cell in cells}
-    return {cell: -(-kills * weight // sum(weights.values())) for cell, weight in weights.items()}
-
-
-def chaos(kills: int, seed: int, jobs: int, cells: Iterable[Cell] = CELLS) -> list[Outcome]:
-    """Kill so many times, spread over the cells."""
+def chaos(kills: int, seed: int, jobs: int, cells: Mapping[Cell, int] = CELLS) -> list[Outcome]:
+    """Kill so many times at least, spread over the cells by their shares."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder, ThreadPoolExecutor(jobs) as pool:
         waiting = [
-            pool.submit(torment, cell, share, seed, Path(folder))
-            for cell, share in shares(kills, cells).items()
+            pool.submit(torment, cell, -(-kills * share // sum(cells.values())), seed, Path(folder))
+            for cell, share in cells.items()
         ]
         return [future.result() for future in waiting]
 
 
-def summary(outcomes: list[Outcome]) -> dict[str, int | float | None]:
+def summary(outcomes: Iterable[Outcome]) -> dict[str, int | float | None]:
+    outcomes = list(outcomes)
     kills = [kill for outcome in outcomes for kill in outcome.kills]
     restarts = [kill.restart for kill in kills if kill.restart is not None]
     return {
@@ -347,33 +361,11 @@ def summary(outcomes: list[Outcome]) -> dict[str, int | float | None]:
     }
 
 
-def rows(outcomes: list[Outcome]) -> dict[str, dict]:
-    """One row for each task and world size, and one for all."""
-    names = {
-        f"{o.cell.task}, {o.cell.processes or f'1 to {MOST_PROCESSES}'} "
-        f"process{'es' * (o.cell.processes != 1)}": o.cell
-        for o in outcomes
-    }
-    table = {}
-    for name, cell in sorted(names.items()):
-        same = [o for o in outcomes if (o.cell.task, o.cell.processes) == (cell.task, cell.processes)]
-        table[name] = summary(same)
-    return {**table, "all": summary(outcomes)}
-
-
-def table(outcomes: list[Outcome]) -> str:
-    columns = {
-        "trials": "runs",
-        "kills": "kills",
-        "during_write": "during a checkpoint write",
-        "mismatches": "mismatches",
-        "orphans": "orphans",
-        "median_restart": "restart to first new step: median s",
-        "worst_restart": "worst s",
-    }
-    lines = [["", *columns.values()], ["---"] * (1 + len(columns))]
-    lines += [[name, *(str(row[column]) for column in columns)] for name, row in rows(outcomes).items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def store(name: str, began: float, **result: object) -> None:
+    """Write a result for benchmarks/results_page.py, with where and how long it was measured."""
+    made = {"environment": {**asdict(environment()), "cores": os.cpu_count()}}
+    minutes = round((time.monotonic() - began) / 60, 1)
+    (RESULTS / f"{name}.json").write_text(json.dumps({**made, "minutes": minutes, **result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
@@ -381,23 +373,16 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="runs beside each other")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
 
     began = time.monotonic()
-    chosen = [cell for cell in CELLS if cell.task in arguments.tasks]
-    outcomes = chaos(arguments.kills, arguments.seed, arguments.jobs, chosen)
+    outcomes = chaos(**vars(arguments))
+    titles = sorted({outcome.cell.title for outcome in outcomes})
+    table = {title: summary(o for o in outcomes if o.cell.title == title) for title in titles}
+    table["all"] = summary(outcomes)
+    for title, row in table.items():
+        print(title, row)
     for outcome in outcomes:
         print(*outcome.mismatches, sep="\n", end="\n" if outcome.mismatches else "")
-    print(table(outcomes))
-    result = {
-        "environment": {**asdict(environment()), "threads": 1, "cores": os.cpu_count()},
-        "seed": arguments.seed,
-        "jobs": arguments.jobs,
-        "minutes": round((time.monotonic() - began) / 60, 1),
-        "table": rows(outcomes),
-        "kills": {str(outcome.cell): [asdict(kill) for kill in outcome.kills] for outcome in outcomes},
-    }
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    store("chaos", began, seed=arguments.seed, jobs=arguments.jobs, table=table)
     sys.exit(any(outcome.mismatches or outcome.orphans for outcome in outcomes))

@@ -6,13 +6,13 @@ import chaos
 import pytest
 from chaos import Cell, Outcome, Whole
 
-CELLS = [Cell("lstm", 1), Cell("lstm", 2, "bf16"), Cell("gan", 2), Cell("classifier", None)]
+CELLS = [Cell("lstm", (1,)), Cell("lstm", (2,), "bf16"), Cell("gan", (2,)), Cell("classifier", (1, 2, 3, 4))]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # seconds; it takes three minutes on two cores
 def test_no_kill_changes_how_a_run_ends():
-    outcomes = chaos.chaos(kills=24, seed=7, jobs=1, cells=CELLS)
+    outcomes = chaos.chaos(kills=24, seed=7, jobs=1, cells=dict.fromkeys(CELLS, 1))
     assert [outcome.mismatches for outcome in outcomes] == [[]] * len(CELLS)
     assert sum(outcome.orphans for outcome in outcomes) == 0
     kills = [kill for outcome in outcomes for kill in outcome.kills]
@@ -23,18 +23,19 @@ def test_no_kill_changes_how_a_run_ends():
 
 @pytest.mark.slow
 def test_another_end_is_noticed(tmp_path):
-    outcome, cell = Outcome(Cell("lstm", 1)), Cell("lstm", 1)
-    whole = Whole.of(cell, tmp_path / "whole")
+    outcome = Outcome(Cell("lstm", (1,)))
+    whole = Whole.of(outcome.cell, (1, 1), tmp_path / "whole")
     (weights,) = (name for name in whole.content if name.endswith("model.safetensors"))
     whole.content[weights] = "another"
     chaos.trial(outcome, whole, 1, random.Random(0), tmp_path / "run")
     (mismatch,) = outcome.mismatches
-    assert mismatch.startswith(f"lstm x 1 no: {weights} differs; kills: ")
+    assert mismatch.startswith(f"lstm, 1 process, no: {weights} differs; kills: ")
 
 
 def test_of_metrics_all_but_the_throughput_is_compared(tmp_path):
     checkpoint = tmp_path / "checkpoints" / "000000005"
     checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer.json").write_text('{"task": {}}')
 
     def content(line: str):
         (tmp_path / "metrics.jsonl").write_text(line + "\n")

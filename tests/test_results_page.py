@@ -44,6 +44,27 @@ def test_a_comparison_is_on_the_page_as_soon_as_it_is_stored(
         assert [line for line in page if line.startswith(f"| {what}")] == lines
 
 
+def test_the_same_bits_are_on_the_page_as_soon_as_they_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import common
+    import results_page
+
+    stored = shutil.copytree(common.RESULTS, tmp_path / "results")
+    for module in (common, results_page):
+        monkeypatch.setattr(module, "RESULTS", stored)
+    row = {"task": "gan", "precision": "no", "sha256": "0123456789abcdef", "layouts": [[1, 2], [8, 1]]}
+    rows = [
+        {**row, "killed_on": [7, 2], "mismatches": ["8 processes of 1 threads: W differs"], "seconds": 99}
+    ]
+    environment = json.loads((stored / "chaos.json").read_text())["environment"]
+    (stored / "same_bits.json").write_text(
+        json.dumps({"environment": environment, "minutes": 20.1, "rows": rows})
+    )
+    line = "| gan | float32 | `0123456789ab` | 1 x 2, 8 x 1 | 7, 2 | 1 | 99 |"
+    assert line.replace(" x ", " \N{MULTIPLICATION SIGN} ") in results_page.page("results")
+
+
 def test_every_comparison_is_of_cases_that_there_are() -> None:
     from cases import CASES
     from speed import COMPARISONS
