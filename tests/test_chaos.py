@@ -4,6 +4,7 @@ import random
 
 import chaos
 import pytest
+import same_bits
 from chaos import Cell, Outcome, Whole
 
 CELLS = [Cell("lstm", (1,)), Cell("lstm", (2,), "bf16"), Cell("gan", (2,)), Cell("classifier", (1, 2, 3, 4))]
@@ -30,6 +31,14 @@ def test_another_end_is_noticed(tmp_path):
     chaos.trial(outcome, whole, 1, random.Random(0), tmp_path / "run")
     (mismatch,) = outcome.mismatches
     assert mismatch.startswith(f"lstm, 1 process, no: {weights} differs; kills: ")
+
+
+@pytest.mark.slow
+def test_another_end_on_another_number_of_processes_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(same_bits, "KILLS", 0)
+    added_by_ddp = Cell("mlp", (1,))
+    row = same_bits.compare(added_by_ddp, [(1, 1), (2, 1)], random.Random(0), tmp_path)
+    assert "2 processes of 1 threads: mlp/model.safetensors differs" in row["mismatches"]
 
 
 def test_of_metrics_all_but_the_throughput_is_compared(tmp_path):
