@@ -23,7 +23,7 @@ LSTM = (
 def agent(port: int, run: Path, environment: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
     """The launcher of one machine, as docs/distributed.md starts it."""
     options = (
-        *("--nnodes", "1:3", "--max-restarts", "9", "--rdzv-backend", "c10d", "--rdzv-id", "1"),
+        *("--nnodes", "1:3", "--max-restarts", "9", "--rdzv-backend", "c10d"),
         *("--rdzv-endpoint", f"localhost:{port}", "--local-addr", "localhost"),
         *("--rdzv-conf", "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=5"),
     )
