@@ -29,8 +29,10 @@ from cs324dist.models.lstm import LSTM
 from cs324dist.models.rnn import RNN
 from cs324dist.runs.checkpoints import (
     TrainerState,
-    checkpoints_in,
+    generation_of,
+    history_of,
     plain_state,
+    step_of,
     tensors_by_file,
     verify_checkpoint,
 )
@@ -72,7 +74,7 @@ class Interval:
     @property
     def first(self) -> int:
         """The step it starts after."""
-        return int(self.start.name) if self.start else 0
+        return step_of(self.start) if self.start else 0
 
 
 def audit(
@@ -142,7 +144,7 @@ def _backend(accelerator: Accelerator) -> str | None:
 
 def _intervals(run: RunDir, steps: int, from_start: bool) -> Iterator[Interval]:
     """The intervals that checkpoints allow to replay, in order."""
-    found = sorted(checkpoints_in(run.checkpoints), key=lambda path: int(path.name))
+    found = reversed(history_of(run.checkpoints))
     checkpoints: list[Path | None] = [None, *found] if from_start else [*found]
     if len(checkpoints) < 2:
         raise UserError(f"{run} has no two checkpoints to go from one to the other: give --from-start")
@@ -151,17 +153,17 @@ def _intervals(run: RunDir, steps: int, from_start: bool) -> Iterator[Interval]:
         state = verify_checkpoint(end)
         if state.step > steps:
             raise UserError(f"{end} is of a later step than the run's last, {steps}")
-        file, owner = _owner_of_steps(run, state)
+        file, owner = _owner_of_steps(run, end)
         if owner is None or owner.environment is None or owner.config is None:
             raise UserError(f"{file} does not say how {end} was made")
         yield Interval(start, end, state, file, owner.environment, owner.config)
 
 
-def _owner_of_steps(run: RunDir, state: TrainerState) -> tuple[Path, Owner | None]:
+def _owner_of_steps(run: RunDir, checkpoint: Path) -> tuple[Path, Owner | None]:
     """The owner that took the steps before a checkpoint: later ones may have made up for its evaluation."""
-    generation = state.generation
+    generation = generation_of(checkpoint)
     owner = owner_of(run.path, generation)
-    while owner and generation > 1 and (owner.from_step is None or owner.from_step >= state.step):
+    while owner and generation > 1 and (owner.from_step is None or owner.from_step >= step_of(checkpoint)):
         generation -= 1
         owner = owner_of(run.path, generation)
     return run.path / "owners" / f"{generation}.json", owner

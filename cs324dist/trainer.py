@@ -5,7 +5,6 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,6 @@ from cs324dist.runs.checkpoints import (
     TrainerState,
     check_names,
     read_checkpoint,
-    rewrite_state,
     write_checkpoint,
 )
 from cs324dist.runs.environment import Environment, environment
@@ -288,7 +286,7 @@ class Run:
             if start.evaluation_owed:
                 if not self._evaluate(trackers, start.step):
                     return start.step
-                self.on_main(lambda: self._settle(start))
+                self.save(start.step)
             for completed in range(start.step + 1, config.steps + 1):
                 is_logged = config.is_due(completed, config.log_every)
                 trainer.step(completed - 1, is_logged=is_logged)
@@ -332,7 +330,6 @@ class Run:
                 step=completed,
                 processes=self.accelerator.num_processes,
                 loss_scale=scaler.state_dict() if scaler is not None and scaler.is_enabled() else {},
-                generation=run.generation,
                 metrics_lines=run.write_metrics(sync=True),
                 evaluation_owed=evaluation_owed,
             )
@@ -347,16 +344,6 @@ class Run:
         else:
             run.write_status("running", completed)
             run.keep_newest(self.config.keep_last)
-
-    def _settle(self, start: TrainerState) -> None:
-        """Record that the evaluation is no longer owed; if that fails, the next start evaluates once more."""
-        checkpoint = self.run.checkpoint(start.step)
-        try:
-            lines, generation = self.run.write_metrics(sync=True), self.run.generation
-            state = replace(start, evaluation_owed=False, metrics_lines=lines, generation=generation)
-            rewrite_state(checkpoint, state)
-        except OSError as error:
-            warn(f"{checkpoint} stays as it is: {error.strerror}")
 
     def _diverged(self, what: str) -> RunFailed:
         return RunFailed(

@@ -94,7 +94,7 @@ match FAULT:
     case "no room to rewind":
         replaced(RunDir, "_rewind", full_disk)
     case "stops before a checkpoint gets its name":
-        replaced(Path, "rename", stops(lambda path, *_: path.name.endswith(".1.tmp")))
+        replaced(Path, "rename", stops(lambda path, *_: path.name.endswith("-1.tmp")))
     case "stops while a checkpoint is written":
         replaced(checkpoints, "save_tensors", stops())
     case "stops before a line of metrics is written":

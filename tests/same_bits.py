@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from chaos import newest
+
 REPOSITORY = Path(__file__).parents[1]
 MICRO_BATCHES = 8
 SMALL = ("--dataset", "fake", "--batch-size", "16")
@@ -83,7 +85,7 @@ def lines(run: Path) -> int:
 
 def digest(run: Path) -> str:
     """Of all tensors of the last checkpoint, of the task's state, and of the metrics."""
-    checkpoint = max(path for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
+    checkpoint = newest(run)
     found = hashlib.sha256()
     for path in sorted(checkpoint.rglob("*.safetensors")):
         found.update(path.relative_to(checkpoint).as_posix().encode() + path.read_bytes())

@@ -33,7 +33,7 @@ def test_another_end_is_noticed(tmp_path):
 
 
 def test_of_metrics_all_but_the_throughput_is_compared(tmp_path):
-    checkpoint = tmp_path / "checkpoints" / "000000005"
+    checkpoint = tmp_path / "checkpoints" / "000000005-1"
     checkpoint.mkdir(parents=True)
 
     def content(line: str):

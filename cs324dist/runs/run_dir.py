@@ -27,9 +27,11 @@ from cs324dist.config import Config, conflicts, from_json
 from cs324dist.errors import UserError, printable, warn
 from cs324dist.runs.checkpoints import (
     Number,
+    checkpoint_name,
     checkpoints_in,
     keep_newest,
     newest_generation,
+    step_of,
     verify_checkpoint,
 )
 from cs324dist.runs.environment import Environment
@@ -62,7 +64,7 @@ class RunRecord:
     )
     """Id of the run at Weights & Biases."""
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
 
 
 @dataclass(frozen=True)
@@ -199,8 +201,8 @@ class RunDir:
         return self._lease.generation if self._lease else 1
 
     def checkpoint(self, step: int) -> Path:
-        """The checkpoint of one step."""
-        return self.checkpoints / f"{step:09d}"
+        """The checkpoint of one step that this owner writes."""
+        return self.checkpoints / checkpoint_name(step, self.generation)
 
     def sample(self, step: int) -> Path:
         """The picture of one step."""
@@ -341,7 +343,7 @@ class RunDir:
     def newest_step(self) -> int:
         """The step of the newest checkpoint; 0 without one."""
         newest = self.newest()
-        return int(newest.name) if newest else 0
+        return step_of(newest) if newest else 0
 
     def newest_checkpoint(self) -> Path | None:
         """The newest valid checkpoint; None for a run that has none yet.

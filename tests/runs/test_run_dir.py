@@ -97,7 +97,7 @@ class TestCheckpoints:
     def test_the_newest_is_taken_and_nothing_is_said(self, run, capsys):
         for step in (20, 100):
             save(run, step)
-        assert run.newest_checkpoint() == run.path / "checkpoints" / "000000100"
+        assert run.newest_checkpoint() == run.path / "checkpoints" / "000000100-1"
         assert run.newest_step() == 100
         assert capsys.readouterr().err == ""
 
@@ -107,7 +107,7 @@ class TestCheckpoints:
         assert run.newest_checkpoint() == before
         run.set_damaged_aside()
         (line,) = capsys.readouterr().err.splitlines()
-        aside = run.checkpoints / "damaged-000000020"
+        aside = run.checkpoints / "damaged-000000020-1"
         assert line.startswith(f"warning: {damaged} is damaged")
         assert str(aside) in line
         assert (aside / damaged.name).read_bytes() == content
@@ -120,7 +120,7 @@ class TestCheckpoints:
         *each, last = caught.value.lines
         assert [line.partition(" is damaged")[0] for line in each] == list(map(str, damaged))
         assert f"no checkpoint of {run} can be used" in last
-        assert {p.name for p in run.checkpoints.iterdir()} == {"000000010", "000000020"}
+        assert {p.name for p in run.checkpoints.iterdir()} == {"000000010-1", "000000020-1"}
 
     def test_a_step_may_be_damaged_again_after_it_was_taken_again(self, run):
         before = save(run, 10)
@@ -242,8 +242,8 @@ class TestWhoseFolder:
             "",
             "{}",
             "[]",
-            '{"format": 2, "task": "gan", "config": 3}',
-            '{"format": 2, "task": "gan", "config": {}, "script": "", "changed": {}, "tracker_run_id": "x"}',
+            '{"format": 3, "task": "gan", "config": 3}',
+            '{"format": 3, "task": "gan", "config": {}, "script": "", "changed": {}, "tracker_run_id": "x"}',
         ],
     )
     def test_a_damaged_config_is_refused(self, tmp_path, config):
@@ -252,7 +252,7 @@ class TestWhoseFolder:
             RunDir(tmp_path).check_fits("gan", CONFIG)
         assert all(line.startswith(str(tmp_path / "config.json")) for line in caught.value.lines)
 
-    @pytest.mark.parametrize("written", [None, 1, 3, "\x1b[2J"])
+    @pytest.mark.parametrize("written", [None, 1, 2, "\x1b[2J"])
     def test_a_run_of_another_format_is_refused_in_one_line_that_names_it(self, run, written):
         content = {**read_json(run.path / "config.json"), "format": written, "colour": "red"}
         if written is None:
@@ -262,7 +262,7 @@ class TestWhoseFolder:
             run.check_fits("gan", CONFIG)
         shown = "[2J" if isinstance(written, str) else written
         assert caught.value.lines == (
-            f"{run.path / 'config.json'} has format {shown}, this version reads format 2: "
+            f"{run.path / 'config.json'} has format {shown}, this version reads format 3: "
             f"use the version that wrote it, or give another folder",
         )
 

@@ -173,7 +173,7 @@ def test_only_a_generator_of_digits_walks_from_a_4_to_a_1(four_or_one: Stub, dat
 @pytest.mark.parametrize("averaged", [True, False])
 def test_the_averaged_weights_are_found_where_there_are_any(tmp_path: Path, averaged: bool) -> None:
     names = ["generator", "generator_ema"][: 1 + averaged]
-    checkpoint = write(tmp_path / "000000001", 1, **{name: Generator(2) for name in names})
+    checkpoint = write(tmp_path / "000000001-1", 1, **{name: Generator(2) for name in names})
     assert find_generator(checkpoint, "averaged").name == names[-1]
     assert find_generator(checkpoint, "raw").name == "generator"
 
@@ -206,4 +206,4 @@ def test_the_data_set_is_the_run_s(tmp_path: Path, config: dict[str, object], da
     checkpoint = write(run.checkpoint(1), 1, generator=Generator(2))
     assert data_set_of(run.path) == data_set_of(checkpoint) == dataset
     assert run_of(checkpoint).path == run_of(run.path).path == run.path
-    assert data_set_of(write(tmp_path / "alone" / "000000001", 1, generator=Generator(2))) == "mnist"
+    assert data_set_of(write(tmp_path / "alone" / "000000001-1", 1, generator=Generator(2))) == "mnist"

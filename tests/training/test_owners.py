@@ -100,7 +100,7 @@ def test_an_owner_that_was_cut_off_can_replace_nothing_when_it_wakes(start, tmp_
     assert any("continuing from step" in line for line in said)
     before = files_of(run)
     assert {name.split("/")[1] for name in before if name.startswith("checkpoints/0")} == {
-        "000000110", "000000115", "000000120"
+        "000000110-2", "000000115-2", "000000120-2"
     }  # fmt: skip
 
     old.send_signal(signal.SIGCONT)
