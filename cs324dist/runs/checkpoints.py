@@ -14,8 +14,10 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 
 from cs324dist.config import as_json, from_json
 from cs324dist.errors import RunFailed, UserError, printable
-from cs324dist.runs.files import clear, read_json, sha256, sync, write_json
+from cs324dist.runs.files import clear, patiently, read_json, sha256, sync, write_json
 from cs324dist.runs.models import copy_into, model_tensors, read_tensors, save_model, save_tensors
 from cs324dist.runs.optimizers import Optimizers, load_optimizers, optimizer_tensors, read_optimizers
 
@@ -212,6 +214,7 @@ def verify_checkpoint(folder: Path, needed: Iterable[str] = ()) -> TrainerState:
 
     Raises:
         UserError: naming the first file that is missing or damaged.
+        Unreadable: a file cannot be read now; it may be whole.
     """
     state = read_state(folder)
     if OPTIMIZERS not in state.sha256:
@@ -222,13 +225,7 @@ def verify_checkpoint(folder: Path, needed: Iterable[str] = ()) -> TrainerState:
         path = folder / name
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
             raise UserError(f"{folder / TRAINER} names {name!r}, outside the checkpoint")
-        if not path.is_file():
-            raise UserError(f"{path} is missing")
-        try:
-            found = sha256(path)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        if found != expected:
+        if patiently(partial(sha256, path), path) != expected:
             raise UserError(f"{path} is damaged: its SHA-256 is not the one in {TRAINER}")
     for name in needed:
         if name not in state.sha256:
@@ -281,7 +278,7 @@ def plain_state(trained: Trained) -> dict[str, Any]:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints below `folder`: those of the latest owner first, and of one owner the newest first."""
-    found = [path for path in _named(folder) if path.is_dir() and not path.is_symlink()]
+    found = [path for path in _named(folder) if stat.S_ISDIR(patiently(path.lstat, path).st_mode)]
     return sorted(found, key=lambda path: (generation_of(path), step_of(path)), reverse=True)
 
 
@@ -303,7 +300,8 @@ def newest_generation(folder: Path) -> int:
 
 
 def _named(folder: Path) -> list[Path]:
-    found = folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ()
+    is_there = os.path.lexists(folder) and stat.S_ISDIR(patiently(folder.lstat, folder).st_mode)
+    found = patiently(lambda: list(folder.iterdir()), folder) if is_there else ()
     return [path for path in found if re.fullmatch(CHECKPOINT, path.name)]
 
 

@@ -5,7 +5,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import stat
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +16,34 @@ from cs324dist.config import as_json, from_json
 from cs324dist.errors import UserError
 
 LARGEST_JSON = 1 << 20  # bytes; ours have a few hundred
+LARGEST_FILE = 1 << 36  # bytes of a file of a checkpoint; ours have 119 MB
+PAUSES = (0.1, 0.4)  # seconds before a read that failed is tried again
+Answer = TypeVar("Answer")
 Record = TypeVar("Record")
+
+
+class Unreadable(UserError):
+    """What cannot be read now: it may be whole, so it is not passed over, replaced or deleted."""
+
+
+def patiently(read: Callable[[], Answer], path: Path, pauses: Sequence[float] = PAUSES) -> Answer:
+    """What `read` finds at `path`, tried again if it fails.
+
+    Raises:
+        UserError: nothing is there.
+        Unreadable: it failed each time.
+    """
+    try:
+        return read()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except OSError as error:
+        if not pauses:
+            raise Unreadable(
+                f"{path} cannot be read now: {error.strerror}; nothing was changed: try again when it can be"
+            ) from None
+    time.sleep(pauses[0])
+    return patiently(read, path, pauses[1:])
 
 
 def sync(path: Path) -> None:
@@ -78,15 +107,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: no such file, or not a JSON object of a reasonable size.
+        Unreadable: it cannot be read now.
     """
+
+    def read() -> bytes:
+        if path.is_symlink():
+            raise UserError(f"{path} is not a file")  # it may lead anywhere
+        check_file(path, LARGEST_JSON)
+        return path.read_bytes()
+
     try:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise UserError(f"{path} is not a file")  # a pipe would never end, a link lead anywhere
-        if path.stat().st_size > LARGEST_JSON:
-            raise UserError(f"{path} is larger than {LARGEST_JSON} bytes: it is not a file of this project")
-        content = parse_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        content = parse_json(patiently(read, path))
     except (ValueError, RecursionError):
         raise UserError(f"{path} is not valid JSON: it is damaged, or not a file of this project") from None
     if not isinstance(content, dict):
@@ -130,7 +161,22 @@ def is_number(value: Any) -> bool:
     )
 
 
+def check_file(path: Path, largest: int) -> None:
+    """Check that it is a file, of at most so many bytes: a pipe would never end.
+
+    Raises:
+        UserError: it is not.
+        OSError: it is not there.
+    """
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise UserError(f"{path} is not a file")
+    if about.st_size > largest:
+        raise UserError(f"{path} is larger than {largest} bytes: it is not a file of this project")
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal digest of a file."""
+    check_file(path, LARGEST_FILE)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

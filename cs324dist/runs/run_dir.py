@@ -35,7 +35,7 @@ from cs324dist.runs.checkpoints import (
     verify_checkpoint,
 )
 from cs324dist.runs.environment import Environment
-from cs324dist.runs.files import clear, is_number, parse_json, read_record, replaced, write_record
+from cs324dist.runs.files import Unreadable, clear, is_number, parse_json, read_record, replaced, write_record
 from cs324dist.runs.lease import Lease, owner_of
 
 OnMain = Callable[[Callable[[], None]], None]
@@ -235,8 +235,8 @@ class RunDir:
 
     def write_status(self, state: State, step: int, why: str = "") -> None:
         """Write where the run stands; warn if that cannot be written."""
-        self.check_owned()
         try:
+            self.check_owned()
             write_record(self.path / "status.json", Status(state, step, why))
         except OSError as error:
             warn(f"{self}/status.json cannot be written: {error.strerror}")
@@ -254,7 +254,7 @@ class RunDir:
         """Delete all but the newest `count` checkpoints; warn of one that cannot be deleted."""
         try:
             keep_newest(self.checkpoints, count, self.generation)
-        except OSError as error:  # somebody reads it over a network file system, perhaps
+        except (OSError, Unreadable) as error:  # somebody reads it over a network file system, perhaps
             warn(f"an old checkpoint stays for now: {error}")
 
     def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -350,11 +350,14 @@ class RunDir:
 
         Raises:
             UserError: all checkpoints are damaged, or there were some and none is left.
+            Unreadable: one cannot be read now.
         """
         damaged = self._damaged = {}
         for folder in checkpoints_in(self.checkpoints):
             try:
                 verify_checkpoint(folder)
+            except Unreadable:
+                raise
             except UserError as error:
                 damaged[folder] = error
             else:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from cs324dist.data.streams import MicroBatch
 from cs324dist.distributed.stop import StopRequest
 from cs324dist.errors import UserError
 from cs324dist.models.rnn import RNN
-from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
+from cs324dist.runs import files
+from cs324dist.runs.checkpoints import TrainerState, read_checkpoint, write_checkpoint
 from cs324dist.runs.environment import Environment
 from cs324dist.runs.files import read_json
 from cs324dist.runs.lease import owner_of
@@ -128,6 +130,79 @@ class TestCheckpoints:
             damage(save(run, 20))
             assert run.newest_checkpoint() == before
             run.set_damaged_aside()
+
+
+class TestWhatCannotBeReadNow:
+    """It may be whole: nothing is passed over, set aside or deleted."""
+
+    @pytest.fixture
+    def failing(self, monkeypatch) -> Callable[..., None]:
+        """Have the next reads of a path fail."""
+        opened, errors = Path.open, {}
+
+        def open_(path: Path, *arguments: Any, **named: Any) -> Any:
+            if errors.get(path):
+                number = errors[path].pop()
+                raise OSError(number, os.strerror(number), str(path))
+            return opened(path, *arguments, **named)
+
+        monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(Path, "open", open_)
+        return lambda path, times, number: errors.update({path: [number] * times})
+
+    @pytest.mark.parametrize("name", ["trainer.json", "optimizers.safetensors", "rnn/model.safetensors"])
+    @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES])
+    def test_a_read_is_tried_again_and_then_refused(self, run, failing, name, number, capsys):
+        before, newest = save(run, 10), save(run, 20)
+        failing(newest / name, 2, number)
+        assert run.newest_checkpoint() == newest
+        failing(newest / name, 99, number)
+        with pytest.raises(UserError) as caught:
+            run.newest_checkpoint()
+        (line,) = caught.value.lines
+        assert line.startswith(f"{newest / name} cannot be read now: {os.strerror(number)}; nothing was")
+        run.set_damaged_aside()
+        run.keep_newest(2)
+        assert sorted(run.checkpoints.iterdir()) == [before, newest]
+        assert capsys.readouterr().err == ""
+
+    def test_by_its_name_alone_the_newest_is_kept(self, run, failing):
+        checkpoints = [save(run, step) for step in (10, 20, 30)]
+        for path in checkpoints:
+            failing(path / "trainer.json", 99, errno.EIO)
+        run.keep_newest(1)
+        assert list(run.checkpoints.iterdir()) == checkpoints[-1:]
+
+    @pytest.mark.parametrize("what", ["iterdir", "lstat"])
+    def test_so_is_a_folder(self, run, monkeypatch, what, capsys):
+        newest = save(run, 20)
+
+        def fails(path: Path) -> Any:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+        monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, what, fails)
+            with pytest.raises(
+                UserError, match=r"cannot be read now: Stale file handle; nothing was changed"
+            ):
+                run.newest_checkpoint()
+            run.keep_newest(1)
+        assert "warning: an old checkpoint stays for now" in capsys.readouterr().err
+        assert list(run.checkpoints.iterdir()) == [newest]
+
+    def test_where_safetensors_cannot_open_a_file_it_is_one_line(self, run, monkeypatch):
+        checkpoint = save(run, 20)
+        monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+        for error in (
+            RuntimeError("unable to open file <x>: Too many open files (24)"),
+            FileNotFoundError("x"),
+        ):
+            monkeypatch.setattr("cs324dist.runs.models.safe_open", mock.Mock(side_effect=error))
+            with pytest.raises(
+                UserError, match=rf"model.safetensors cannot be read now: {error.args[0][:9]}"
+            ):
+                read_checkpoint(checkpoint, Trained())
 
 
 class TestMetrics:
@@ -376,10 +451,10 @@ class TestStarting:
                 save_png(torch.zeros(1, 4, 4, dtype=torch.uint8), run.sample(1))
         finally:
             os.umask(before)
-        files = [path for path in run.path.rglob("*") if path.is_file() and path.suffix != ".lock"]
-        assert {path.suffix for path in files} == {".json", ".jsonl", ".png", ".safetensors"}
-        assert {path.name: path.stat().st_mode & 0o777 for path in files} == {
-            path.name: 0o666 & ~umask for path in files
+        written = [path for path in run.path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+        assert {path.suffix for path in written} == {".json", ".jsonl", ".png", ".safetensors"}
+        assert {path.name: path.stat().st_mode & 0o777 for path in written} == {
+            path.name: 0o666 & ~umask for path in written
         }
 
 
