@@ -333,7 +333,7 @@ class Run:
                 metrics_lines=run.write_metrics(sync=True),
                 evaluation_owed=evaluation_owed,
             )
-            write_checkpoint(run.checkpoint(completed), self.task, state)
+            write_checkpoint(run.checkpoint(completed), self.task, state, run.check_owned)
         except OSError as error:
             text = f"no checkpoint of step {completed}: {error.strerror}; {self._last_good()}"
             if completed == self.config.steps:

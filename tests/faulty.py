@@ -102,6 +102,6 @@ match FAULT:
         replaced(metrics, "write", stops())
         run_dir.FileIO = metrics
     case "stops before the status is written":
-        replaced(run_dir, "write_record", stops(lambda path, *_: path.name == "status.json"))
+        replaced(Path, "replace", stops(lambda _, target: target.name == "status.json"))
     case _:
         assert FAULT in (*BEFORE_A_STEP, "diverges"), FAULT

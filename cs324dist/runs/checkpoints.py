@@ -15,7 +15,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from cs324dist.config import as_json, from_json
 from cs324dist.errors import RunFailed, UserError, printable
-from cs324dist.runs.files import clear, patiently, read_json, sha256, sync, write_json
+from cs324dist.runs.files import always, clear, patiently, read_json, sha256, sync, write_json
 from cs324dist.runs.models import copy_into, model_tensors, read_tensors, save_model, save_tensors
 from cs324dist.runs.optimizers import Optimizers, load_optimizers, optimizer_tensors, read_optimizers
 
@@ -114,8 +114,12 @@ def check_names(networks: Iterable[str]) -> None:
             raise UserError(f"a network cannot be called {name!r}: give letters, digits and underscores")
 
 
-def write_checkpoint(folder: Path, trained: Trained, state: TrainerState) -> None:
+def write_checkpoint(
+    folder: Path, trained: Trained, state: TrainerState, check: Callable[[], None] = always
+) -> None:
     """Write a checkpoint under a temporary name beside `folder`, sync it, and rename it to `folder`.
+
+    Right before that, `check` may raise.
 
     Raises:
         RunFailed: a tensor is not finite.
@@ -127,6 +131,7 @@ def write_checkpoint(folder: Path, trained: Trained, state: TrainerState) -> Non
     clear(temporary)
     try:
         _write_files(temporary, trained, state)
+        check()
         temporary.rename(folder)
     finally:
         clear(temporary)
@@ -316,6 +321,11 @@ def keep_newest(folder: Path, count: int, generation: int) -> None:
             doomed = path.with_name(f".{path.name}.deleted.tmp")  # or half of it would be left of a kill
             clear(doomed)
             path.rename(doomed)
+    clear_unfinished(folder, generation)
+
+
+def clear_unfinished(folder: Path, generation: int) -> None:
+    """Remove what killed writers left below `folder`, if they were no later owners than `generation`."""
     for path in folder.glob(".*.tmp"):
         writer = re.fullmatch(rf"\.{CHECKPOINT}(\.deleted)?\.tmp", path.name)
         if writer is None or int(writer[2]) <= generation:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import stat
 import time
@@ -75,21 +76,34 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path}: there is no folder {path.parent}; make it first")
 
 
+def always() -> None:
+    """The check of a writer whose right to write nobody disputes."""
+
+
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A name to write to; what was written takes the place of `path` at the end, and not before."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    clear(temporary)
+def replaced(path: Path, check: Callable[[], None] = always) -> Iterator[Path]:
+    """A name to write to; what was written takes the place of `path` at the end, and not before.
+
+    The name is new, so that nobody has put something there. Right before the end `check` may raise.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         sync(temporary)
+        check()
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace `path` by `content`.
+def clear_temporaries(folder: Path, name: str) -> None:
+    """Remove what writers of this name left in a folder: they were killed, or have now nothing to rename."""
+    for path in folder.glob(f".{name}*.tmp"):
+        clear(path)
+
+
+def write_json(path: Path, content: Mapping[str, Any], check: Callable[[], None] = always) -> None:
+    """Replace `path` by `content`; see `replaced`.
 
     Raises:
         UserError: `read_json` would refuse it for its size.
@@ -98,7 +112,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     if len(text) > LARGEST_JSON:
         raise UserError(f"{path.name} would be larger than {LARGEST_JSON} bytes: give it less to hold")
-    with replaced(path) as temporary:
+    with replaced(path, check) as temporary:
         temporary.write_text(text)
 
 
@@ -134,9 +148,9 @@ def read_record(record_type: type[Record], path: Path) -> Record:
     return from_json(record_type, read_json(path), str(path))
 
 
-def write_record(path: Path, record: Any) -> None:
-    """Replace `path` by a record."""
-    write_json(path, as_json(record))
+def write_record(path: Path, record: Any, check: Callable[[], None] = always) -> None:
+    """Replace `path` by a record; see `replaced`."""
+    write_json(path, as_json(record), check)
 
 
 def parse_json(text: bytes) -> Any:

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,19 +30,29 @@ from cs324dist.runs.checkpoints import (
     Number,
     checkpoint_name,
     checkpoints_in,
+    clear_unfinished,
     keep_newest,
     newest_generation,
     step_of,
     verify_checkpoint,
 )
 from cs324dist.runs.environment import Environment
-from cs324dist.runs.files import Unreadable, clear, is_number, parse_json, read_record, replaced, write_record
+from cs324dist.runs.files import (
+    Unreadable,
+    clear,
+    clear_temporaries,
+    is_number,
+    parse_json,
+    read_record,
+    replaced,
+    write_record,
+)
 from cs324dist.runs.lease import Lease, owner_of
 
 OnMain = Callable[[Callable[[], None]], None]
 State = Literal["running", "stopped", "finished", "failed"]
 FOLDERS = {"owners", "checkpoints", "samples"}
-LEFTOVERS = {".config.json.tmp", ".scratch"}  # of a start that was killed
+LEFTOVERS = r"\.scratch|\.config\.json.*\.tmp"  # of a start that was killed
 LARGEST_LINE = 1 << 16  # bytes of a line of metrics; ours have a few hundred
 
 
@@ -87,7 +98,9 @@ class RunDir:
         self._is_new = self._started = False
         self._metrics: FileIO | None = None
         self._metrics_lines = 0
-        self._unwritten = b""
+        self._size = 0  # of the metrics that are surely on the disk
+        self._unsynced = b""  # the lines after those
+        self._written = 0  # how much of them is in the file
         self._damaged: dict[Path, UserError] = {}
 
     def __str__(self) -> str:
@@ -106,7 +119,7 @@ class RunDir:
                 raise UserError(f"{self.path / name} is a link: a run writes only into its own folder")
         if not self.exists:
             found = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-            if self.path.is_file() or found - FOLDERS - LEFTOVERS:
+            if self.path.is_file() or any(not re.fullmatch(LEFTOVERS, name) for name in found - FOLDERS):
                 raise UserError(f"--run-dir {self} is not a run folder: give an empty or a new one")
             return
         record = self.read_record()
@@ -146,6 +159,11 @@ class RunDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lease = Lease(self.path, after=newest_generation(self.checkpoints))
+            # An earlier owner that sleeps between its check and its rename has nothing to rename any more.
+            for name in ("config.json", "status.json", "metrics.jsonl"):
+                clear_temporaries(self.path, name)
+            clear_temporaries(self.path / "samples", "")
+            clear_unfinished(self.checkpoints, self.generation)
         except OSError as error:
             raise self.unwritable(error) from None
 
@@ -168,7 +186,7 @@ class RunDir:
         try:
             for folder in FOLDERS:
                 (self.path / folder).mkdir(exist_ok=True)
-            write_record(self.path / "config.json", record)
+            write_record(self.path / "config.json", record, self.check_owned)
             self.set_damaged_aside()
             lost = self._rewind(step, metrics_lines)
             if self._lease is not None:
@@ -236,8 +254,7 @@ class RunDir:
     def write_status(self, state: State, step: int, why: str = "") -> None:
         """Write where the run stands; warn if that cannot be written."""
         try:
-            self.check_owned()
-            write_record(self.path / "status.json", Status(state, step, why))
+            write_record(self.path / "status.json", Status(state, step, why), self.check_owned)
         except OSError as error:
             warn(f"{self}/status.json cannot be written: {error.strerror}")
 
@@ -264,7 +281,7 @@ class RunDir:
             OSError: it cannot be written; it will be, together with the next.
         """
         row = {"step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
-        self._unwritten += json.dumps(row, allow_nan=False).encode() + b"\n"
+        self._unsynced += json.dumps(row, allow_nan=False).encode() + b"\n"
         self._metrics_lines += 1
         self.write_metrics()
 
@@ -275,21 +292,20 @@ class RunDir:
             How many lines there are.
 
         Raises:
-            OSError: it cannot be done; no part of a line is left behind.
+            OSError: it cannot be done; no part of a line is left behind, and the next call tries again.
         """
         self.check_owned()
-        if self._metrics is None:
-            self._metrics = FileIO(self.path / "metrics.jsonl", "a")
-        size = os.fstat(self._metrics.fileno()).st_size
-        try:
-            if self._metrics.write(self._unwritten) < len(self._unwritten):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path / "metrics.jsonl"))
-        except OSError:
-            self._metrics.truncate(size)
-            raise
-        self._unwritten = b""
-        if sync:
-            os.fsync(self._metrics.fileno())
+        if self._metrics is not None:
+            try:
+                _append(self._metrics, self._unsynced[self._written :])
+                self._written = len(self._unsynced)
+                if sync:
+                    self._written = 0  # if it fails, nobody knows what is on the disk
+                    os.fsync(self._metrics.fileno())
+                    self._size, self._unsynced = self._size + len(self._unsynced), b""
+            except OSError:
+                self._metrics.truncate(self._size + self._written)
+                raise
         return self._metrics_lines
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
@@ -321,19 +337,21 @@ class RunDir:
     def _rewind(self, step: int, metrics_lines: int) -> int:
         """Drop the metrics past the checkpoint of `step`; returns how many steps had been logged past it."""
         last, kept = step, 0
-        # A new file: an earlier owner that still runs has the old one open, and writes there.
-        with replaced(self.path / "metrics.jsonl") as temporary, temporary.open("wb") as file:
+        if self._metrics is not None:
+            self._metrics.close()
+        # A new file, which stays open: an earlier owner that still runs writes to the one that it has open.
+        with replaced(self.path / "metrics.jsonl", self.check_owned) as temporary:
+            self._metrics = FileIO(temporary, "a")
             for number, line in enumerate(self._lines_of_metrics()):
                 row = _row(line)
                 last = max(last, row["step"] if row else 0)
                 if number < metrics_lines and row and row["step"] <= step:
-                    file.write(line)
+                    _append(self._metrics, line)
                     kept += 1
         if kept < metrics_lines:
             warn(f"{self}/metrics.jsonl lacks {metrics_lines - kept} lines up to step {step}")
-        if self._metrics is not None:
-            self._metrics.close()
-        self._metrics_lines, self._unwritten, self._metrics = kept, b"", None
+        self._size = os.fstat(self._metrics.fileno()).st_size
+        self._metrics_lines, self._unsynced, self._written = kept, b"", 0
         return last - step
 
     def newest(self) -> Path | None:
@@ -380,6 +398,11 @@ class RunDir:
             path.rename(aside)
             warn(f"{error}; moved to {aside}, going back to the one before")
         self._damaged = {}
+
+
+def _append(file: FileIO, data: bytes) -> None:
+    if file.write(data) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -254,8 +254,10 @@ def test_a_folder_that_is_a_link_to_another_place(lstm, refused, name):
 
 
 @pytest.mark.parametrize(
-    "name", [".config.json.tmp", ".status.json.tmp", ".metrics.jsonl.tmp", "owners/.2.json.tmp"]
-)
+    "name",
+    [".config.json.tmp", ".metrics.jsonl.tmp", "owners/.2.json.tmp", "owners/1-0123456789abcdef.lock",
+     "checkpoints/.000000007-2.tmp", "checkpoints/000000007-2", "samples/.000000007.png.tmp"],
+)  # fmt: skip
 def test_a_planted_link_is_not_written_through(lstm, launch, name):
     (lstm.run / name).symlink_to(lstm.outside / "victim")
     launch(*resume(lstm), check=False)

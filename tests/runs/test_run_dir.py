@@ -214,6 +214,29 @@ class TestMetrics:
             {"step": 2, "train/loss": 0.1, "eval/accuracy": 1.0},
         ]
 
+    @pytest.mark.parametrize("lost", [True, False])
+    def test_lines_are_forgotten_only_when_they_are_on_the_disk(self, run, monkeypatch, lost):
+        """On a network file system or at a quota, what was written is lost when fsync says so."""
+        path = run.path / "metrics.jsonl"
+        run.append_metrics(1, {"loss": 1.0})
+        run.write_metrics(sync=True)
+        on_disk = path.stat().st_size
+        run.append_metrics(2, {"loss": 2.0})
+        with monkeypatch.context() as patch:
+
+            def fails(descriptor: int) -> None:
+                if lost:
+                    os.truncate(path, on_disk + 3)
+                raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+            patch.setattr(os, "fsync", fails)
+            with pytest.raises(OSError, match="quota"):
+                run.write_metrics(sync=True)
+        assert path.stat().st_size == on_disk
+        run.append_metrics(3, {"loss": 3.0})
+        assert run.write_metrics(sync=True) == 3
+        assert [row["step"] for row in run.read_metrics()] == [1, 2, 3]
+
     def test_what_is_not_finite_is_written_as_null_which_every_reader_takes(self, run):
         run.append_metrics(3, {"a": float("nan"), "b": float("inf"), "c": -float("inf"), "d": 0.5})
         (line,) = (run.path / "metrics.jsonl").read_text().splitlines()
