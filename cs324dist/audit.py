@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cs324dist.config import Config, from_json
+from cs324dist.data.images import check_fetched
 from cs324dist.distributed.failures import translate_errors
 from cs324dist.distributed.process import on_main_process, start_accelerator
 from cs324dist.errors import RunFailed, UserError, say, warn
@@ -78,7 +79,7 @@ class Interval:
 
 
 def audit(
-    path: Path, task_name: str | None, count: int | None, from_start: bool, data_root: Path | None = None
+    path: Path, task_name: str | None, count: int | None, from_start: bool, data_root: Path = Path("data")
 ) -> None:
     """Replay `count` intervals of a run, drawn at random, or all, and compare what they end in bit for bit.
 
@@ -87,7 +88,7 @@ def audit(
         task_name: names a task that is none of the project's; see `find_task`.
         count: how many intervals between kept checkpoints; None for all.
         from_start: also replay from the first step to the oldest kept checkpoint.
-        data_root: in place of the run's.
+        data_root: folder of the data sets, whatever the run names; nothing is fetched into it.
 
     Raises:
         UserError: the run cannot be replayed here.
@@ -109,8 +110,11 @@ def audit(
     config_type = type(next(iter(presets.values())))
 
     def config_of(interval: Interval) -> Config:
-        config = from_json(config_type, interval.config, str(interval.owner))
-        return dataclasses.replace(config, data_root=data_root) if data_root else config
+        config: Any = from_json(config_type, interval.config, str(interval.owner))
+        if not hasattr(config, "data_root"):
+            return config
+        check_fetched(config.dataset, data_root)
+        return dataclasses.replace(config, data_root=data_root)
 
     config = run.read_config(config_type)
     with translate_errors(config):
@@ -121,7 +125,12 @@ def audit(
         here = environment(accelerator.num_processes, accelerator.mixed_precision, _backend(accelerator))
         needed = NEEDED if config.micro_batches else NEEDED | BY_DDP
         chosen = on_main_process(accelerator, lambda: _choose(run, intervals, here, needed, count))
-        rows = {row["step"]: row for row in run.read_metrics() if any("train/" in key for key in row)}
+        rows = {
+            row["step"]: row
+            for row in run.read_metrics()
+            if any(interval.first < row["step"] <= interval.state.step for interval in chosen)
+            and any("train/" in key for key in row)
+        }
         wrong: list[str] = []
         trainer, trained_config = None, None
         for interval in chosen:

@@ -8,9 +8,10 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
@@ -154,19 +155,32 @@ def open_wandb(accelerator: Accelerator, config: Config, run: RunDir) -> None:
         accelerator.trackers = []
 
 
+def _set_up() -> Any:
+    """The client. It reads `wandb/settings` where this process is: not in a run, which may be a stranger's.
+
+    Such a file could name the server that the API key is sent to.
+    """
+    import wandb
+
+    here = Path.cwd()
+    with chdir("/") if any(RunDir(path).exists for path in (here, *here.parents)) else nullcontext():
+        return wandb.setup()
+
+
 def _init(accelerator: Accelerator, config: Config, run: RunDir, mode: str) -> None:
     import wandb
 
     wandb_run = {
         "id": run.read_record().tracker_run_id,
         "name": run.path.name,
-        "dir": str(run),
+        "dir": str(run.path.absolute()),
         "mode": mode,
         "resume": "allow" if mode == "online" else None,
         "settings": wandb.Settings(init_timeout=LOGIN_TIMEOUT),
     }
     if accelerator.trackers:  # of an attempt that failed; its client holds the run's id
         wandb.teardown()
+    _set_up()
     accelerator.log_with, accelerator.trackers = ["wandb"], []
     accelerator.init_trackers(PROJECT, as_json(config), {"wandb": wandb_run})
 
@@ -189,9 +203,7 @@ def _has_login(host: str) -> bool:
 
 def _possible_mode() -> tuple[str, str]:
     """What WANDB_MODE says, or else online if that is possible; and why it is not."""
-    import wandb
-
-    settings = wandb.setup().settings
+    settings = _set_up().settings
     if settings.mode in ("offline", "disabled"):
         return settings.mode, ""
     host = settings.base_url

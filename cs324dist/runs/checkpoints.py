@@ -16,6 +16,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -157,15 +158,16 @@ def _write_files(folder: Path, trained: Trained, state: TrainerState) -> None:
 
 @torch.no_grad()
 def _check_finite(trained: Trained, step: int) -> None:
-    parts: list[tuple[str, Iterable[Tensor], Iterable[Tensor]]] = [
-        (name, network.parameters(), network.buffers()) for name, network in trained.networks.items()
-    ]
-    parts.append(("optimizer", optimizer_tensors(trained.optimizers, trained.networks).values(), ()))
-    parts.append(("task's state", (), _split(trained.state_dict())[1].values()))
-    for name, finite, not_nan in parts:
-        floats = [tensor for tensor in finite if tensor.is_floating_point()]
-        largest = torch._foreach_norm(floats, math.inf) if floats else ()  # NaN, if there is one
-        if not all(math.isfinite(x) for x in largest) or any(t.isnan().any() for t in not_nan):
+    for file, tensors in tensors_by_file(trained).items():
+        finite: list[Tensor] = []
+        not_nan: list[Tensor] = []  # a mask may be infinite
+        for tensor in tensors.values():
+            is_finite = isinstance(tensor, nn.Parameter) or file == OPTIMIZERS
+            if tensor.is_floating_point():
+                (finite if is_finite else not_nan).append(tensor)
+        largest = torch._foreach_norm(finite, math.inf) if finite else ()  # NaN, if there is one
+        if not all(math.isfinite(x) for x in largest) or any(x.isnan().any() for x in not_nan):
+            name = {OPTIMIZERS: "optimizer", TASK: "task's state"}.get(file, file.partition("/")[0])
             raise RunFailed(f"after step {step}, the {name} holds values that are not finite")
 
 
@@ -246,9 +248,8 @@ def read_checkpoint(folder: Path, trained: Trained) -> TrainerState:
     Raises:
         UserError: it is damaged, or of other networks, and nothing was copied; or the task refuses its state.
     """
-    targets = {f"{name}/{WEIGHTS}": model_tensors(network) for name, network in trained.networks.items()}
-    if own := _split(trained.state_dict())[1]:
-        targets[TASK] = own
+    targets = tensors_by_file(trained)
+    del targets[OPTIMIZERS]
     state = verify_checkpoint(folder, [*targets, OPTIMIZERS])
     tensors = {file: read_tensors(folder / file, expected) for file, expected in targets.items()}
     loaded = read_optimizers(folder / OPTIMIZERS, trained.optimizers, trained.networks)
@@ -318,18 +319,28 @@ def keep_newest(folder: Path, count: int, generation: int) -> None:
     kept = history_of(folder)[:count]
     for path in checkpoints_in(folder):
         if path not in kept and generation_of(path) <= generation:
-            doomed = path.with_name(f".{path.name}.deleted.tmp")  # or half of it would be left of a kill
-            clear(doomed)
-            path.rename(doomed)
+            _delete(path, path.name)
     clear_unfinished(folder, generation)
 
 
 def clear_unfinished(folder: Path, generation: int) -> None:
     """Remove what killed writers left below `folder`, if they were no later owners than `generation`."""
     for path in folder.glob(".*.tmp"):
-        writer = re.fullmatch(rf"\.{CHECKPOINT}(\.deleted)?\.tmp", path.name)
-        if writer is None or int(writer[2]) <= generation:
+        of = re.fullmatch(rf"\.({CHECKPOINT})(\.deleted)?\.tmp", path.name)
+        if of is None:
             clear(path)
+        elif int(of[3]) <= generation:
+            _delete(path, of[1])
+
+
+def _delete(path: Path, name: str) -> None:
+    """Under another name: a kill leaves no half of it, and who still writes there writes to nothing."""
+    doomed = path.with_name(f".{name}.deleted.tmp")
+    if path != doomed:
+        clear(doomed)
+        with suppress(FileNotFoundError):
+            path.rename(doomed)
+    clear(doomed)
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,7 +59,8 @@ def sync(path: Path) -> None:
 def clear(path: Path) -> None:
     """Remove whatever has this name: a file, a folder, or a link, but never what a link leads to."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        with suppress(FileNotFoundError):  # another process clears it too
+            shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 

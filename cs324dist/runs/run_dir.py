@@ -54,6 +54,7 @@ State = Literal["running", "stopped", "finished", "failed"]
 FOLDERS = {"owners", "checkpoints", "samples"}
 LEFTOVERS = r"\.scratch|\.config\.json.*\.tmp"  # of a start that was killed
 LARGEST_LINE = 1 << 16  # bytes of a line of metrics; ours have a few hundred
+MOST_DAMAGED = 1000  # lines of metrics after which nothing more is read
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class RunDir:
         Raises:
             UserError: it is something else.
         """
-        for name in (*FOLDERS, "wandb", "metrics.jsonl"):
+        for name in (*FOLDERS, "wandb", ".wandb", "metrics.jsonl"):
             if name in FOLDERS and (self.path / name).exists() and not (self.path / name).is_dir():
                 raise UserError(f"{self.path / name} is no folder: it is damaged, or not of this project")
             if (self.path / name).is_symlink():
@@ -310,7 +311,7 @@ class RunDir:
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
         """The rows so far; lines that are none, such as one that is just being written, are skipped."""
-        return (row for line in self._lines_of_metrics() if (row := _row(line)) is not None)
+        return (row for _, row in self._lines_of_metrics() if row is not None)
 
     def check_metrics(self, lines: int) -> None:
         """Check that the first lines are whole, as far as they are there.
@@ -321,18 +322,23 @@ class RunDir:
         path = self.path / "metrics.jsonl"
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a file")
-        for number, line in enumerate(itertools.islice(self._lines_of_metrics(), lines), 1):
-            if _row(line) is None:
+        for number, (_, row) in enumerate(itertools.islice(self._lines_of_metrics(), lines), 1):
+            if row is None:
                 raise UserError(
                     f"{path}: line {number} is damaged: mend or delete it, then run the same command again"
                 )
 
-    def _lines_of_metrics(self) -> Iterator[bytes]:
-        path = self.path / "metrics.jsonl"
+    def _lines_of_metrics(self) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+        """The lines and what they say; not all of a file that is mostly something else."""
+        path, damaged = self.path / "metrics.jsonl", 0
         if path.is_file() and not path.is_symlink():
             with path.open("rb") as file:
                 while (line := file.readline(LARGEST_LINE)).endswith(b"\n") or len(line) == LARGEST_LINE:
-                    yield line
+                    row = _row(line)
+                    damaged += row is None
+                    if damaged > MOST_DAMAGED:
+                        return
+                    yield line, row
 
     def _rewind(self, step: int, metrics_lines: int) -> int:
         """Drop the metrics past the checkpoint of `step`; returns how many steps had been logged past it."""
@@ -342,8 +348,7 @@ class RunDir:
         # A new file, which stays open: an earlier owner that still runs writes to the one that it has open.
         with replaced(self.path / "metrics.jsonl", self.check_owned) as temporary:
             self._metrics = FileIO(temporary, "a")
-            for number, line in enumerate(self._lines_of_metrics()):
-                row = _row(line)
+            for number, (line, row) in enumerate(self._lines_of_metrics()):
                 last = max(last, row["step"] if row else 0)
                 if number < metrics_lines and row and row["step"] <= step:
                     _append(self._metrics, line)

@@ -20,6 +20,7 @@ from cs324dist.runs.checkpoints import (
     TrainerState,
     check_names,
     checkpoints_in,
+    clear_unfinished,
     history_of,
     keep_newest,
     newest_generation,
@@ -257,6 +258,12 @@ def test_what_has_its_name_is_never_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
+def test_what_a_cut_off_owner_has_not_finished_is_taken_away_by_its_successor(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_checkpoint(tmp_path / "000000003-1", Learner(), STATE, lambda: clear_unfinished(tmp_path, 2))
+    assert list(tmp_path.iterdir()) == []
+
+
 STEPS = st.integers(1, 1_999_999_999)
 WRITTEN = st.sets(st.tuples(STEPS | st.integers(1, 5), st.integers(1, 4)), max_size=8)  # step and owner
 
@@ -337,10 +344,12 @@ def test_a_process_killed_at_a_deletion_leaves_no_half_of_a_checkpoint(tmp_path,
     with pytest.raises(Killed):
         keep_newest(tmp_path, 1, 1)
     monkeypatch.undo()
-    (left,) = checkpoints_in(tmp_path)
-    verify_checkpoint(left)
+    left = checkpoints_in(tmp_path)
+    assert [path.name for path in left] == ["000000003-1", "000000001-1"]
+    for checkpoint in left:
+        verify_checkpoint(checkpoint)
     keep_newest(tmp_path, 3, 1)
-    assert list(tmp_path.iterdir()) == [left]
+    assert sorted(tmp_path.iterdir(), reverse=True) == left
 
 
 def test_a_checkpoint_that_was_moved_to_another_step_says_so(tmp_path):

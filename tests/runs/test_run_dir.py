@@ -266,6 +266,16 @@ class TestMetrics:
         (run.path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
         assert list(run.read_metrics()) == [{"step": 1}, {"step": 3}]
 
+    def test_a_file_of_something_else_is_not_read_to_its_end(self, run):
+        """A terabyte of zeros that takes no room would be read for an hour."""
+        run.append_metrics(1, {"loss": 1.0})
+        os.truncate(run.path / "metrics.jsonl", 1 << 40)
+        assert list(run.read_metrics()) == [{"step": 1, "loss": 1.0}]
+        with pytest.raises(UserError, match="line 2 is damaged"):
+            run.check_metrics(2)
+        go_back(run, 1, 1)
+        assert (run.path / "metrics.jsonl").stat().st_size < 100
+
     def test_going_back_drops_what_lies_past_the_checkpoint_and_says_running(self, run):
         for step in (5, 10, 15, 20):
             run.append_metrics(step, {"loss": 1.0})

@@ -157,6 +157,14 @@ class TestLoadGenerator:
         with pytest.raises(UserError, match="holds no generator"):
             load_generator(run.path)
 
+    def test_a_folder_of_checkpoints_elsewhere_is_not_followed(self, tmp_path: Path) -> None:
+        run = empty_run(tmp_path / "run", "gan")
+        write(run.checkpoint(1), 1, generator=Generator(7))
+        run.checkpoints.rename(tmp_path / "elsewhere")
+        run.checkpoints.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(UserError, match="has no checkpoint yet"):
+            load_generator(run.path)
+
 
 @pytest.mark.parametrize(
     ("dataset", "ends"),
