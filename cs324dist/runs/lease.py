@@ -109,9 +109,8 @@ class Lease:
             self._claim()
         except (FileExistsError, FileNotFoundError):  # the latter: it has withdrawn, and the folder with it
             raise UserError(f"{run} was just taken by another process: wait for it, or stop it") from None
-        now = _last_sign(self._path)  # by the clock of the file system, as the other one
-        if last_sign and now:
-            self._update(seconds_since_previous=round(max(now - last_sign, 0.0), 1))
+        if last_sign and (now := _last_sign(self._path)):
+            self._update(seconds_since_previous=round(max(now - last_sign, 0) / 1e9, 1))
         sync(self._folder)
         for left in self._folder.iterdir():
             of = re.fullmatch(r"\.*([1-9][0-9]{0,8})\W.*\.(lock|tmp)", left.name)
@@ -232,12 +231,13 @@ def _wait_for_the_end_of(path: Path, run: Path) -> None:
         return
     # Locks may not reach from one machine to another, and clocks may differ: watch for a sign of life.
     say(f"{run} was left by {name}; watching it for {SILENCE} s")
-    with suppress(FileNotFoundError):  # it has withdrawn
-        seen, until = _touched(path), time.monotonic() + SILENCE
-        while time.monotonic() < until:
-            time.sleep(HEARTBEAT / 5)
-            if _touched(path) != seen:
-                raise in_use
+    seen, until = _last_sign(path), time.monotonic() + SILENCE
+    while time.monotonic() < until:
+        time.sleep(HEARTBEAT / 5)
+        if not (now := _last_sign(path)):
+            return  # it has withdrawn
+        if now != seen:
+            raise in_use
 
 
 def _lock_of(owner: Path, nonce: str) -> Path:
@@ -300,13 +300,9 @@ def _read(path: Path) -> Owner | None:
         return None
 
 
-def _last_sign(owner: Path) -> float | None:
-    try:
-        return owner.stat().st_mtime
-    except OSError:
-        return None
-
-
-def _touched(path: Path) -> int:
-    with path.open() as file:  # opened, because network file systems only then look anew
+def _last_sign(owner: Path) -> int | None:
+    """Its last sign of life, in nanoseconds by the clock of the file system; None if it is not there."""
+    # Opened, because network file systems only then look anew.
+    with suppress(FileNotFoundError), owner.open() as file:
         return os.fstat(file.fileno()).st_mtime_ns
+    return None

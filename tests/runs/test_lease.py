@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -323,9 +324,9 @@ class TestTakenOver:
                 assert [row["loss"] for row in new.read_metrics()] == [1.0, 2.0]
                 assert new.read_status() == Status("running", 2)
 
-    @pytest.mark.parametrize("moment", ["sync", "replace"], ids=["before", "after"])
+    @pytest.mark.parametrize("moment", ["with_name", "sync", "replace"])
     @pytest.mark.parametrize("name", ["config.json", "status.json", "metrics.jsonl"])
-    def test_one_that_was_frozen_before_or_after_its_check_replaces_nothing(
+    def test_one_that_was_frozen_before_its_temporary_file_or_its_check_or_its_rename_replaces_nothing(
         self, run, monkeypatch, name, moment
     ):
         """It sleeps while its successor takes over, writes and ends; whatever it meant to write is late."""
@@ -333,7 +334,8 @@ class TestTakenOver:
         monkeypatch.setenv("SLURM_JOB_ID", "42")
         old, new = RunDir(run), RunDir(run)
         record = RunRecord("lstm", "launch/lstm.py", as_json(Config()), {})
-        honest = {"sync": files.sync, "replace": Path.replace}
+        owner = files if moment == "sync" else Path
+        honest = getattr(owner, moment)
         seen = []
 
         def successor_takes_over() -> None:
@@ -345,13 +347,14 @@ class TestTakenOver:
                 new.write_status("finished", 8)
             seen.append({path: path.read_bytes() for path in run.rglob("*.json*")})
 
-        def sleeps(path: Path, *target: Path) -> None:
-            if not seen and path.name.startswith(f".{name}."):
+        def sleeps(path: Path, *arguments: Any) -> Any:
+            temporary = arguments[0] if moment == "with_name" else path.name
+            if not seen and temporary.startswith(f".{name}."):
                 seen.append({})
                 successor_takes_over()
-            honest[moment](path, *target)
+            return honest(path, *arguments)
 
-        monkeypatch.setattr(files if moment == "sync" else Path, moment, sleeps)
+        monkeypatch.setattr(owner, moment, sleeps)
         with old.claimed(lambda: None, lambda work: work()), suppress(UserError):
             old.start(record, environment(), 0, 0)
             old.append_metrics(1, {"loss": 3.0})
@@ -359,6 +362,29 @@ class TestTakenOver:
         assert {path: path.read_bytes() for path in run.rglob("*.json*")} == seen[1]
         assert [row["loss"] for row in new.read_metrics()] == [2.0] * 8
         assert list(run.rglob(".*.tmp")) == []
+
+    def test_one_that_wakes_up_while_its_successor_writes_cannot_rename_its_file(self, run, monkeypatch):
+        waits(monkeypatch)
+        monkeypatch.setenv("SLURM_JOB_ID", "42")
+        old, new, honest, renamed = RunDir(run), RunDir(run), Path.replace, []
+
+        def sleeps(path: Path, target: Path) -> None:
+            if target.name == "status.json":
+                renamed.append(path)
+                if len(renamed) == 1:
+                    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+                    with new.claimed(lambda: None, lambda work: work()):
+                        new.write_status("running", 8)
+                else:
+                    with pytest.raises(FileNotFoundError):
+                        honest(renamed[0], target)
+            honest(path, target)
+
+        with old.claimed(lambda: None, lambda work: work()):
+            monkeypatch.setattr(Path, "replace", sleeps)
+            old.write_status("failed", 1)
+        assert len(renamed) == 2
+        assert new.read_status() == Status("running", 8)
 
     def test_a_line_of_metrics_never_goes_to_the_file_of_the_successor(self, run, monkeypatch):
         waits(monkeypatch)
