@@ -85,7 +85,7 @@ class Trackers:
         tqdm.write("  ".join([f"evaluation after {completed} steps", *brief]), file=sys.stderr)
         if evaluation.picture is not None:
             try:
-                save_png(evaluation.picture, self._run.sample(completed), self._run.check_owned)
+                save_png(evaluation.picture, self._run.sample(completed), self._run)
             except OSError as error:
                 warn(f"no picture of step {completed}: {error.strerror}")
         if self._accelerator.trackers:

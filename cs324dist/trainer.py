@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -260,7 +260,7 @@ class Run:
         return state
 
     def _check_that_it_can_be_saved(self) -> None:
-        scratch = self.run.path / ".scratch"
+        scratch = self.run.scratch
         clear(scratch)
         try:
             with with_full_state(self.task.optimizers):
@@ -274,6 +274,8 @@ class Run:
             raise UserError(f"it cannot be saved: {type(error).__name__}: {printable(error)}") from error
         finally:
             clear(scratch)
+            with suppress(OSError):  # it holds more
+                scratch.parent.rmdir()
 
     def train(self, start: TrainerState) -> int | None:
         """Take the steps after `start`; returns the step that a signal stopped it after, None if none did.
@@ -333,7 +335,7 @@ class Run:
                 metrics_lines=run.write_metrics(sync=True),
                 evaluation_owed=evaluation_owed,
             )
-            write_checkpoint(run.checkpoint(completed), self.task, state, run.check_owned)
+            write_checkpoint(run.checkpoint(completed), self.task, state, run)
         except OSError as error:
             text = f"no checkpoint of step {completed}: {error.strerror}; {self._last_good()}"
             if completed == self.config.steps:

@@ -236,8 +236,9 @@ IMPOSSIBLE = (OSError, ValueError, LookupError, TypeError, AttributeError, Runti
 
 JSON = words("""config.json status.json metrics.jsonl owners/1.json @/trainer.json @/trainer.json
 @/*/config.json @/*/model.safetensors @/optimizers.safetensors""")
-WRITTEN = words(""".config.json.tmp .status.json.tmp .metrics.jsonl.tmp .scratch evaluation.json wandb
-.evaluation.json.tmp owners/.2.json.tmp owners/2.json owners/1-0123456789abcdef.lock owners/999999999.json
+WRITTEN = words(""".config.json.tmp .status.json.tmp .metrics.jsonl.tmp evaluation.json wandb
+checkpoints/.000000000-2.tmp .evaluation.json.tmp
+owners/.2.json.tmp owners/2.json owners/1-0123456789abcdef.lock owners/999999999.json
 owners/1000000000.json owners/999999998.json samples/000000007.png samples/.000000007.png.tmp
 checkpoints/000000007-2 checkpoints/.000000007-2.tmp checkpoints/.000000007-99.tmp
 checkpoints/.000000007-2.tmp/.trainer.json.tmp checkpoints/damaged-000000006-1""")

@@ -15,7 +15,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from cs324dist.config import as_json, from_json
 from cs324dist.errors import RunFailed, UserError, printable
-from cs324dist.runs.files import always, clear, patiently, read_json, sha256, sync, write_json
+from cs324dist.runs.files import Writer, clear, patiently, read_json, sha256, sync, write_json
 from cs324dist.runs.models import copy_into, model_tensors, read_tensors, save_model, save_tensors
 from cs324dist.runs.optimizers import Optimizers, load_optimizers, optimizer_tensors, read_optimizers
 
@@ -116,11 +116,11 @@ def check_names(networks: Iterable[str]) -> None:
 
 
 def write_checkpoint(
-    folder: Path, trained: Trained, state: TrainerState, check: Callable[[], None] = always
+    folder: Path, trained: Trained, state: TrainerState, writer: Writer | None = None
 ) -> None:
     """Write a checkpoint under a temporary name beside `folder`, sync it, and rename it to `folder`.
 
-    Right before that, `check` may raise.
+    The writer is checked right before that.
 
     Raises:
         RunFailed: a tensor is not finite.
@@ -132,7 +132,8 @@ def write_checkpoint(
     clear(temporary)
     try:
         _write_files(temporary, trained, state)
-        check()
+        if writer:
+            writer.check_owned()
         temporary.rename(folder)
     finally:
         clear(temporary)

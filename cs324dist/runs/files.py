@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from cs324dist.config import as_json, from_json
 from cs324dist.errors import UserError
@@ -77,33 +78,45 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path}: there is no folder {path.parent}; make it first")
 
 
-def always() -> None:
-    """The check of a writer whose right to write nobody disputes."""
+@runtime_checkable
+class Writer(Protocol):
+    """One of several that may write here, of which the latest counts."""
+
+    @property
+    def generation(self) -> int:
+        """Its number."""
+
+    def check_owned(self) -> None:
+        """Raise if a later one has come."""
 
 
 @contextmanager
-def replaced(path: Path, check: Callable[[], None] = always) -> Iterator[Path]:
+def replaced(path: Path, writer: Writer | None = None) -> Iterator[Path]:
     """A name to write to; what was written takes the place of `path` at the end, and not before.
 
-    The name is new, so that nobody has put something there. Right before the end `check` may raise.
+    The name is new, so that nobody has put something there. The writer is checked right before the end.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    by = writer.generation if writer else 0
+    temporary = path.with_name(f".{path.name}.{by}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         sync(temporary)
-        check()
+        if writer:
+            writer.check_owned()
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def clear_temporaries(folder: Path, name: str) -> None:
-    """Remove what writers of this name left in a folder: they were killed, or have now nothing to rename."""
+def clear_temporaries(folder: Path, name: str, generation: int) -> None:
+    """Remove what writers before `generation` left: they were killed, or have nothing to rename any more."""
     for path in folder.glob(f".{name}*.tmp"):
-        clear(path)
+        by = re.search(r"\.([0-9]{1,9})-[0-9a-f]{8}\.tmp", path.name)
+        if not by or int(by[1]) < generation:
+            clear(path)
 
 
-def write_json(path: Path, content: Mapping[str, Any], check: Callable[[], None] = always) -> None:
+def write_json(path: Path, content: Mapping[str, Any], writer: Writer | None = None) -> None:
     """Replace `path` by `content`; see `replaced`.
 
     Raises:
@@ -113,7 +126,7 @@ def write_json(path: Path, content: Mapping[str, Any], check: Callable[[], None]
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     if len(text) > LARGEST_JSON:
         raise UserError(f"{path.name} would be larger than {LARGEST_JSON} bytes: give it less to hold")
-    with replaced(path, check) as temporary:
+    with replaced(path, writer) as temporary:
         temporary.write_text(text)
 
 
@@ -149,9 +162,9 @@ def read_record(record_type: type[Record], path: Path) -> Record:
     return from_json(record_type, read_json(path), str(path))
 
 
-def write_record(path: Path, record: Any, check: Callable[[], None] = always) -> None:
+def write_record(path: Path, record: Any, writer: Writer | None = None) -> None:
     """Replace `path` by a record; see `replaced`."""
-    write_json(path, as_json(record), check)
+    write_json(path, as_json(record), writer)
 
 
 def parse_json(text: bytes) -> Any:

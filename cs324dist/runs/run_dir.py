@@ -52,7 +52,7 @@ from cs324dist.runs.lease import Lease, owner_of
 OnMain = Callable[[Callable[[], None]], None]
 State = Literal["running", "stopped", "finished", "failed"]
 FOLDERS = {"owners", "checkpoints", "samples"}
-LEFTOVERS = r"\.scratch|\.config\.json.*\.tmp"  # of a start that was killed
+LEFTOVERS = r"\.config\.json.*\.tmp"  # of a start that was killed
 LARGEST_LINE = 1 << 16  # bytes of a line of metrics; ours have a few hundred
 MOST_DAMAGED = 1000  # lines of metrics after which nothing more is read
 
@@ -162,8 +162,8 @@ class RunDir:
             self._lease = Lease(self.path, after=newest_generation(self.checkpoints))
             # An earlier owner that sleeps between its check and its rename has nothing to rename any more.
             for name in ("config.json", "status.json", "metrics.jsonl"):
-                clear_temporaries(self.path, name)
-            clear_temporaries(self.path / "samples", "")
+                clear_temporaries(self.path, name, self.generation)
+            clear_temporaries(self.path / "samples", "", self.generation)
             clear_unfinished(self.checkpoints, self.generation)
         except OSError as error:
             raise self.unwritable(error) from None
@@ -187,7 +187,7 @@ class RunDir:
         try:
             for folder in FOLDERS:
                 (self.path / folder).mkdir(exist_ok=True)
-            write_record(self.path / "config.json", record, self.check_owned)
+            write_record(self.path / "config.json", record, self)
             self.set_damaged_aside()
             lost = self._rewind(step, metrics_lines)
             if self._lease is not None:
@@ -223,6 +223,11 @@ class RunDir:
         """The checkpoint of one step that this owner writes."""
         return self.checkpoints / checkpoint_name(step, self.generation)
 
+    @property
+    def scratch(self) -> Path:
+        """A folder for a trial; if it stays behind, it goes as an unfinished checkpoint does."""
+        return self.checkpoints / f".{checkpoint_name(0, self.generation)}.tmp"
+
     def sample(self, step: int) -> Path:
         """The picture of one step."""
         return self.path / "samples" / f"{step:09d}.png"
@@ -255,7 +260,7 @@ class RunDir:
     def write_status(self, state: State, step: int, why: str = "") -> None:
         """Write where the run stands; warn if that cannot be written."""
         try:
-            write_record(self.path / "status.json", Status(state, step, why), self.check_owned)
+            write_record(self.path / "status.json", Status(state, step, why), self)
         except OSError as error:
             warn(f"{self}/status.json cannot be written: {error.strerror}")
 
@@ -346,7 +351,7 @@ class RunDir:
         if self._metrics is not None:
             self._metrics.close()
         # A new file, which stays open: an earlier owner that still runs writes to the one that it has open.
-        with replaced(self.path / "metrics.jsonl", self.check_owned) as temporary:
+        with replaced(self.path / "metrics.jsonl", self) as temporary:
             self._metrics = FileIO(temporary, "a")
             for number, (line, row) in enumerate(self._lines_of_metrics()):
                 last = max(last, row["step"] if row else 0)

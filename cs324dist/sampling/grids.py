@@ -1,6 +1,5 @@
 """Images to pictures."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from cs324dist.runs.files import always, replaced
+from cs324dist.runs.files import Writer, replaced
 
 
 def grid(images: Float[Tensor, "count 1 28 28"], columns: int) -> UInt8[Tensor, "1 height width"]:
@@ -19,11 +18,9 @@ def grid(images: Float[Tensor, "count 1 28 28"], columns: int) -> UInt8[Tensor, 
     return ((tiles + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def save_png(
-    picture: UInt8[Tensor, "1 height width"], path: Path, check: Callable[[], None] = always
-) -> None:
+def save_png(picture: UInt8[Tensor, "1 height width"], path: Path, writer: Writer | None = None) -> None:
     """Write a grey picture, under its name only when it is complete; see `replaced`."""
-    with replaced(path, check) as temporary:
+    with replaced(path, writer) as temporary:
         Image.fromarray(picture[0].numpy()).save(temporary, format="png")
 
 

@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -259,8 +260,9 @@ def test_what_has_its_name_is_never_replaced(tmp_path):
 
 
 def test_what_a_cut_off_owner_has_not_finished_is_taken_away_by_its_successor(tmp_path):
+    cut_off = SimpleNamespace(generation=1, check_owned=lambda: clear_unfinished(tmp_path, 2))
     with pytest.raises(FileNotFoundError):
-        write_checkpoint(tmp_path / "000000003-1", Learner(), STATE, lambda: clear_unfinished(tmp_path, 2))
+        write_checkpoint(tmp_path / "000000003-1", Learner(), STATE, cut_off)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -386,6 +386,21 @@ class TestTakenOver:
         assert len(renamed) == 2
         assert new.read_status() == Status("running", 8)
 
+    def test_one_that_was_frozen_in_its_claim_takes_nothing_away(self, run, monkeypatch):
+        """It wakes up where it clears what those before it left; its successor is writing."""
+        waits(monkeypatch)
+        for folder in ("samples", "checkpoints"):
+            (run / folder).mkdir()
+        names = [".status.json.{}-01234567.tmp", "samples/.000000001.png.{}-01234567.tmp",
+                 "checkpoints/.000000001-{}.tmp"]  # fmt: skip
+        for name in names:
+            for number in (1, 2, 3):
+                (run / name.format(number)).touch()
+        left_by(run)
+        with RunDir(run).claimed(lambda: None, lambda work: work()):
+            left = {str(path.relative_to(run)) for path in run.rglob(".*.tmp")}
+        assert left == {name.format(3) for name in names} | {names[0].format(2), names[1].format(2)}
+
     def test_a_line_of_metrics_never_goes_to_the_file_of_the_successor(self, run, monkeypatch):
         waits(monkeypatch)
         monkeypatch.setenv("SLURM_JOB_ID", "42")

@@ -315,7 +315,7 @@ class TestWhoseFolder:
         assert list(tmp_path.iterdir()) == []
 
     def test_what_a_start_that_was_killed_has_left_fits(self, tmp_path):
-        for left in ("owners", "checkpoints", "samples", ".scratch"):
+        for left in ("owners", "checkpoints", "samples"):
             (tmp_path / left).mkdir()
         (tmp_path / ".config.json.tmp").touch()
         RunDir(tmp_path).check_fits("gan", CONFIG)
@@ -580,7 +580,7 @@ class TestBeforeTheFirstStep:
     def test_what_can_be_saved_is_trained_and_continued(self, tmp_path, make):
         run = RunDir(tmp_path / "run")
         assert self.train(make, run.path) == [0, 1]
-        assert not (run.path / ".scratch").exists()
+        assert list(run.path.rglob(".*")) == []
         assert self.train(make, run.path, steps=4) == [2, 3]
         assert run.read_status() == Status("finished", 4)
 
