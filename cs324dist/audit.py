@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cs324dist.config import Config, from_json
+from cs324dist.data.images import check_fetched
 from cs324dist.distributed.failures import translate_errors
 from cs324dist.distributed.process import on_main_process, start_accelerator
 from cs324dist.errors import RunFailed, UserError, say, warn
@@ -29,8 +30,10 @@ from cs324dist.models.lstm import LSTM
 from cs324dist.models.rnn import RNN
 from cs324dist.runs.checkpoints import (
     TrainerState,
-    checkpoints_in,
+    generation_of,
+    history_of,
     plain_state,
+    step_of,
     tensors_by_file,
     verify_checkpoint,
 )
@@ -72,11 +75,11 @@ class Interval:
     @property
     def first(self) -> int:
         """The step it starts after."""
-        return int(self.start.name) if self.start else 0
+        return step_of(self.start) if self.start else 0
 
 
 def audit(
-    path: Path, task_name: str | None, count: int | None, from_start: bool, data_root: Path | None = None
+    path: Path, task_name: str | None, count: int | None, from_start: bool, data_root: Path = Path("data")
 ) -> None:
     """Replay `count` intervals of a run, drawn at random, or all, and compare what they end in bit for bit.
 
@@ -85,7 +88,7 @@ def audit(
         task_name: names a task that is none of the project's; see `find_task`.
         count: how many intervals between kept checkpoints; None for all.
         from_start: also replay from the first step to the oldest kept checkpoint.
-        data_root: in place of the run's.
+        data_root: folder of the data sets, whatever the run names; nothing is fetched into it.
 
     Raises:
         UserError: the run cannot be replayed here.
@@ -107,8 +110,11 @@ def audit(
     config_type = type(next(iter(presets.values())))
 
     def config_of(interval: Interval) -> Config:
-        config = from_json(config_type, interval.config, str(interval.owner))
-        return dataclasses.replace(config, data_root=data_root) if data_root else config
+        config: Any = from_json(config_type, interval.config, str(interval.owner))
+        if not hasattr(config, "data_root"):
+            return config
+        check_fetched(config.dataset, data_root)
+        return dataclasses.replace(config, data_root=data_root)
 
     config = run.read_config(config_type)
     with translate_errors(config):
@@ -119,7 +125,12 @@ def audit(
         here = environment(accelerator.num_processes, accelerator.mixed_precision, _backend(accelerator))
         needed = NEEDED if config.micro_batches else NEEDED | BY_DDP
         chosen = on_main_process(accelerator, lambda: _choose(run, intervals, here, needed, count))
-        rows = {row["step"]: row for row in run.read_metrics() if any("train/" in key for key in row)}
+        rows = {
+            row["step"]: row
+            for row in run.read_metrics()
+            if any(interval.first < row["step"] <= interval.state.step for interval in chosen)
+            and any("train/" in key for key in row)
+        }
         wrong: list[str] = []
         trainer, trained_config = None, None
         for interval in chosen:
@@ -142,7 +153,7 @@ def _backend(accelerator: Accelerator) -> str | None:
 
 def _intervals(run: RunDir, steps: int, from_start: bool) -> Iterator[Interval]:
     """The intervals that checkpoints allow to replay, in order."""
-    found = sorted(checkpoints_in(run.checkpoints), key=lambda path: int(path.name))
+    found = reversed(history_of(run.checkpoints))
     checkpoints: list[Path | None] = [None, *found] if from_start else [*found]
     if len(checkpoints) < 2:
         raise UserError(f"{run} has no two checkpoints to go from one to the other: give --from-start")
@@ -151,17 +162,17 @@ def _intervals(run: RunDir, steps: int, from_start: bool) -> Iterator[Interval]:
         state = verify_checkpoint(end)
         if state.step > steps:
             raise UserError(f"{end} is of a later step than the run's last, {steps}")
-        file, owner = _owner_of_steps(run, state)
+        file, owner = _owner_of_steps(run, end)
         if owner is None or owner.environment is None or owner.config is None:
             raise UserError(f"{file} does not say how {end} was made")
         yield Interval(start, end, state, file, owner.environment, owner.config)
 
 
-def _owner_of_steps(run: RunDir, state: TrainerState) -> tuple[Path, Owner | None]:
+def _owner_of_steps(run: RunDir, checkpoint: Path) -> tuple[Path, Owner | None]:
     """The owner that took the steps before a checkpoint: later ones may have made up for its evaluation."""
-    generation = state.generation
+    generation = generation_of(checkpoint)
     owner = owner_of(run.path, generation)
-    while owner and generation > 1 and (owner.from_step is None or owner.from_step >= state.step):
+    while owner and generation > 1 and (owner.from_step is None or owner.from_step >= step_of(checkpoint)):
         generation -= 1
         owner = owner_of(run.path, generation)
     return run.path / "owners" / f"{generation}.json", owner

@@ -8,7 +8,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ class Trackers:
         tqdm.write("  ".join([f"evaluation after {completed} steps", *brief]), file=sys.stderr)
         if evaluation.picture is not None:
             try:
-                save_png(evaluation.picture, self._run.sample(completed))
+                save_png(evaluation.picture, self._run.sample(completed), self._run)
             except OSError as error:
                 warn(f"no picture of step {completed}: {error.strerror}")
         if self._accelerator.trackers or self._tensorboard is not None:
@@ -179,19 +179,32 @@ def open_wandb(accelerator: Accelerator, config: Config, run: RunDir) -> None:
         accelerator.trackers = []
 
 
+def _set_up() -> Any:
+    """The client. It reads `wandb/settings` where this process is: not in a run, which may be a stranger's.
+
+    Such a file could name the server that the API key is sent to.
+    """
+    import wandb
+
+    here = Path.cwd()
+    with chdir("/") if any(RunDir(path).exists for path in (here, *here.parents)) else nullcontext():
+        return wandb.setup()
+
+
 def _init(accelerator: Accelerator, config: Config, run: RunDir, mode: str) -> None:
     import wandb
 
     wandb_run = {
         "id": run.read_record().tracker_run_id,
         "name": run.path.name,
-        "dir": str(run),
+        "dir": str(run.path.absolute()),
         "mode": mode,
         "resume": "allow" if mode == "online" else None,
         "settings": wandb.Settings(init_timeout=LOGIN_TIMEOUT),
     }
     if accelerator.trackers:  # of an attempt that failed; its client holds the run's id
         wandb.teardown()
+    _set_up()
     accelerator.log_with, accelerator.trackers = ["wandb"], []
     accelerator.init_trackers(config.wandb_project, as_json(config), {"wandb": wandb_run})
 
@@ -214,9 +227,7 @@ def _has_login(host: str) -> bool:
 
 def _possible_mode() -> tuple[str, str]:
     """What WANDB_MODE says, or else online if that is possible; and why it is not."""
-    import wandb
-
-    settings = wandb.setup().settings
+    settings = _set_up().settings
     if settings.mode in ("offline", "disabled"):
         return settings.mode, ""
     host = settings.base_url

@@ -4,8 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,6 @@ from cs324dist.runs.checkpoints import (
     TrainerState,
     check_names,
     read_checkpoint,
-    rewrite_state,
     write_checkpoint,
 )
 from cs324dist.runs.environment import Environment, environment
@@ -288,7 +286,7 @@ class Run:
         return self.on_main(lambda: self.task.is_done(self.run.read_evaluations(completed)))
 
     def _check_that_it_can_be_saved(self) -> None:
-        scratch = self.run.path / ".scratch"
+        scratch = self.run.scratch
         clear(scratch)
         try:
             with with_full_state(self.task.optimizers):
@@ -302,6 +300,8 @@ class Run:
             raise UserError(f"it cannot be saved: {type(error).__name__}: {printable(error)}") from error
         finally:
             clear(scratch)
+            with suppress(OSError):  # it holds more
+                scratch.parent.rmdir()
 
     def train(self, start: TrainerState) -> int | None:
         """Take the steps after `start`; returns the step that a signal stopped it after, None if none did.
@@ -314,7 +314,7 @@ class Run:
             if start.evaluation_owed:
                 if not self._evaluate(trackers, start.step):
                     return start.step
-                self.on_main(lambda: self._settle(start))
+                self.save(start.step)
             completed = start.step
             while not self.is_over(completed):
                 completed += 1
@@ -370,11 +370,10 @@ class Run:
                 step=completed,
                 processes=self.accelerator.num_processes,
                 loss_scale=scaler.state_dict() if scaler is not None and scaler.is_enabled() else {},
-                generation=run.generation,
                 metrics_lines=run.write_metrics(sync=True),
                 evaluation_owed=evaluation_owed,
             )
-            write_checkpoint(run.checkpoint(completed), self.task, state)
+            write_checkpoint(run.checkpoint(completed), self.task, state, run)
         except OSError as error:
             text = f"no checkpoint of step {completed}: {error.strerror}; {self._last_good()}"
             if self.is_over(completed):
@@ -385,16 +384,6 @@ class Run:
         else:
             run.write_status("running", completed)
             run.keep_newest(self.config.keep_last, self.config.keep_best)
-
-    def _settle(self, start: TrainerState) -> None:
-        """Record that the evaluation is no longer owed; if that fails, the next start evaluates once more."""
-        checkpoint = self.run.checkpoint(start.step)
-        try:
-            lines, generation = self.run.write_metrics(sync=True), self.run.generation
-            state = replace(start, evaluation_owed=False, metrics_lines=lines, generation=generation)
-            rewrite_state(checkpoint, state)
-        except OSError as error:
-            warn(f"{checkpoint} stays as it is: {error.strerror}")
 
     def _diverged(self, what: str) -> RunFailed:
         return RunFailed(

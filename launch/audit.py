@@ -33,8 +33,8 @@ class Audit:
     from_start: bool = False
     """Also replay from the first step to the oldest kept checkpoint."""
 
-    data_root: Path | None = None
-    """Folder of the data sets. Without it: the run's."""
+    data_root: Path = Path("data")
+    """Folder of the data sets; nothing is fetched into it."""
 
 
 if __name__ == "__main__":

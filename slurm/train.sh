@@ -89,7 +89,7 @@ finish() {
     local state='' what step facts crashes count
     # status.json decides, if it was written since the start; launchers may have been killed before they could tell.
     [ "$(version)" = "$before" ] || state=$(status state)
-    crashes=$(dirname "$run")/.$(basename "$run").crashes-$SLURM_JOB_ID # beside the run, whose folder may not exist
+    crashes=.crashes-$SLURM_JOB_ID # in the checkout, where only its owner writes
     case $state-$code in
         finished-* | *-0)
             rm -f "$crashes"
@@ -120,13 +120,12 @@ finish() {
     esac
     if [ "$what" != stopped ]; then
         count=$(cat "$crashes" 2>/dev/null || echo 0)
-        case $count in "" | *[!0-9]*) count=0 ;; esac # whatever stands there, it is a number or nothing
+        case $count in [0-3]) ;; *) count=0 ;; esac # nothing else is counted with
         if [ "$count" = 3 ]; then
             rm -f "$crashes"
             say "requeued 3 times after a crash, and no more: submit the job again to go on"
             exit 1
         fi
-        mkdir -p "$(dirname "$crashes")"
         echo $((count + 1)) >"$crashes"
     fi
     say "requeued"

@@ -225,16 +225,23 @@ def processes_of(run: Path) -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if belongs_to(process, run)]
 
 
+def newest(run: Path) -> Path:
+    """The checkpoint of the latest owner, and of its own the latest."""
+    found = [path for path in (run / "checkpoints").iterdir() if path.name[0].isdecimal()]
+    return max(found, key=lambda path: [*map(int, reversed(path.name.split("-")))])
+
+
 def content_of(run: Path) -> dict[str, str]:
     """Digests of the newest checkpoint's tensors, the task's state, the metrics without the throughput."""
-    newest = max(path for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
-    state = json.loads((newest / "trainer.json").read_text())["task"]
+    checkpoint = newest(run)
+    state = json.loads((checkpoint / "trainer.json").read_text())["task"]
     metrics = re.sub(r', "throughput/\w+": [^,}]+', "", (run / "metrics.jsonl").read_text())
     digests = {
-        str(path.relative_to(newest)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(newest.rglob("*.safetensors"))
+        str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(checkpoint.rglob("*.safetensors"))
     }
-    return {"checkpoint": newest.name, **digests, "task": json.dumps(state), "metrics.jsonl": metrics}
+    step = checkpoint.name.partition("-")[0]
+    return {"step": step, **digests, "task": json.dumps(state), "metrics.jsonl": metrics}
 
 
 def differences(found: dict[str, str], expected: dict[str, str]) -> list[str]:

@@ -109,7 +109,7 @@ match FAULT:
     case "no room to rewind":
         replaced(RunDir, "_rewind", full_disk)
     case "stops before a checkpoint gets its name":
-        replaced(Path, "rename", stops(lambda path, *_: path.name.endswith(".1.tmp")))
+        replaced(Path, "rename", stops(lambda path, *_: path.name.endswith("-1.tmp")))
     case "stops while a checkpoint is written":
         replaced(checkpoints, "save_tensors", stops())
     case "stops before a line of metrics is written":
@@ -117,6 +117,6 @@ match FAULT:
         replaced(metrics, "write", stops())
         run_dir.FileIO = metrics
     case "stops before the status is written":
-        replaced(run_dir, "write_record", stops(lambda path, *_: path.name == "status.json"))
+        replaced(Path, "replace", stops(lambda _, target: target.name == "status.json"))
     case _:
         assert FAULT in (*BEFORE_A_STEP, "diverges"), FAULT

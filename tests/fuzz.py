@@ -76,7 +76,7 @@ OPTIONS = {
 }
 STATES = ({}, {"length": 4}, {"length": 5}, {"length": 6})  # that the tasks can be in
 STEPS = (2, 4, 6)  # of the three checkpoints
-NEWEST = f"{STEPS[-1]:09d}"
+NEWEST = f"{STEPS[-1]:09d}-1"
 GAN_EVERY = 8  # of so many mutations, one is of the GAN's run: its files are ten thousand times as large
 SMALL = 1 << 16  # bytes; larger files of a run are linked, not copied, until they are mutated
 PATIENCE = 20  # seconds for one reader
@@ -168,7 +168,7 @@ class Copy:
     def path(self, *patterns: str) -> Path:
         """A path of one of these kinds; `@` stands for a checkpoint, most often the newest."""
         step = self.rng.choice((STEPS[-1],) * 4 + STEPS)
-        pattern = self.rng.choice(patterns).replace("@", f"checkpoints/{step:09d}")
+        pattern = self.rng.choice(patterns).replace("@", f"checkpoints/{step:09d}-1")
         return self.rng.choice(sorted(self.run.glob(pattern)) or [self.run / pattern])
 
     def write(self, path: Path, data: bytes, mend: float = 0.0) -> None:
@@ -186,7 +186,7 @@ class Copy:
                 found = json.loads(text := trainer.read_text())
                 before = found.pop("own_sha256")
                 if path != trainer:
-                    found["step"] = int(trainer.parent.name)
+                    found["step"] = checkpoints.step_of(trainer.parent)
                     for name in found["sha256"]:
                         with suppress(OSError):
                             found["sha256"][name] = sha256(own(trainer.parent / name).read_bytes())
@@ -215,8 +215,8 @@ class Copy:
     def malformed(self, found: Mapping[str, Any]) -> str:
         """What a reader could have noticed in a checkpoint whose digests are right."""
         trainer = found["trainer.json"]
-        counts = [trainer.get(key) for key in ("step", "metrics_lines", "processes", "generation")]
-        if not all(type(n) is int and low <= n <= 2**53 for n, low in zip(counts, (0, 0, 1, 1), strict=True)):
+        counts = [trainer.get(key) for key in ("step", "metrics_lines", "processes")]
+        if not all(type(n) is int and low <= n <= 2**53 for n, low in zip(counts, (0, 0, 1), strict=True)):
             return f"counts {counts}"
         if trainer.get("task") not in STATES or type(trainer.get("evaluation_owed")) is not bool:
             return f"state {trainer}"
@@ -236,13 +236,15 @@ IMPOSSIBLE = (OSError, ValueError, LookupError, TypeError, AttributeError, Runti
 
 JSON = words("""config.json status.json metrics.jsonl owners/1.json @/trainer.json @/trainer.json
 @/*/config.json @/*/model.safetensors @/optimizers.safetensors""")
-WRITTEN = words(""".config.json.tmp .status.json.tmp .metrics.jsonl.tmp .scratch evaluation.json wandb
-.evaluation.json.tmp owners/.2.json.tmp owners/2.json owners/2.lock owners/1.lock owners/999999999.json
+WRITTEN = words(""".config.json.tmp .status.json.tmp .metrics.jsonl.tmp evaluation.json wandb
+checkpoints/.000000000-2.tmp .evaluation.json.tmp
+owners/.2.json.tmp owners/2.json owners/1-0123456789abcdef.lock owners/999999999.json
 owners/1000000000.json owners/999999998.json samples/000000007.png samples/.000000007.png.tmp
-checkpoints/000000007 checkpoints/.000000007.2.tmp checkpoints/.000000007.99.tmp
-checkpoints/.000000007.2.tmp/.trainer.json.tmp checkpoints/damaged-000000006""")
-FOREIGN = words("""checkpoints/000000000 checkpoints/000000004 checkpoints/000000008 checkpoints/999999999
-checkpoints/0999999999 checkpoints/.000000006.1.tmp checkpoints/٠٠٠٠٠٠٠٠٩ checkpoints/latest @/.hidden
+checkpoints/000000007-2 checkpoints/.000000007-2.tmp checkpoints/.000000007-99.tmp
+checkpoints/.000000007-2.tmp/.trainer.json.tmp checkpoints/damaged-000000006-1""")
+FOREIGN = words("""checkpoints/000000000-1 checkpoints/000000004-2 checkpoints/000000008-1
+checkpoints/999999999-1 checkpoints/0999999999-1 checkpoints/000000004-999999999 checkpoints/.000000006-1.tmp
+checkpoints/000000004 checkpoints/٠٠٠٠٠٠٠٠٩-1 checkpoints/latest @/.hidden
 @/pytorch_model.bin @/lstm/pytorch_model.bin @/x.json @/extra.safetensors @/X.SAFETENSORS owners/x.json""")
 FOLDERS = words("checkpoints owners samples @ @/*")
 TARGETS = words("victim victim.json folder absent /dev/zero /dev/full ../run/config.json")
@@ -470,8 +472,8 @@ def resumed(w: Copy) -> None:
         watched = type("Watched", (task_type,), {"step": step})
         run_task(watched, config, start_accelerator(config.batch_size), stop)
     if w.step is not None:
-        newest = RunDir(w.run).checkpoint(7)
-        assert RunDir(w.run).newest() == newest, "the step that was taken is lost"
+        newest = checkpoints.checkpoints_in(w.run / "checkpoints")[0]
+        assert checkpoints.step_of(newest) == 7, "the step that was taken is lost"
         checkpoints.verify_checkpoint(newest)
 
 
@@ -552,7 +554,7 @@ def accepted(w: Copy, there: set[str], lines: list[str]) -> tuple[str, str]:
     rows = [row for row in w.original.rows if w.step is None or row["step"] <= w.step]
     if not all(map(is_row, w.rows or ())):
         return "silent acceptance", f"a row that is none among {w.rows}"[:300]
-    if w.step == 0 and not there & {f"{step:09d}" for step in STEPS}:
+    if w.step == 0 and not there & {f"{step:09d}-1" for step in STEPS}:
         return "harmless", "no checkpoint is there"
     if w.origin is None:
         if w.problem:

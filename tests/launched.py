@@ -11,7 +11,7 @@ from queue import Queue
 from threading import Thread
 
 import psutil
-from chaos import processes_of
+from chaos import newest, processes_of
 
 REPOSITORY = Path(__file__).parents[1]
 LIMIT = 120  # seconds that anything may take; on a quiet machine it is one or two
@@ -116,7 +116,11 @@ def wait_until(what: Callable[[], bool]) -> None:
 
 
 def newest_checkpoint(run: Path) -> Path:
-    return max(path for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
+    return newest(run)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[0])
 
 
 def trainer(run: Path) -> dict:

@@ -42,7 +42,7 @@ def test_another_end_on_another_number_of_processes_is_noticed(tmp_path, monkeyp
 
 
 def test_of_metrics_all_but_the_throughput_is_compared(tmp_path):
-    checkpoint = tmp_path / "checkpoints" / "000000005"
+    checkpoint = tmp_path / "checkpoints" / "000000005-1"
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer.json").write_text('{"task": {}}')
 

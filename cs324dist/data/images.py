@@ -74,6 +74,17 @@ def load_images(dataset: str, split: Literal["train", "test"], data_root: Path) 
     return LabelledImages(images, labels.long())
 
 
+def check_fetched(dataset: str, data_root: Path) -> None:
+    """Check that a data set can be loaded without fetching.
+
+    Raises:
+        UserError: files are missing.
+    """
+    folder = folder_of(dataset, data_root) if dataset in SHA256 else None
+    if folder and (missing := [name for name in SHA256[dataset] if not (folder / name).exists()]):
+        raise UserError(f"{folder} lacks {missing[0]}: give --data-root, or run launch/fetch_data.py first")
+
+
 def to_unit_range(images: UInt8[Tensor, "batch 28 28"]) -> Float[Tensor, "batch 1 28 28"]:
     """Scale bytes to [-1, 1], the range of the generator's tanh, in torch's default dtype."""
     return images.unsqueeze(1).to(torch.get_default_dtype()) / 127.5 - 1

@@ -76,8 +76,8 @@ def read_picture(path: Path) -> str:
     Raises:
         OSError, ValueError, SyntaxError, Image.DecompressionBombError: it is not such a picture.
     """
-    if path.stat().st_size > LARGEST_FILE:
-        raise ValueError("too large")
+    if not path.is_file() or path.stat().st_size > LARGEST_FILE:
+        raise ValueError("not a file, or too large")
     with Image.open(path, formats=["PNG"]) as picture:
         if max(picture.size) > LARGEST_SIDE:
             raise ValueError("too large")

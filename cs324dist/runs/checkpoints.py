@@ -1,10 +1,12 @@
 """Checkpoints: folders that are complete or absent, safetensors and JSON only.
 
-checkpoints/000001000/
+checkpoints/000001000-3/   step 1000, written by owner 3; see `lease`
     generator/{config.json,model.safetensors}  …
     optimizers.safetensors
     task.safetensors   the tensors of the task's own state; only if it has any
-    trainer.json       step, generation, the task's other state, …, SHA-256 of every file
+    trainer.json       step, the task's other state, …, SHA-256 of every file
+
+No two owners write under the same name, so none can replace or delete what a later one wrote.
 """
 
 import hashlib
@@ -12,8 +14,11 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
@@ -23,7 +28,7 @@ from torch import Tensor, nn
 
 from cs324dist.config import as_json, from_json
 from cs324dist.errors import RunFailed, UserError, printable
-from cs324dist.runs.files import clear, read_json, sha256, sync, write_json
+from cs324dist.runs.files import Writer, clear, patiently, read_json, sha256, sync, write_json
 from cs324dist.runs.models import copy_into, model_tensors, read_tensors, save_model, save_tensors
 from cs324dist.runs.optimizers import Optimizers, load_optimizers, optimizer_tensors, read_optimizers
 
@@ -32,9 +37,9 @@ OPTIMIZERS = "optimizers.safetensors"
 TASK = "task.safetensors"
 WEIGHTS = "model.safetensors"
 LARGEST_GENERATION = 999_999_990
+CHECKPOINT = r"([0-9]{9}|1[0-9]{9})-([1-9][0-9]{0,8})"  # step, and the owner that wrote it
 NAME = r"\w{1,99}"  # of a network
 Number = Annotated[int, Interval(ge=0, le=1 << 53)]
-Generation = Annotated[int, Interval(ge=1, le=LARGEST_GENERATION)]
 
 
 @runtime_checkable
@@ -72,9 +77,6 @@ class TrainerState:
     loss_scale: dict[str, float] = field(default_factory=dict)
     """State of the fp16 gradient scaler; empty otherwise."""
 
-    generation: Generation = 1
-    """The owner that wrote it; see `lease`."""
-
     metrics_lines: Number = 0
     """Lines of `metrics.jsonl` that belong to the completed steps."""
 
@@ -84,7 +86,22 @@ class TrainerState:
     sha256: dict[str, str] = field(default_factory=dict)
     """Digests of the other files, by path."""
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
+
+
+def checkpoint_name(step: int, generation: int) -> str:
+    """The name of a checkpoint: its step, and the owner that writes it."""
+    return f"{step:09d}-{generation}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.partition("-")[0])
+
+
+def generation_of(checkpoint: Path) -> int:
+    """The owner in a checkpoint's name."""
+    return int(checkpoint.name.partition("-")[2])
 
 
 def check_names(networks: Iterable[str]) -> None:
@@ -98,21 +115,25 @@ def check_names(networks: Iterable[str]) -> None:
             raise UserError(f"a network cannot be called {name!r}: give letters, digits and underscores")
 
 
-def write_checkpoint(folder: Path, trained: Trained, state: TrainerState) -> None:
+def write_checkpoint(
+    folder: Path, trained: Trained, state: TrainerState, writer: Writer | None = None
+) -> None:
     """Write a checkpoint under a temporary name beside `folder`, sync it, and rename it to `folder`.
+
+    The writer is checked right before that.
 
     Raises:
         RunFailed: a tensor is not finite.
         UserError: something that no checkpoint can hold.
-        OSError: it cannot be written, or a later owner has written it; nothing of it is left.
+        OSError: it cannot be written, or there is one of this name; nothing of it is left.
     """
     _check_finite(trained, state.step)
-    temporary = folder.with_name(f".{folder.name}.{state.generation}.tmp")
+    temporary = folder.with_name(f".{folder.name}.tmp")
     clear(temporary)
     try:
         _write_files(temporary, trained, state)
-        if _generation(folder) <= state.generation:
-            _delete(folder)  # damaged, or left by an owner that was cut off
+        if writer:
+            writer.check_owned()
         temporary.rename(folder)
     finally:
         clear(temporary)
@@ -131,20 +152,23 @@ def _write_files(folder: Path, trained: Trained, state: TrainerState) -> None:
     for path in (*files, *(folder / name for name in trained.networks)):
         sync(path)
     digests = {str(path.relative_to(folder)): sha256(path) for path in files}
-    _write_trainer(folder, replace(state, task=task, sha256=digests))
+    content = as_json(replace(state, task=task, sha256=digests))
+    write_json(folder / TRAINER, {**content, "own_sha256": _digest(content)})
+    sync(folder)
 
 
 @torch.no_grad()
 def _check_finite(trained: Trained, step: int) -> None:
-    parts: list[tuple[str, Iterable[Tensor], Iterable[Tensor]]] = [
-        (name, network.parameters(), network.buffers()) for name, network in trained.networks.items()
-    ]
-    parts.append(("optimizer", optimizer_tensors(trained.optimizers, trained.networks).values(), ()))
-    parts.append(("task's state", (), _split(trained.state_dict())[1].values()))
-    for name, finite, not_nan in parts:
-        floats = [tensor for tensor in finite if tensor.is_floating_point()]
-        largest = torch._foreach_norm(floats, math.inf) if floats else ()  # NaN, if there is one
-        if not all(math.isfinite(x) for x in largest) or any(t.isnan().any() for t in not_nan):
+    for file, tensors in tensors_by_file(trained).items():
+        finite: list[Tensor] = []
+        not_nan: list[Tensor] = []  # a mask may be infinite
+        for tensor in tensors.values():
+            is_finite = isinstance(tensor, nn.Parameter) or file == OPTIMIZERS
+            if tensor.is_floating_point():
+                (finite if is_finite else not_nan).append(tensor)
+        largest = torch._foreach_norm(finite, math.inf) if finite else ()  # NaN, if there is one
+        if not all(math.isfinite(x) for x in largest) or any(x.isnan().any() for x in not_nan):
+            name = {OPTIMIZERS: "optimizer", TASK: "task's state"}.get(file, file.partition("/")[0])
             raise RunFailed(f"after step {step}, the {name} holds values that are not finite")
 
 
@@ -181,17 +205,6 @@ def _join(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
     return [_join(part, tensors) for part in plain] if isinstance(plain, list) else plain
 
 
-def rewrite_state(folder: Path, state: TrainerState) -> None:
-    """Replace what a checkpoint knows beside tensors."""
-    _write_trainer(folder, state)
-
-
-def _write_trainer(folder: Path, state: TrainerState) -> None:
-    content = as_json(state)
-    write_json(folder / TRAINER, {**content, "own_sha256": _digest(content)})
-    sync(folder)
-
-
 def read_state(folder: Path) -> TrainerState:
     """What a checkpoint knows beside tensors.
 
@@ -209,6 +222,7 @@ def verify_checkpoint(folder: Path, needed: Iterable[str] = ()) -> TrainerState:
 
     Raises:
         UserError: naming the first file that is missing or damaged.
+        Unreadable: a file cannot be read now; it may be whole.
     """
     state = read_state(folder)
     if OPTIMIZERS not in state.sha256:
@@ -219,18 +233,12 @@ def verify_checkpoint(folder: Path, needed: Iterable[str] = ()) -> TrainerState:
         path = folder / name
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
             raise UserError(f"{folder / TRAINER} names {name!r}, outside the checkpoint")
-        if not path.is_file():
-            raise UserError(f"{path} is missing")
-        try:
-            found = sha256(path)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        if found != expected:
+        if patiently(partial(sha256, path), path) != expected:
             raise UserError(f"{path} is damaged: its SHA-256 is not the one in {TRAINER}")
     for name in needed:
         if name not in state.sha256:
             raise UserError(f"{folder} holds no {name}: it is a checkpoint of another task")
-    if folder.name.isdecimal() and int(folder.name) != state.step:
+    if re.fullmatch(CHECKPOINT, folder.name) and step_of(folder) != state.step:
         raise UserError(f"{folder / TRAINER} is of step {state.step}: it was moved here, or is damaged")
     return state
 
@@ -241,9 +249,8 @@ def read_checkpoint(folder: Path, trained: Trained) -> TrainerState:
     Raises:
         UserError: it is damaged, or of other networks, and nothing was copied; or the task refuses its state.
     """
-    targets = {f"{name}/{WEIGHTS}": model_tensors(network) for name, network in trained.networks.items()}
-    if own := _split(trained.state_dict())[1]:
-        targets[TASK] = own
+    targets = tensors_by_file(trained)
+    del targets[OPTIMIZERS]
     state = verify_checkpoint(folder, [*targets, OPTIMIZERS])
     tensors = {file: read_tensors(folder / file, expected) for file, expected in targets.items()}
     loaded = read_optimizers(folder / OPTIMIZERS, trained.optimizers, trained.networks)
@@ -277,57 +284,65 @@ def plain_state(trained: Trained) -> dict[str, Any]:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints below `folder`: those of the latest owner first, and of one owner the newest first.
+    """The checkpoints below `folder`: those of the latest owner first, and of one owner the newest first."""
+    found = [path for path in _named(folder) if stat.S_ISDIR(patiently(path.lstat, path).st_mode)]
+    return sorted(found, key=lambda path: (generation_of(path), step_of(path)), reverse=True)
 
-    Before them those that do not say who wrote them, so that the damage is seen.
+
+def history_of(folder: Path) -> list[Path]:
+    """The newest checkpoint, and those that led to it: each of an earlier step than the one before.
+
+    An owner that was cut off may have written others of the same and of later steps.
     """
-    written_by = _written_by(folder)
-    return sorted(written_by, key=lambda path: (written_by[path] or math.inf, int(path.name)), reverse=True)
-
-
-def _written_by(folder: Path) -> dict[Path, int]:
-    """The checkpoints below `folder`, and the owner that wrote each; 0 where it does not say so."""
-    found = folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ()
-    named = (path for path in found if re.fullmatch("[0-9]{9}|1[0-9]{9}", path.name))
-    return {path: _generation(path) for path in named if path.is_dir() and not path.is_symlink()}
-
-
-def keep_newest(folder: Path, count: int, generation: int = 1, *, best: int | None = None) -> None:
-    """Delete all but the newest `count` checkpoints and that of step `best`, and a killed writer's leavings.
-
-    What later generations than this wrote stays.
-    """
-    written_by = _written_by(folder)
-    newest_first = sorted(written_by, key=lambda path: (written_by[path], int(path.name)), reverse=True)
-    for path in newest_first[count:]:
-        if written_by[path] <= generation and int(path.name) != best:
-            _delete(path)
-    for path in folder.glob(".*.tmp"):
-        writer = re.fullmatch(r"\.[0-9]+\.([0-9]{1,9})\.tmp", path.name)
-        if writer is None or int(writer[1]) <= generation:
-            clear(path)
-
-
-def _delete(checkpoint: Path) -> None:
-    """Under another name, or a process that is killed at it would leave a damaged checkpoint."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.deleted.tmp")
-    clear(doomed)
-    if os.path.lexists(checkpoint):
-        checkpoint.rename(doomed)
-        clear(doomed)
+    history: list[Path] = []
+    for path in checkpoints_in(folder):
+        if not history or step_of(path) < step_of(history[-1]):
+            history.append(path)
+    return history
 
 
 def newest_generation(folder: Path) -> int:
-    """The latest owner that wrote one of the checkpoints below `folder`; 0 without one."""
-    return max(_written_by(folder).values(), default=0)
+    """The latest owner in a name below `folder`; 0 without one."""
+    return max(map(generation_of, _named(folder)), default=0)
 
 
-def _generation(checkpoint: Path) -> int:
-    try:
-        generation = 0 if checkpoint.is_symlink() else read_json(checkpoint / TRAINER).get("generation")
-    except UserError:
-        return 0
-    return generation if type(generation) is int and 0 < generation <= LARGEST_GENERATION else 0
+def _named(folder: Path) -> list[Path]:
+    is_there = os.path.lexists(folder) and stat.S_ISDIR(patiently(folder.lstat, folder).st_mode)
+    found = patiently(lambda: list(folder.iterdir()), folder) if is_there else ()
+    return [path for path in found if re.fullmatch(CHECKPOINT, path.name)]
+
+
+def keep_newest(folder: Path, count: int, generation: int, best: int | None = None) -> None:
+    """Delete all but the newest `count` checkpoints and that of step `best`, and a killed writer's leavings.
+
+    What owners after `generation` wrote stays.
+    """
+    history = history_of(folder)
+    kept = [*history[:count], *(path for path in history if step_of(path) == best)]
+    for path in checkpoints_in(folder):
+        if path not in kept and generation_of(path) <= generation:
+            _delete(path, path.name)
+    clear_unfinished(folder, generation)
+
+
+def clear_unfinished(folder: Path, generation: int) -> None:
+    """Remove what killed writers left below `folder`, if they were no later owners than `generation`."""
+    for path in folder.glob(".*.tmp"):
+        of = re.fullmatch(rf"\.({CHECKPOINT})(\.deleted)?\.tmp", path.name)
+        if of is None:
+            clear(path)
+        elif int(of[3]) <= generation:
+            _delete(path, of[1])
+
+
+def _delete(path: Path, name: str) -> None:
+    """Under another name: a kill leaves no half of it, and who still writes there writes to nothing."""
+    doomed = path.with_name(f".{name}.deleted.tmp")
+    if path != doomed:
+        clear(doomed)
+        with suppress(FileNotFoundError):
+            path.rename(doomed)
+    clear(doomed)
 
 
 def _digest(content: Mapping[str, Any]) -> str:

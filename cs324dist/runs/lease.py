@@ -1,14 +1,17 @@
 """One owner per run: who may write into a run folder.
 
-owners/2.json    the second process that ran it, in what environment and with which options, from which step
-owners/2.lock    locked while it lives
+owners/2.json         the second process that ran it, where, with which options, and from which step
+owners/2-NONCE.lock   locked while it lives
 
-Each owner has a generation and writes under it: its checkpoints carry it and replace none of a later one,
-and its metrics go to a file that the next owner replaces. Readers take the highest. So an owner that was cut
-off from the network and still runs can replace nothing that its successor wrote, however late it wakes up.
+Each owner has a generation. Its checkpoints carry it in their names; its metrics go to a file that the next
+owner replaces; any other file is written under a temporary name, then `check` is called, then it is renamed.
+A successor claims the run, then removes the temporary files of those before it. So an owner that was cut off
+and still runs can replace nothing that its successor wrote, however late it wakes up: either it finds that it
+was superseded, or nothing that it could rename.
 """
 
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -19,10 +22,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
-from filelock import FileLock, Timeout
+from pydantic import StringConstraints
 
 from cs324dist.errors import UserError, printable, say
 from cs324dist.runs.checkpoints import LARGEST_GENERATION
@@ -31,6 +34,7 @@ from cs324dist.runs.files import clear, read_record, sync, write_record
 
 PATIENCE = 10  # seconds that a new owner waits for one that is about to end
 HEARTBEAT = 5  # seconds between signs of life
+POLL = 0.1  # seconds between looks at a lock
 SILENCE = 20  # seconds without a sign of life after which an owner on another machine counts as dead
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 Steps = Annotated[int, Interval(ge=0, le=1 << 53)]
@@ -45,7 +49,7 @@ class Owner:
     """Id of this boot of the machine."""
 
     pid: int
-    nonce: str
+    nonce: Annotated[str, StringConstraints(pattern="^[0-9a-f]{16}$")]
     """Tells it from an owner of the same number in another folder of this name."""
 
     since: str
@@ -88,7 +92,6 @@ class Lease:
         """
         self._run, self._folder = run, run / "owners"
         self._is_first = not self._folder.exists()
-        self._folder.mkdir(exist_ok=True)
         before = newest_generation(self._folder)
         if before >= LARGEST_GENERATION:
             raise UserError(f"{self._folder / f'{before}.json'} is no owner of this run: delete it")
@@ -96,39 +99,43 @@ class Lease:
             raise UserError(f"{run}/checkpoints holds one that no owner of this run wrote: delete it")
         if before:
             _wait_for_the_end_of(self._folder / f"{before}.json", run)
+        self._folder.mkdir(parents=True, exist_ok=True)  # who withdraws while it is watched, may take it away
         last_sign = _last_sign(self._folder / f"{before}.json")
         self.generation = max(before, after) + 1
         self._path = self._folder / f"{self.generation}.json"
-        self._lock = FileLock(self._path.with_suffix(".lock"))
         self._owner = this_process()
+        self._lock_path = _lock_of(self._path, self._owner.nonce)
         try:
-            self._lock.acquire(blocking=False)
             self._claim()
-        except (Timeout, FileExistsError, FileNotFoundError):  # the last: its draft was cleared by who won
+        except (FileExistsError, FileNotFoundError):  # the latter: it has withdrawn, and the folder with it
             raise UserError(f"{run} was just taken by another process: wait for it, or stop it") from None
-        now = _last_sign(self._path)  # by the clock of the file system, as the other one
-        if last_sign and now:
-            self._update(seconds_since_previous=round(max(now - last_sign, 0.0), 1))
+        if last_sign and (now := _last_sign(self._path)):
+            self._update(seconds_since_previous=round(max(now - last_sign, 0) / 1e9, 1))
         sync(self._folder)
-        for lock in self._folder.glob("*.lock"):
-            if lock.name != f"{self.generation}.lock":
-                lock.unlink(missing_ok=True)
-        for left_behind in self._folder.glob(".*.json.tmp"):
-            clear(left_behind)
+        for left in self._folder.iterdir():
+            of = re.fullmatch(r"\.*([1-9][0-9]{0,8})\W.*\.(lock|tmp)", left.name)
+            if of and int(of[1]) < self.generation:
+                clear(left)
         self._released = threading.Event()
         threading.Thread(target=self._give_signs_of_life, daemon=True).start()
 
     def _claim(self) -> None:
         """Create the file of this owner, whole, unless there is one."""
-        draft = self._folder / f".{self._owner.nonce}.json.tmp"
-        write_record(draft, self._owner)
+        draft = self._folder / f".{self.generation}-{self._owner.nonce}.tmp"
+        self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            os.link(draft, self._path)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            with self._path.open("x"):  # a file system without hard links
-                draft.replace(self._path)
+            _try_to_lock(self._lock)
+            write_record(draft, self._owner)
+            try:
+                os.link(draft, self._path)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                with self._path.open("x"):  # a file system without hard links
+                    draft.replace(self._path)
+        except BaseException:
+            self._unlock()
+            raise
         finally:
             clear(draft)
 
@@ -146,10 +153,15 @@ class Lease:
         if newest > self.generation:
             owner = _read(self._folder / f"{newest}.json") or "another process"
             raise Superseded(f"{self._run} was taken over by {owner}: this process writes nothing more")
-        with suppress(FileNotFoundError):
-            if self._owner.nonce in self._path.read_text():
-                return
-        raise Superseded(f"{self._run} was moved or replaced: this process writes nothing more")
+        if not self._is_there():
+            raise Superseded(f"{self._run} was moved or replaced: this process writes nothing more")
+
+    def _is_there(self) -> bool:
+        """Whether what it wrote at its claim is there, and not that of another run's owner."""
+        try:
+            return self._owner.nonce in self._path.read_text()
+        except FileNotFoundError:
+            return False
 
     def note(self, from_step: int, lost_steps: int, environment: Environment, config: dict[str, Any]) -> None:
         """Record where this process begins, and how it trains.
@@ -165,13 +177,19 @@ class Lease:
         with suppress(OSError, Superseded):
             self.check()
             self._update(ended=True)
-        self._lock.release()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        with suppress(OSError):
+            self._lock_path.unlink()
+        os.close(self._lock)
 
     def withdraw(self) -> None:
         """Release it as if it had never been taken: for a process that has written nothing."""
         self.release()
-        for path in (self._path, self._path.with_suffix(".lock")):
-            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            if self._is_there():
+                self._path.unlink()
         if self._is_first:
             with suppress(OSError):  # another process has come
                 self._folder.rmdir()
@@ -200,26 +218,66 @@ def _wait_for_the_end_of(path: Path, run: Path) -> None:
     in_use = UserError(f"{run} is in use by {name}: wait for it, stop it, or give another --run-dir")
     if owner and owner.slurm_job == me.slurm_job is not None and owner.slurm_restarts < me.slurm_restarts:
         return  # an earlier start of this job, which Slurm has ended or cut off
-    lock = FileLock(path.with_suffix(".lock"))
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
+    lock = _lock_of(path, owner.nonce if owner else "*")
+    if (found := _look_at(lock)) == "locked":
         say(f"{run} is in use by {name}; waiting {PATIENCE} s for its end")
-        try:
-            lock.acquire(timeout=PATIENCE)
-        except Timeout:
-            raise in_use from None
-    lock.release()
-    if owner and (owner.machine == me.machine or owner.ended):
+        until = time.monotonic() + PATIENCE
+        while found == "locked":
+            if time.monotonic() >= until:
+                raise in_use
+            time.sleep(POLL)
+            found = _look_at(lock)
+    if owner and (owner.ended or (found == "free" and owner.machine == me.machine)):
         return
     # Locks may not reach from one machine to another, and clocks may differ: watch for a sign of life.
     say(f"{run} was left by {name}; watching it for {SILENCE} s")
-    with suppress(FileNotFoundError):  # it has withdrawn
-        seen, until = _touched(path), time.monotonic() + SILENCE
-        while time.monotonic() < until:
-            time.sleep(HEARTBEAT / 5)
-            if _touched(path) != seen:
-                raise in_use
+    seen, until = _last_sign(path), time.monotonic() + SILENCE
+    while time.monotonic() < until:
+        time.sleep(HEARTBEAT / 5)
+        if not (now := _last_sign(path)):
+            return  # it has withdrawn
+        if now != seen:
+            raise in_use
+
+
+def _lock_of(owner: Path, nonce: str) -> Path:
+    return owner.with_name(f"{owner.stem}-{nonce}.lock")
+
+
+def _look_at(pattern: Path) -> Literal["locked", "free", "unknown"]:
+    """Whether one of these locks is held; unknown if there is none, or the file system has no locks."""
+    found: Literal["free", "unknown"] = "unknown"
+    for path in pattern.parent.glob(pattern.name):
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            continue
+        except OSError:  # another user's, perhaps
+            return "unknown"
+        try:
+            if not _try_to_lock(lock):
+                return "unknown"
+        except BlockingIOError:
+            return "locked"
+        finally:
+            os.close(lock)
+        found = "free"
+    return found
+
+
+def _try_to_lock(descriptor: int) -> bool:
+    """Lock an open file, until it is closed or the process ends; False where there are no locks.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            return False
+        raise
+    return True
 
 
 def this_process() -> Owner:
@@ -242,13 +300,9 @@ def _read(path: Path) -> Owner | None:
         return None
 
 
-def _last_sign(owner: Path) -> float | None:
-    try:
-        return owner.stat().st_mtime
-    except OSError:
-        return None
-
-
-def _touched(path: Path) -> int:
-    with path.open() as file:  # opened, because network file systems only then look anew
+def _last_sign(owner: Path) -> int | None:
+    """Its last sign of life, in nanoseconds by the clock of the file system; None if it is not there."""
+    # Opened, because network file systems only then look anew.
+    with suppress(FileNotFoundError), owner.open() as file:
         return os.fstat(file.fileno()).st_mtime_ns
+    return None

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cs324dist.errors import UserError, printable
-from cs324dist.runs.files import read_json, write_json
+from cs324dist.runs.files import LARGEST_FILE, check_file, patiently, read_json, write_json
 
 LARGEST_SIZE = 1 << 20  # of an argument of a model
 DTYPES = {
@@ -69,13 +69,21 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor], *, all_needed: bool
 
     Raises:
         UserError: it does not, is missing or damaged, or holds NaN, or a parameter that is infinite.
+        Unreadable: it cannot be read now.
     """
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a file")  # a pipe would never end
+    tensors = patiently(lambda: _read_tensors(path, expected, all_needed), path)
+    for name, tensor in tensors.items():
+        if not is_sound(tensor, expected[name]):
+            raise UserError(f"{path}: {name!r} holds values that are not finite: it is damaged")
+    return tensors
+
+
+def _read_tensors(path: Path, expected: Mapping[str, Tensor], all_needed: bool) -> dict[str, Tensor]:
+    check_file(path, LARGEST_FILE)
+    with path.open("rb") as file:  # the header, a list of the tensors, is read as a whole
+        if int.from_bytes(file.read(8), "little") > (1 << 20) + 1000 * len(expected):
+            raise UserError(f"{path} cannot be read as safetensors: its header is too large, or damaged")
     try:
-        with path.open("rb") as file:  # the header, a list of the tensors, is read as a whole
-            if int.from_bytes(file.read(8), "little") > (1 << 20) + 1000 * len(expected):
-                raise UserError(f"{path} cannot be read as safetensors: its header is too large, or damaged")
         with safe_open(path, framework="pt") as stored:
             present = set(stored.keys())
             if all_needed and (absent := sorted(expected.keys() - present)):
@@ -85,13 +93,11 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor], *, all_needed: bool
                     f"{path} holds {len(foreign)} tensors too many, the first of them {foreign[0]!r:.99}"
                 )
             _compare(path, stored, {name: expected[name] for name in present})
-            tensors = {name: stored.get_tensor(name) for name in expected if name in present}
-    except (OSError, SafetensorError) as error:
+            return {name: stored.get_tensor(name) for name in expected if name in present}
+    except SafetensorError as error:
         raise UserError(f"{path} cannot be read as safetensors: {printable(error)}") from None
-    for name, tensor in tensors.items():
-        if not is_sound(tensor, expected[name]):
-            raise UserError(f"{path}: {name!r} holds values that are not finite: it is damaged")
-    return tensors
+    except (FileNotFoundError, RuntimeError) as error:  # it could not be opened once more, by either
+        raise OSError(0, printable(error)) from None
 
 
 def is_sound(tensor: Tensor, like: Tensor) -> bool:

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,20 +28,34 @@ from cs324dist.config import Config, conflicts, from_json
 from cs324dist.errors import UserError, printable, warn
 from cs324dist.runs.checkpoints import (
     Number,
+    checkpoint_name,
     checkpoints_in,
+    clear_unfinished,
+    history_of,
     keep_newest,
     newest_generation,
+    step_of,
     verify_checkpoint,
 )
 from cs324dist.runs.environment import Environment
-from cs324dist.runs.files import clear, is_number, parse_json, read_record, replaced, write_record
+from cs324dist.runs.files import (
+    Unreadable,
+    clear,
+    clear_temporaries,
+    is_number,
+    parse_json,
+    read_record,
+    replaced,
+    write_record,
+)
 from cs324dist.runs.lease import Lease, owner_of
 
 OnMain = Callable[[Callable[[], None]], None]
 State = Literal["running", "stopped", "finished", "failed"]
 FOLDERS = {"owners", "checkpoints", "samples"}
-LEFTOVERS = {".config.json.tmp", ".scratch"}  # of a start that was killed
+LEFTOVERS = r"\.config\.json.*\.tmp"  # of a start that was killed
 LARGEST_LINE = 1 << 16  # bytes of a line of metrics; ours have a few hundred
+MOST_DAMAGED = 1000  # lines of metrics after which nothing more is read
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,7 @@ class RunRecord:
     )
     """Id of the run at Weights & Biases."""
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,9 @@ class RunDir:
         self._is_new = self._started = False
         self._metrics: FileIO | None = None
         self._metrics_lines = 0
-        self._unwritten = b""
+        self._size = 0  # of the metrics that are surely on the disk
+        self._unsynced = b""  # the lines after those
+        self._written = 0  # how much of them is in the file
         self._damaged: dict[Path, UserError] = {}
 
     def __str__(self) -> str:
@@ -97,14 +114,14 @@ class RunDir:
         Raises:
             UserError: it is something else.
         """
-        for name in (*FOLDERS, "wandb", "tensorboard", "metrics.jsonl"):
+        for name in (*FOLDERS, "wandb", ".wandb", "tensorboard", "metrics.jsonl"):
             if name in FOLDERS and (self.path / name).exists() and not (self.path / name).is_dir():
                 raise UserError(f"{self.path / name} is no folder: it is damaged, or not of this project")
             if (self.path / name).is_symlink():
                 raise UserError(f"{self.path / name} is a link: a run writes only into its own folder")
         if not self.exists:
             found = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-            if self.path.is_file() or found - FOLDERS - LEFTOVERS:
+            if self.path.is_file() or any(not re.fullmatch(LEFTOVERS, name) for name in found - FOLDERS):
                 raise UserError(f"--run-dir {self} is not a run folder: give an empty or a new one")
             return
         record = self.read_record()
@@ -144,6 +161,11 @@ class RunDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lease = Lease(self.path, after=newest_generation(self.checkpoints))
+            # An earlier owner that sleeps between its check and its rename has nothing to rename any more.
+            for name in ("config.json", "status.json", "metrics.jsonl"):
+                clear_temporaries(self.path, name, self.generation)
+            clear_temporaries(self.path / "samples", "", self.generation)
+            clear_unfinished(self.checkpoints, self.generation)
         except OSError as error:
             raise self.unwritable(error) from None
 
@@ -166,7 +188,7 @@ class RunDir:
         try:
             for folder in FOLDERS:
                 (self.path / folder).mkdir(exist_ok=True)
-            write_record(self.path / "config.json", record)
+            write_record(self.path / "config.json", record, self)
             self.set_damaged_aside()
             lost = self._rewind(step, metrics_lines)
             if self._lease is not None:
@@ -199,8 +221,13 @@ class RunDir:
         return self._lease.generation if self._lease else 1
 
     def checkpoint(self, step: int) -> Path:
-        """The checkpoint of one step."""
-        return self.checkpoints / f"{step:09d}"
+        """The checkpoint of one step that this owner writes."""
+        return self.checkpoints / checkpoint_name(step, self.generation)
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for a trial; if it stays behind, it goes as an unfinished checkpoint does."""
+        return self.checkpoints / f".{checkpoint_name(0, self.generation)}.tmp"
 
     def sample(self, step: int) -> Path:
         """The picture of one step."""
@@ -233,9 +260,8 @@ class RunDir:
 
     def write_status(self, state: State, step: int, why: str = "") -> None:
         """Write where the run stands; warn if that cannot be written."""
-        self.check_owned()
         try:
-            write_record(self.path / "status.json", Status(state, step, why))
+            write_record(self.path / "status.json", Status(state, step, why), self)
         except OSError as error:
             warn(f"{self}/status.json cannot be written: {error.strerror}")
 
@@ -256,13 +282,13 @@ class RunDir:
             best: the metric that is largest at the best one; `METRIC:min`: smallest.
         """
         try:
-            keep_newest(self.checkpoints, count, self.generation, best=self._best_step(best))
-        except OSError as error:  # somebody reads it over a network file system, perhaps
+            keep_newest(self.checkpoints, count, self.generation, self._best_step(best))
+        except (OSError, Unreadable) as error:  # somebody reads it over a network file system, perhaps
             warn(f"an old checkpoint stays for now: {error}")
 
     def _best_step(self, best: str) -> int | None:
         metric, _, smallest = best.partition(":")
-        saved = {int(path.name) for path in checkpoints_in(self.checkpoints)} if best else set()
+        saved = {step_of(path) for path in history_of(self.checkpoints)} if best else set()
         rows = ((row["step"], row.get(metric)) for row in self.read_metrics()) if saved else ()
         values = {step: value for step, value in rows if step in saved and value is not None}
         return (min if smallest else max)(values, key=values.__getitem__, default=None)
@@ -274,7 +300,7 @@ class RunDir:
             OSError: it cannot be written; it will be, together with the next.
         """
         row = {"step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
-        self._unwritten += json.dumps(row, allow_nan=False).encode() + b"\n"
+        self._unsynced += json.dumps(row, allow_nan=False).encode() + b"\n"
         self._metrics_lines += 1
         self.write_metrics()
 
@@ -285,26 +311,25 @@ class RunDir:
             How many lines there are.
 
         Raises:
-            OSError: it cannot be done; no part of a line is left behind.
+            OSError: it cannot be done; no part of a line is left behind, and the next call tries again.
         """
         self.check_owned()
-        if self._metrics is None:
-            self._metrics = FileIO(self.path / "metrics.jsonl", "a")
-        size = os.fstat(self._metrics.fileno()).st_size
-        try:
-            if self._metrics.write(self._unwritten) < len(self._unwritten):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path / "metrics.jsonl"))
-        except OSError:
-            self._metrics.truncate(size)
-            raise
-        self._unwritten = b""
-        if sync:
-            os.fsync(self._metrics.fileno())
+        if self._metrics is not None:
+            try:
+                _append(self._metrics, self._unsynced[self._written :])
+                self._written = len(self._unsynced)
+                if sync:
+                    self._written = 0  # if it fails, nobody knows what is on the disk
+                    os.fsync(self._metrics.fileno())
+                    self._size, self._unsynced = self._size + len(self._unsynced), b""
+            except OSError:
+                self._metrics.truncate(self._size + self._written)
+                raise
         return self._metrics_lines
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
         """The rows so far; lines that are none, such as one that is just being written, are skipped."""
-        return (row for line in self._lines_of_metrics() if (row := _row(line)) is not None)
+        return (row for _, row in self._lines_of_metrics() if row is not None)
 
     def read_evaluations(self, until: int) -> list[dict[str, float]]:
         """The metrics of the evaluations after at most `until` steps."""
@@ -321,35 +346,41 @@ class RunDir:
         path = self.path / "metrics.jsonl"
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a file")
-        for number, line in enumerate(itertools.islice(self._lines_of_metrics(), lines), 1):
-            if _row(line) is None:
+        for number, (_, row) in enumerate(itertools.islice(self._lines_of_metrics(), lines), 1):
+            if row is None:
                 raise UserError(
                     f"{path}: line {number} is damaged: mend or delete it, then run the same command again"
                 )
 
-    def _lines_of_metrics(self) -> Iterator[bytes]:
-        path = self.path / "metrics.jsonl"
+    def _lines_of_metrics(self) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+        """The lines and what they say; not all of a file that is mostly something else."""
+        path, damaged = self.path / "metrics.jsonl", 0
         if path.is_file() and not path.is_symlink():
             with path.open("rb") as file:
                 while (line := file.readline(LARGEST_LINE)).endswith(b"\n") or len(line) == LARGEST_LINE:
-                    yield line
+                    row = _row(line)
+                    damaged += row is None
+                    if damaged > MOST_DAMAGED:
+                        return
+                    yield line, row
 
     def _rewind(self, step: int, metrics_lines: int) -> int:
         """Drop the metrics past the checkpoint of `step`; returns how many steps had been logged past it."""
         last, kept = step, 0
-        # A new file: an earlier owner that still runs has the old one open, and writes there.
-        with replaced(self.path / "metrics.jsonl") as temporary, temporary.open("wb") as file:
-            for number, line in enumerate(self._lines_of_metrics()):
-                row = _row(line)
+        if self._metrics is not None:
+            self._metrics.close()
+        # A new file, which stays open: an earlier owner that still runs writes to the one that it has open.
+        with replaced(self.path / "metrics.jsonl", self) as temporary:
+            self._metrics = FileIO(temporary, "a")
+            for number, (line, row) in enumerate(self._lines_of_metrics()):
                 last = max(last, row["step"] if row else 0)
                 if number < metrics_lines and row and row["step"] <= step:
-                    file.write(line)
+                    _append(self._metrics, line)
                     kept += 1
         if kept < metrics_lines:
             warn(f"{self}/metrics.jsonl lacks {metrics_lines - kept} lines up to step {step}")
-        if self._metrics is not None:
-            self._metrics.close()
-        self._metrics_lines, self._unwritten, self._metrics = kept, b"", None
+        self._size = os.fstat(self._metrics.fileno()).st_size
+        self._metrics_lines, self._unsynced, self._written = kept, b"", 0
         return last - step
 
     def newest(self) -> Path | None:
@@ -359,18 +390,21 @@ class RunDir:
     def newest_step(self) -> int:
         """The step of the newest checkpoint; 0 without one."""
         newest = self.newest()
-        return int(newest.name) if newest else 0
+        return step_of(newest) if newest else 0
 
     def newest_checkpoint(self) -> Path | None:
         """The newest valid checkpoint; None for a run that has none yet.
 
         Raises:
             UserError: all checkpoints are damaged, or there were some and none is left.
+            Unreadable: one cannot be read now.
         """
         damaged = self._damaged = {}
         for folder in checkpoints_in(self.checkpoints):
             try:
                 verify_checkpoint(folder)
+            except Unreadable:
+                raise
             except UserError as error:
                 damaged[folder] = error
             else:
@@ -393,6 +427,11 @@ class RunDir:
             path.rename(aside)
             warn(f"{error}; moved to {aside}, going back to the one before")
         self._damaged = {}
+
+
+def _append(file: FileIO, data: bytes) -> None:
+    if file.write(data) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from cs324dist.runs.files import replaced
+from cs324dist.runs.files import Writer, replaced
 
 SCALE, FRAME_MILLISECONDS = 6, 50  # of a film
 
@@ -20,9 +20,9 @@ def grid(images: Float[Tensor, "count 1 28 28"], columns: int) -> UInt8[Tensor, 
     return ((tiles + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def save_png(picture: UInt8[Tensor, "1 height width"], path: Path) -> None:
-    """Write a grey picture, under its name only when it is complete."""
-    with replaced(path) as temporary:
+def save_png(picture: UInt8[Tensor, "1 height width"], path: Path, writer: Writer | None = None) -> None:
+    """Write a grey picture, under its name only when it is complete; see `replaced`."""
+    with replaced(path, writer) as temporary:
         Image.fromarray(picture[0].numpy()).save(temporary, format="png")
 
 

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from cs324dist.data.images import decode_idx, encode_idx, load_images, to_unit_range
+from cs324dist.data.images import check_fetched, decode_idx, encode_idx, load_images, to_unit_range
+from cs324dist.errors import UserError
 
 # Of the published files, from elsewhere than the SHA-256s in the module.
 MNIST_MD5 = {
@@ -68,6 +69,13 @@ class TestContent:
         scaled = to_unit_range(torch.full((1, 28, 28), 3, dtype=torch.uint8))
         assert scaled.unique().tolist() == [torch.tensor(3 / 127.5 - 1, dtype=dtype).item()]
         assert scaled.dtype == dtype
+
+
+def test_what_is_not_there_is_named_and_nothing_is_made(tmp_path: Path) -> None:
+    check_fetched("fake", tmp_path)
+    with pytest.raises(UserError, match="MNIST/raw lacks train-images-idx3-ubyte: give --data-root"):
+        check_fetched("mnist", tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 class TestIdx:

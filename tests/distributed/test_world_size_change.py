@@ -9,6 +9,8 @@ import torch
 from launched import newest_checkpoint
 from paths import assert_same_path, command, weights_in
 
+from cs324dist.runs.checkpoints import step_of
+
 BEFORE, AFTER = 10, 20  # steps
 EVERY = {"steps": BEFORE + AFTER, "checkpoint_every": BEFORE}
 CASES = {
@@ -41,7 +43,7 @@ def test_it_stays_on_the_path(train, uninterrupted, tmp_path, processes):
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
     for checkpoint in (run / "checkpoints").iterdir():
-        if int(checkpoint.name) > BEFORE:
+        if step_of(checkpoint) > BEFORE:
             shutil.rmtree(checkpoint)
     before = weights_in(newest_checkpoint(run))
     train(run, processes)

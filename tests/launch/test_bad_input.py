@@ -133,7 +133,7 @@ def test_sampling_from_a_run_that_is_not_there(launch, tmp_path):
 def test_sampling_from_a_run_of_the_lstm(launch, lstm_run, tmp_path):
     out = tmp_path / "grid.png"
     done = launch("launch/sample.py", "grid", lstm_run, "--out", out, check=False)
-    assert_refused(done, f"{lstm_run}/checkpoints/000000002 holds no generator … give a run of a task")
+    assert_refused(done, f"{lstm_run}/checkpoints/000000002-1 holds no generator … give a run of a task")
     assert not out.exists()
 
 

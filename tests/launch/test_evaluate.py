@@ -32,7 +32,7 @@ def test_figures_are_printed_and_stored_and_repeat_to_the_last_digit(launch, run
     assert sum(figures["shares"]) == pytest.approx(1)
     launch(*command, "--out", tmp_path / "again.json")
     assert (tmp_path / "again.json").read_text() == stored
-    checkpoint = run / "checkpoints" / "000000020"  # it may be deleted: what was found goes to the run
+    checkpoint = run / "checkpoints" / "000000020-1"  # it may be deleted: what was found goes to the run
     launch("launch/evaluate.py", checkpoint, *command[2:], "--seed", "1")
     other = json.loads((run / "evaluation.json").read_text())
     assert other["frechet_distance"] != figures["frechet_distance"]
@@ -70,10 +70,10 @@ def test_a_run_on_other_images_is_judged_by_a_classifier_of_those(launch, tmp_pa
     done = launch(*command, check=False)
     assert (done.returncode, done.stderr.count("error: ")) == (2, 1)
     assert "launch/classifier.py --dataset fashion-mnist" in done.stderr
-    checkpoint = gan / "checkpoints" / "000000020"
+    checkpoint = gan / "checkpoints" / "000000020-1"
     assert "knows mnist" in launch("launch/evaluate.py", checkpoint, check=False).stderr
     launch(*command, "--classifier", classifier)
     figures = json.loads((gan / "evaluation.json").read_text())
-    weights = classifier / "checkpoints" / "000000020" / "classifier" / "model.safetensors"
+    weights = classifier / "checkpoints" / "000000020-1" / "classifier" / "model.safetensors"
     assert figures["dataset"] == "fashion-mnist"
     assert figures["classifier_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()

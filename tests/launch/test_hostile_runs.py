@@ -245,7 +245,17 @@ def test_a_run_of_another_model(lstm, refused):
     assert [line.split()[1] for line in lines] == ["--length", "--hidden-size"]
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "owners"])
+def test_an_audit_fetches_nothing_and_reads_no_data_that_the_run_names(gan, refused):
+    path = gan.run / "owners" / "1.json"
+    owner = json.loads(path.read_text())
+    owner["config"] |= {"dataset": "mnist", "data_root": str(gan.outside)}
+    path.write_text(json.dumps(owner))
+    empty = gan.run.parent / "empty"
+    (line,) = refused(gan, "launch/audit.py", gan.run, "--from-start", "--data-root", empty)
+    assert f"{empty}/MNIST/raw lacks train-images-idx3-ubyte: give --data-root" in line
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "owners", "wandb", ".wandb"])
 def test_a_folder_that_is_a_link_to_another_place(lstm, refused, name):
     shutil.rmtree(lstm.run / name, ignore_errors=True)
     (lstm.run / name).symlink_to(lstm.outside)
@@ -254,8 +264,10 @@ def test_a_folder_that_is_a_link_to_another_place(lstm, refused, name):
 
 
 @pytest.mark.parametrize(
-    "name", [".config.json.tmp", ".status.json.tmp", ".metrics.jsonl.tmp", "owners/.2.json.tmp"]
-)
+    "name",
+    [".config.json.tmp", ".metrics.jsonl.tmp", "owners/.2.json.tmp", "owners/1-0123456789abcdef.lock",
+     "checkpoints/.000000007-2.tmp", "checkpoints/000000007-2", "samples/.000000007.png.tmp"],
+)  # fmt: skip
 def test_a_planted_link_is_not_written_through(lstm, launch, name):
     (lstm.run / name).symlink_to(lstm.outside / "victim")
     launch(*resume(lstm), check=False)

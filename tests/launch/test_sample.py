@@ -52,12 +52,12 @@ def gan_run(launch, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def older(gan_run) -> Path:
-    return gan_run / "checkpoints" / "000000003"
+    return gan_run / "checkpoints" / "000000003-1"
 
 
 @pytest.fixture
 def newest(gan_run) -> Path:
-    return gan_run / "checkpoints" / "000000006"
+    return gan_run / "checkpoints" / "000000006-1"
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ class TestRefusals:
     def test_a_damaged_checkpoint_is_named_and_none_other_is_taken(self, refused, gan_run, tmp_path, file):
         run = tmp_path / "damaged"
         shutil.copytree(gan_run, run, copy_function=os.link)
-        path = run / "checkpoints" / "000000006" / file
+        path = run / "checkpoints" / "000000006-1" / file
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.unlink()  # it is the run's own file, by another name
@@ -264,7 +264,7 @@ class TestLoadGenerator:
 
     def test_without_an_average_both_are_the_one_that_trains(self, tmp_path):
         save(tmp_path / "run", untrained())
-        folder = tmp_path / "run" / "checkpoints" / "000000001" / "generator"
+        folder = tmp_path / "run" / "checkpoints" / "000000001-1" / "generator"
         for weights in ("averaged", "raw"):
             generator = cs324dist.load_generator(tmp_path / "run", weights)
             assert generator.config == {"input_dim": 8}

@@ -98,7 +98,7 @@ def test_a_task_of_ones_own_has_its_metrics_drawn(tmp_path: Path) -> None:
     assert "train/accuracy" in text
 
 
-@pytest.mark.parametrize("content", ["{", '{"format": 2, "task": 3, "config": []}', "{}"])
+@pytest.mark.parametrize("content", ["{", '{"format": 3, "task": 3, "config": []}', "{}"])
 def test_a_run_whose_configuration_is_damaged(tmp_path: Path, content: str) -> None:
     path = make_gan(tmp_path / "run")
     (path / "config.json").write_text(content)

@@ -97,7 +97,7 @@ def test_a_run_of_several_processes_is_repeated_by_as_many(tmp_path: Path) -> No
 
 def test_after_a_takeover_it_is_repeated_by_as_many_as_the_new_owner_has(tmp_path: Path) -> None:
     path = make_gan(tmp_path / "run")  # saved at step 400 by two processes, which were cut off then
-    save_generator(path / "checkpoints" / "000000300", TrainerState(300, processes=4, generation=2))
+    save_generator(path / "checkpoints" / "000000300-2", TrainerState(300, processes=4))
     run = read(path)
     assert run.processes == 4
     assert (provenance.command(run) or "").startswith("torchrun --nproc_per_node 4 launch/gan.py ")

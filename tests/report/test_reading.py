@@ -133,7 +133,7 @@ def test_of_a_damaged_run_the_rest_is_read(runs: Path) -> None:
         '{"state": "odd", "step": 1}',
     ],
 )
-@pytest.mark.parametrize("name", ["config.json", "status.json", "checkpoints/000000400/trainer.json"])
+@pytest.mark.parametrize("name", ["config.json", "status.json", "checkpoints/000000400-1/trainer.json"])
 def test_a_damaged_file_is_named_and_the_rest_is_read(tmp_path: Path, name: str, content: str) -> None:
     run_dir = make_gan(tmp_path / "run")
     (run_dir / name).write_text(content)
@@ -156,17 +156,17 @@ def test_a_folder_of_another_format_is_a_problem(tmp_path: Path) -> None:
     run = read_run(path, "run")
     assert len(run.series("train/loss")) == 30
     (problem,) = run.problems
-    assert problem.startswith(f"{path}/config.json has format 1, this version reads format 2")
+    assert problem.startswith(f"{path}/config.json has format 1, this version reads format 3")
 
 
 def test_the_processes_are_those_of_the_newest_checkpoint_that_can_be_read(tmp_path: Path) -> None:
     path = make_gan(tmp_path / "run")
     for owner in (path / "owners").glob("*.json"):
         owner.unlink()
-    (path / "checkpoints" / "000000500").mkdir()
+    (path / "checkpoints" / "000000500-1").mkdir()
     run = read_run(path, "run")
     assert run.processes == 2
-    assert ["000000500/trainer.json" in problem for problem in run.problems] == [True]
+    assert ["000000500-1/trainer.json" in problem for problem in run.problems] == [True]
 
 
 def test_of_very_many_rows_the_first_are_shown(tmp_path: Path, monkeypatch) -> None:

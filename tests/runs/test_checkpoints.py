@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ from cs324dist.errors import RunFailed, UserError
 from cs324dist.models.rnn import RNN
 from cs324dist.runs import checkpoints
 from cs324dist.runs.checkpoints import (
-    LARGEST_GENERATION,
     TrainerState,
     check_names,
     checkpoints_in,
+    clear_unfinished,
+    history_of,
     keep_newest,
     newest_generation,
     read_checkpoint,
@@ -80,7 +82,7 @@ def intact(tmp_path_factory) -> Path:
     """One that tests may damage, if they mend it."""
     learner = Learner()
     learner.train(range(3))
-    return write(tmp_path_factory.mktemp("checkpoints") / "000000003", learner)
+    return write(tmp_path_factory.mktemp("checkpoints") / "000000003-1", learner)
 
 
 def test_a_checkpoint_comes_back_to_the_last_bit(tmp_path):
@@ -168,7 +170,6 @@ def test_a_link_that_leads_outside_is_refused(tmp_path):
         {"step": -1},
         {"processes": 1.5},
         {"processes": 0},
-        {"generation": 0},
         {"task": [17]},
         {"loss_scale": {"scale": "1024"}},
         {"loss_scale": None},
@@ -201,7 +202,7 @@ def test_a_state_that_the_task_does_not_take_is_refused(tmp_path, own):
     assert line == f"{folder / 'trainer.json'}: the task cannot take the state {own}"
 
 
-@pytest.mark.parametrize("written", [None, 1, 3, "2"])
+@pytest.mark.parametrize("written", [None, 1, 2, "3"])
 def test_a_checkpoint_of_another_format_is_refused_in_one_line_that_names_it(tmp_path, written):
     folder = write(tmp_path / "3")
 
@@ -214,7 +215,7 @@ def test_a_checkpoint_of_another_format_is_refused_in_one_line_that_names_it(tmp
     with pytest.raises(UserError) as caught:
         verify_checkpoint(folder)
     assert caught.value.lines == (
-        f"{folder / 'trainer.json'} has format {written}, this version reads format 2: "
+        f"{folder / 'trainer.json'} has format {written}, this version reads format 3: "
         f"use the version that wrote it, or give another folder",
     )
 
@@ -232,102 +233,104 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 @pytest.mark.parametrize("step", ["save_model", "save_tensors", "sync", "sha256", "write_json"])
 def test_a_writer_that_dies_leaves_the_checkpoints_that_were_there(tmp_path, monkeypatch, step):
-    older, newer = write(tmp_path / "000000003"), tmp_path / "000000006"
+    older, newer = write(tmp_path / "000000003-1"), tmp_path / "000000006-1"
 
     def dies(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, step, dies)
-        for folder in (older, newer):  # writing it anew must not cost the one that is there either
-            with pytest.raises(KeyboardInterrupt):
-                write(folder, state=TrainerState(99, 1))
+        with pytest.raises(KeyboardInterrupt):
+            write(newer, state=TrainerState(6, 1))
     assert checkpoints_in(tmp_path) == [older]
     assert state_in(older) == replace(STATE, task={"length": 17})
 
-    write(newer)
-    keep_newest(tmp_path, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000003", "000000006"]
+    write(newer, state=TrainerState(6, 1))
+    keep_newest(tmp_path, 2, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [older.name, newer.name]
 
 
-def test_a_damaged_checkpoint_is_written_anew(tmp_path):
-    folder = write(tmp_path / "000000003")
-    (folder / "optimizers.safetensors").unlink()
-    (folder / "stray").touch()
-    write(folder)
-    assert state_in(folder) == replace(STATE, task={"length": 17})
-    assert not (folder / "stray").exists()
+def test_what_has_its_name_is_never_replaced(tmp_path):
+    folder = write(tmp_path / "000000003-2")
+    before = (folder / "trainer.json").read_bytes()
+    with pytest.raises(OSError, match="not empty"):
+        write(folder, Learner(length=9))
+    assert (folder / "trainer.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
-@settings(max_examples=50)
-@given(steps=st.sets(st.integers(1, 999_999_999), max_size=8), count=st.integers(1, 9))
-def test_the_newest_are_kept_and_come_first(tmp_path_factory, steps, count):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for step in steps:
-        (folder / f"{step:09d}").mkdir()
-    others = {".000000007.tmp", "damaged-000000005", "notes", "1a"}
-    for other in others:
-        (folder / other).mkdir()
-    newest_first = sorted(steps, reverse=True)
-    assert [int(path.name) for path in checkpoints_in(folder)] == newest_first
-    keep_newest(folder, count)
-    assert [int(path.name) for path in checkpoints_in(folder)] == newest_first[:count]
-    assert {path.name for path in folder.iterdir() if not path.name.isdecimal()} == others - {
-        ".000000007.tmp"
-    }
+def test_what_a_cut_off_owner_has_not_finished_is_taken_away_by_its_successor(tmp_path):
+    cut_off = SimpleNamespace(generation=1, check_owned=lambda: clear_unfinished(tmp_path, 2))
+    with pytest.raises(FileNotFoundError):
+        write_checkpoint(tmp_path / "000000003-1", Learner(), STATE, cut_off)
+    assert list(tmp_path.iterdir()) == []
 
 
-GENERATIONS = st.dictionaries(
-    st.integers(1, 999_999_999), st.integers(0, 4), max_size=8
-)  # by step; 0: damaged
+STEPS = st.integers(1, 1_999_999_999)
+WRITTEN = st.sets(st.tuples(STEPS | st.integers(1, 5), st.integers(1, 4)), max_size=8)  # step and owner
 
 
-def written_by(folder: Path, owners: dict[int, int]) -> None:
-    for step, generation in owners.items():
-        (folder / f"{step:09d}").mkdir()
-        content = json.dumps({"generation": generation}) if generation else "{"
-        (folder / f"{step:09d}" / "trainer.json").write_text(content)
+def named(folder: Path, written: set[tuple[int, int]]) -> Path:
+    for step, owner in written:
+        (folder / f"{step:09d}-{owner}").mkdir()
+    return folder
+
+
+def in_order(folder: Path) -> list[tuple[int, int]]:
+    return [(int(name[:-2]), int(name[-1])) for name in (path.name for path in checkpoints_in(folder))]
 
 
 @settings(max_examples=60)
-@given(owners=GENERATIONS)
-def test_those_of_the_latest_owner_come_first_and_before_them_the_damaged(tmp_path_factory, owners):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    written_by(folder, owners)
-    found = [int(path.name) for path in checkpoints_in(folder)]
-    damaged = sorted((step for step, owner in owners.items() if not owner), reverse=True)
-    rest = sorted(
-        (step for step, owner in owners.items() if owner), key=lambda s: (owners[s], s), reverse=True
-    )
-    assert found == damaged + rest
+@given(written=WRITTEN)
+def test_those_of_the_latest_owner_come_first_and_of_one_owner_the_newest(tmp_path_factory, written):
+    folder = named(tmp_path_factory.mktemp("checkpoints"), written)
+    others = ".000000007-1.tmp damaged-000000005-1 notes 1-1 000000005 000000005-0 000000005-01 0000000005-1"
+    for other in others.split():
+        (folder / other).mkdir()
+    assert in_order(folder) == sorted(written, key=lambda one: (-one[1], -one[0]))
+    assert newest_generation(folder) == max((owner for _, owner in written), default=0)
 
 
 @settings(max_examples=100)
-@given(owners=GENERATIONS, count=st.integers(1, 4), generation=st.integers(1, 4))
-def test_an_owner_deletes_nothing_of_a_later_one(tmp_path_factory, owners, count, generation):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    written_by(folder, owners)
+@given(written=WRITTEN, count=st.integers(1, 4), generation=st.integers(1, 4))
+def test_an_owner_keeps_those_that_led_to_the_newest_and_all_of_later_owners(
+    tmp_path_factory, written, count, generation
+):
+    folder = named(tmp_path_factory.mktemp("checkpoints"), written)
     for writer in range(1, 5):
-        (folder / f".000000007.{writer}.tmp").mkdir()
+        (folder / f".000000007-{writer}.tmp").mkdir()
+        (folder / f".000000008-{writer}.deleted.tmp").mkdir()
+    (folder / ".stray.tmp").touch()
     keep_newest(folder, count, generation)
-    newest_first = sorted(owners, key=lambda step: (owners[step], step), reverse=True)
-    later = {step for step, owner in owners.items() if owner > generation}
-    left = {path.name for path in folder.iterdir()}
-    unfinished = {f".000000007.{writer}.tmp" for writer in range(generation + 1, 5)}
-    assert left == {f"{step:09d}" for step in {*newest_first[:count], *later}} | unfinished
+    kept, below = set(), math.inf
+    for step, owner in sorted(written, key=lambda one: (-one[1], -one[0])):
+        if step < below and len(kept) < count:
+            kept.add((step, owner))
+            below = step
+    kept |= {one for one in written if one[1] > generation}
+    assert set(in_order(folder)) == kept
+    assert {path.name for path in folder.glob(".*")} == {
+        name
+        for writer in range(generation + 1, 5)
+        for name in (f".000000007-{writer}.tmp", f".000000008-{writer}.deleted.tmp")
+    }
 
 
-@pytest.mark.parametrize(
-    "delete",
-    [
-        lambda folder: keep_newest(folder, 1),
-        lambda folder: write(folder / "000000002", state=TrainerState(2, 1)),
-    ],
-    ids=["an old one", "one that is replaced"],
-)
-def test_a_process_killed_at_a_deletion_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch, delete):
+def test_once_a_later_owner_has_saved_what_one_that_was_cut_off_wrote_is_out_of_date(tmp_path):
+    named(tmp_path, {(10, 1), (20, 1), (30, 1), (40, 1)})  # the last one while the second owner already ran
+    assert in_order(tmp_path)[0] == (40, 1)
+    named(tmp_path, {(35, 2)})
+    assert in_order(tmp_path)[0] == (35, 2)
+    assert [path.name for path in history_of(tmp_path)] == [
+        "000000035-2", "000000030-1", "000000020-1", "000000010-1"
+    ]  # fmt: skip
+    keep_newest(tmp_path, 3, 2)
+    assert in_order(tmp_path) == [(35, 2), (30, 1), (20, 1)]
+
+
+def test_a_process_killed_at_a_deletion_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch):
     for step in (1, 2, 3):
-        write(tmp_path / f"{step:09d}", state=TrainerState(step, 1))
+        write(tmp_path / f"{step:09d}-1", state=TrainerState(step, 1))
     clear = checkpoints.clear
 
     class Killed(BaseException):
@@ -341,56 +344,29 @@ def test_a_process_killed_at_a_deletion_leaves_no_half_of_a_checkpoint(tmp_path,
 
     monkeypatch.setattr(checkpoints, "clear", killed_half_way)
     with pytest.raises(Killed):
-        delete(tmp_path)
+        keep_newest(tmp_path, 1, 1)
     monkeypatch.undo()
     left = checkpoints_in(tmp_path)
-    assert len(left) == 2
+    assert [path.name for path in left] == ["000000003-1", "000000001-1"]
     for checkpoint in left:
         verify_checkpoint(checkpoint)
-    keep_newest(tmp_path, 3)
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in left}
-
-
-@pytest.mark.parametrize("generation", [0, -1, LARGEST_GENERATION + 1, True, 1.5, "7", None, [1]])
-def test_an_owner_that_cannot_be_counts_as_none(tmp_path, generation):
-    (tmp_path / "000000001").mkdir()
-    trainer = tmp_path / "000000001" / "trainer.json"
-    trainer.write_text(json.dumps({"generation": LARGEST_GENERATION}))
-    assert newest_generation(tmp_path) == LARGEST_GENERATION
-    trainer.write_text(json.dumps({"generation": generation}))
-    assert newest_generation(tmp_path) == 0
+    keep_newest(tmp_path, 3, 1)
+    assert sorted(tmp_path.iterdir(), reverse=True) == left
 
 
 def test_a_checkpoint_that_was_moved_to_another_step_says_so(tmp_path):
-    write(tmp_path / "000000004")
+    write(tmp_path / "000000004-1")
     with pytest.raises(UserError, match=r"trainer.json is of step 3: it was moved here, or is damaged"):
-        verify_checkpoint(tmp_path / "000000004")
+        verify_checkpoint(tmp_path / "000000004-1")
 
 
 def test_a_link_to_a_checkpoint_is_none_of_the_run(tmp_path):
-    (tmp_path / "elsewhere" / "000000001").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "000000001-1").mkdir(parents=True)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "000000001").symlink_to(tmp_path / "elsewhere" / "000000001")
-    (tmp_path / "run" / "000000002").touch()
+    (tmp_path / "run" / "000000001-1").symlink_to(tmp_path / "elsewhere" / "000000001-1")
+    (tmp_path / "run" / "000000002-1").touch()
     assert checkpoints_in(tmp_path / "run") == []
-
-
-@pytest.mark.parametrize(("theirs", "stays"), [(1, False), (2, False), (3, True)])
-def test_a_checkpoint_is_replaced_by_its_own_and_by_later_owners_only(tmp_path, theirs, stays):
-    folder = write(tmp_path / "000000003", state=TrainerState(3, 1, generation=theirs))
-    before = (folder / "trainer.json").read_bytes()
-    learner = Learner(length=9)
-    learner.train(range(3))
-    try:
-        write(folder, learner, TrainerState(3, 1, generation=2))
-    except OSError:
-        assert stays
-        assert (folder / "trainer.json").read_bytes() == before
-    else:
-        assert not stays
-        assert verify_checkpoint(folder).generation == 2
-    assert verify_checkpoint(folder).step == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["000000003"]
+    assert newest_generation(tmp_path / "run") == 1  # the names are taken
 
 
 def flipped(content: bytes, position: int, bit: int) -> bytes:

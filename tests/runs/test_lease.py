@@ -10,13 +10,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cs324dist.config import Config, as_json
 from cs324dist.errors import UserError
-from cs324dist.runs import lease
+from cs324dist.runs import files, lease
 from cs324dist.runs.checkpoints import LARGEST_GENERATION
 from cs324dist.runs.environment import environment
 from cs324dist.runs.lease import Lease, Superseded, newest_generation, owner_of
@@ -27,7 +29,7 @@ OWNER = """
 import sys
 from pathlib import Path
 from cs324dist.errors import UserError
-from cs324dist.runs import lease
+from cs324dist.runs import files, lease
 from cs324dist.runs.checkpoints import LARGEST_GENERATION
 lease.PATIENCE = float(sys.argv[2])
 try:
@@ -256,7 +258,7 @@ class TestTheSameMoment:
         assert sorted(won) == list(range(1, rounds + 1))
 
     def test_where_locks_do_not_reach_the_other_machine_one_wins(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(lease, "FileLock", lambda path: threading.Semaphore())
+        monkeypatch.setattr(lease, "_try_to_lock", lambda descriptor: True)
         newest = lease.newest_generation
         claimants = 4
         barrier = threading.Barrier(claimants)
@@ -322,8 +324,180 @@ class TestTakenOver:
                 assert [row["loss"] for row in new.read_metrics()] == [1.0, 2.0]
                 assert new.read_status() == Status("running", 2)
 
+    @pytest.mark.parametrize("moment", ["with_name", "sync", "replace"])
+    @pytest.mark.parametrize("name", ["config.json", "status.json", "metrics.jsonl"])
+    def test_one_that_was_frozen_before_its_temporary_file_or_its_check_or_its_rename_replaces_nothing(
+        self, run, monkeypatch, name, moment
+    ):
+        """It sleeps while its successor takes over, writes and ends; whatever it meant to write is late."""
+        waits(monkeypatch)
+        monkeypatch.setenv("SLURM_JOB_ID", "42")
+        old, new = RunDir(run), RunDir(run)
+        record = RunRecord("lstm", "launch/lstm.py", as_json(Config()), {})
+        owner = files if moment == "sync" else Path
+        honest = getattr(owner, moment)
+        seen = []
+
+        def successor_takes_over() -> None:
+            monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+            with new.claimed(lambda: None, lambda work: work()):
+                new.start(record, environment(), 0, 0)
+                for step in range(1, 9):
+                    new.append_metrics(step, {"loss": 2.0})
+                new.write_status("finished", 8)
+            seen.append({path: path.read_bytes() for path in run.rglob("*.json*")})
+
+        def sleeps(path: Path, *arguments: Any) -> Any:
+            temporary = arguments[0] if moment == "with_name" else path.name
+            if not seen and temporary.startswith(f".{name}."):
+                seen.append({})
+                successor_takes_over()
+            return honest(path, *arguments)
+
+        monkeypatch.setattr(owner, moment, sleeps)
+        with old.claimed(lambda: None, lambda work: work()), suppress(UserError):
+            old.start(record, environment(), 0, 0)
+            old.append_metrics(1, {"loss": 3.0})
+        assert len(seen) == 2
+        assert {path: path.read_bytes() for path in run.rglob("*.json*")} == seen[1]
+        assert [row["loss"] for row in new.read_metrics()] == [2.0] * 8
+        assert list(run.rglob(".*.tmp")) == []
+
+    def test_one_that_wakes_up_while_its_successor_writes_cannot_rename_its_file(self, run, monkeypatch):
+        waits(monkeypatch)
+        monkeypatch.setenv("SLURM_JOB_ID", "42")
+        old, new, honest, renamed = RunDir(run), RunDir(run), Path.replace, []
+
+        def sleeps(path: Path, target: Path) -> None:
+            if target.name == "status.json":
+                renamed.append(path)
+                if len(renamed) == 1:
+                    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+                    with new.claimed(lambda: None, lambda work: work()):
+                        new.write_status("running", 8)
+                else:
+                    with pytest.raises(FileNotFoundError):
+                        honest(renamed[0], target)
+            honest(path, target)
+
+        with old.claimed(lambda: None, lambda work: work()):
+            monkeypatch.setattr(Path, "replace", sleeps)
+            old.write_status("failed", 1)
+        assert len(renamed) == 2
+        assert new.read_status() == Status("running", 8)
+
+    def test_one_that_was_frozen_in_its_claim_takes_nothing_away(self, run, monkeypatch):
+        """It wakes up where it clears what those before it left; its successor is writing."""
+        waits(monkeypatch)
+        for folder in ("samples", "checkpoints"):
+            (run / folder).mkdir()
+        names = [".status.json.{}-01234567.tmp", "samples/.000000001.png.{}-01234567.tmp",
+                 "checkpoints/.000000001-{}.tmp"]  # fmt: skip
+        for name in names:
+            for number in (1, 2, 3):
+                (run / name.format(number)).touch()
+        left_by(run)
+        with RunDir(run).claimed(lambda: None, lambda work: work()):
+            left = {str(path.relative_to(run)) for path in run.rglob(".*.tmp")}
+        assert left == {name.format(3) for name in names} | {names[0].format(2), names[1].format(2)}
+
+    def test_a_line_of_metrics_never_goes_to_the_file_of_the_successor(self, run, monkeypatch):
+        waits(monkeypatch)
+        monkeypatch.setenv("SLURM_JOB_ID", "42")
+        old, new = RunDir(run), RunDir(run)
+        record = RunRecord("lstm", "launch/lstm.py", as_json(Config()), {})
+        with old.claimed(lambda: None, lambda work: work()):
+            old.start(record, environment(), 0, 0)
+            monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+            with new.claimed(lambda: None, lambda work: work()):
+                new.start(record, environment(), 0, 0)
+                new.append_metrics(1, {"loss": 2.0})
+                old.check_owned = lambda: None  # it has checked, and slept since
+                old.append_metrics(1, {"loss": 3.0})
+        assert [row["loss"] for row in new.read_metrics()] == [2.0]
+
+
+class TestWhereThereAreNoLocks:
+    """Some network file systems know no flock: signs of life decide."""
+
+    @pytest.fixture(autouse=True, params=[errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+    def no_locks(self, request, monkeypatch) -> None:
+        def flock(*_: object) -> None:
+            raise OSError(request.param, os.strerror(request.param))
+
+        monkeypatch.setattr(lease.fcntl, "flock", flock)
+
+    def test_a_silent_owner_is_watched_and_then_taken_over_on_its_own_machine_too(
+        self, run, monkeypatch, capsys
+    ):
+        waits(monkeypatch, SILENCE=0.3)
+        path = left_by(run, ended=False)
+        lease._lock_of(path, owner_of(run, 1).nonce).touch()
+        assert Lease(run).generation == 2
+        assert f"{run} was left by process {os.getpid()}" in capsys.readouterr().err
+
+    def test_a_live_one_is_refused_to(self, run, monkeypatch):
+        waits(monkeypatch)
+        mine = Lease(run)
+        with pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
+            Lease(run)
+        mine.release()
+
+    def test_one_that_has_ended_is_not_watched(self, run, monkeypatch, capsys):
+        waits(monkeypatch)
+        Lease(run).release()
+        assert Lease(run).generation == 2
+        assert capsys.readouterr().err == ""
+
+
+class TestLeftovers:
+    def test_those_of_earlier_owners_go_and_those_of_later_ones_stay(self, run):
+        """A later one may have come while this one slept."""
+        left_by(run)
+        names = ["{}-0123456789abcdef.lock", ".{}-0123456789abcdef.tmp", ".{}.json.01234567.tmp"]
+        for name in names:
+            for number in (1, 3, 12):
+                (run / "owners" / name.format(number)).touch()
+        mine = Lease(run)
+        left = {path.name for path in (run / "owners").iterdir()}
+        assert left == {name.format(number) for name in names for number in (3, 12)} | {
+            "1.json", "2.json", f"2-{owner_of(run, 2).nonce}.lock"
+        }  # fmt: skip
+        mine.release()
+
+    def test_the_lock_of_one_that_failed_to_claim_holds_nobody_up(self, run, monkeypatch, capsys):
+        """It was frozen in its claim, and another one got the number."""
+        waits(monkeypatch)
+        path = left_by(run, ended=False)
+        lease._lock_of(path, owner_of(run, 1).nonce).touch()  # free: it was killed
+        with (run / "owners" / "1-0123456789abcdef.lock").open("w") as frozen:
+            lease._try_to_lock(frozen.fileno())
+            assert Lease(run).generation == 2
+        assert capsys.readouterr().err == ""
+
 
 class TestWithdrawal:
+    @pytest.mark.parametrize("after", [1, 2])
+    def test_one_that_was_frozen_in_it_deletes_nothing_of_another(self, run, monkeypatch, after):
+        waits(monkeypatch, PATIENCE=0)
+        unlink, unlinked, others = Path.unlink, [], []
+
+        def sleeps(path: Path, missing_ok: bool = False) -> None:
+            unlink(path, missing_ok)
+            unlinked.append(path.suffix)
+            if path.suffix != ".tmp" and len(unlinked) - unlinked.count(".tmp") == after:
+                others.append(Lease(run))
+
+        mine = Lease(run)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", sleeps)
+            mine.withdraw()
+        (other,) = others
+        other.check()
+        with pytest.raises(UserError, match="is in use by"):
+            Lease(run)
+        other.release()
+
     def test_the_only_owner_leaves_no_trace(self, run):
         Lease(run).withdraw()
         assert list(run.iterdir()) == []

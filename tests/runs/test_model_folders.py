@@ -154,7 +154,7 @@ def absent(path: Path) -> None:
         (interrupted, "cannot be read as safetensors"),
         (of_length_zero, "cannot be read as safetensors"),
         (a_renamed_pickle, "cannot be read as safetensors"),
-        (absent, "cannot be read as safetensors"),
+        (absent, "cannot be read: No such file"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

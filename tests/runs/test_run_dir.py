@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from cs324dist.data.streams import MicroBatch
 from cs324dist.distributed.stop import StopRequest
 from cs324dist.errors import UserError
 from cs324dist.models.rnn import RNN
-from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
+from cs324dist.runs import files
+from cs324dist.runs.checkpoints import TrainerState, read_checkpoint, write_checkpoint
 from cs324dist.runs.environment import Environment
 from cs324dist.runs.files import read_json
 from cs324dist.runs.lease import owner_of
@@ -97,7 +99,7 @@ class TestCheckpoints:
     def test_the_newest_is_taken_and_nothing_is_said(self, run, capsys):
         for step in (20, 100):
             save(run, step)
-        assert run.newest_checkpoint() == run.path / "checkpoints" / "000000100"
+        assert run.newest_checkpoint() == run.path / "checkpoints" / "000000100-1"
         assert run.newest_step() == 100
         assert capsys.readouterr().err == ""
 
@@ -107,7 +109,7 @@ class TestCheckpoints:
         assert run.newest_checkpoint() == before
         run.set_damaged_aside()
         (line,) = capsys.readouterr().err.splitlines()
-        aside = run.checkpoints / "damaged-000000020"
+        aside = run.checkpoints / "damaged-000000020-1"
         assert line.startswith(f"warning: {damaged} is damaged")
         assert str(aside) in line
         assert (aside / damaged.name).read_bytes() == content
@@ -120,7 +122,7 @@ class TestCheckpoints:
         *each, last = caught.value.lines
         assert [line.partition(" is damaged")[0] for line in each] == list(map(str, damaged))
         assert f"no checkpoint of {run} can be used" in last
-        assert {p.name for p in run.checkpoints.iterdir()} == {"000000010", "000000020"}
+        assert {p.name for p in run.checkpoints.iterdir()} == {"000000010-1", "000000020-1"}
 
     def test_a_step_may_be_damaged_again_after_it_was_taken_again(self, run):
         before = save(run, 10)
@@ -128,6 +130,79 @@ class TestCheckpoints:
             damage(save(run, 20))
             assert run.newest_checkpoint() == before
             run.set_damaged_aside()
+
+
+class TestWhatCannotBeReadNow:
+    """It may be whole: nothing is passed over, set aside or deleted."""
+
+    @pytest.fixture
+    def failing(self, monkeypatch) -> Callable[..., None]:
+        """Have the next reads of a path fail."""
+        opened, errors = Path.open, {}
+
+        def open_(path: Path, *arguments: Any, **named: Any) -> Any:
+            if errors.get(path):
+                number = errors[path].pop()
+                raise OSError(number, os.strerror(number), str(path))
+            return opened(path, *arguments, **named)
+
+        monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(Path, "open", open_)
+        return lambda path, times, number: errors.update({path: [number] * times})
+
+    @pytest.mark.parametrize("name", ["trainer.json", "optimizers.safetensors", "rnn/model.safetensors"])
+    @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES])
+    def test_a_read_is_tried_again_and_then_refused(self, run, failing, name, number, capsys):
+        before, newest = save(run, 10), save(run, 20)
+        failing(newest / name, 2, number)
+        assert run.newest_checkpoint() == newest
+        failing(newest / name, 99, number)
+        with pytest.raises(UserError) as caught:
+            run.newest_checkpoint()
+        (line,) = caught.value.lines
+        assert line.startswith(f"{newest / name} cannot be read now: {os.strerror(number)}; nothing was")
+        run.set_damaged_aside()
+        run.keep_newest(2)
+        assert sorted(run.checkpoints.iterdir()) == [before, newest]
+        assert capsys.readouterr().err == ""
+
+    def test_by_its_name_alone_the_newest_is_kept(self, run, failing):
+        checkpoints = [save(run, step) for step in (10, 20, 30)]
+        for path in checkpoints:
+            failing(path / "trainer.json", 99, errno.EIO)
+        run.keep_newest(1)
+        assert list(run.checkpoints.iterdir()) == checkpoints[-1:]
+
+    @pytest.mark.parametrize("what", ["iterdir", "lstat"])
+    def test_so_is_a_folder(self, run, monkeypatch, what, capsys):
+        newest = save(run, 20)
+
+        def fails(path: Path) -> Any:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+        monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, what, fails)
+            with pytest.raises(
+                UserError, match=r"cannot be read now: Stale file handle; nothing was changed"
+            ):
+                run.newest_checkpoint()
+            run.keep_newest(1)
+        assert "warning: an old checkpoint stays for now" in capsys.readouterr().err
+        assert list(run.checkpoints.iterdir()) == [newest]
+
+    def test_where_safetensors_cannot_open_a_file_it_is_one_line(self, run, monkeypatch):
+        checkpoint = save(run, 20)
+        monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+        for error in (
+            RuntimeError("unable to open file <x>: Too many open files (24)"),
+            FileNotFoundError("x"),
+        ):
+            monkeypatch.setattr("cs324dist.runs.models.safe_open", mock.Mock(side_effect=error))
+            with pytest.raises(
+                UserError, match=rf"model.safetensors cannot be read now: {error.args[0][:9]}"
+            ):
+                read_checkpoint(checkpoint, Trained())
 
 
 class TestMetrics:
@@ -138,6 +213,29 @@ class TestMetrics:
             {"step": 1, "train/loss": 2.5},
             {"step": 2, "train/loss": 0.1, "eval/accuracy": 1.0},
         ]
+
+    @pytest.mark.parametrize("lost", [True, False])
+    def test_lines_are_forgotten_only_when_they_are_on_the_disk(self, run, monkeypatch, lost):
+        """On a network file system or at a quota, what was written is lost when fsync says so."""
+        path = run.path / "metrics.jsonl"
+        run.append_metrics(1, {"loss": 1.0})
+        run.write_metrics(sync=True)
+        on_disk = path.stat().st_size
+        run.append_metrics(2, {"loss": 2.0})
+        with monkeypatch.context() as patch:
+
+            def fails(descriptor: int) -> None:
+                if lost:
+                    os.truncate(path, on_disk + 3)
+                raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+            patch.setattr(os, "fsync", fails)
+            with pytest.raises(OSError, match="quota"):
+                run.write_metrics(sync=True)
+        assert path.stat().st_size == on_disk
+        run.append_metrics(3, {"loss": 3.0})
+        assert run.write_metrics(sync=True) == 3
+        assert [row["step"] for row in run.read_metrics()] == [1, 2, 3]
 
     def test_what_is_not_finite_is_written_as_null_which_every_reader_takes(self, run):
         run.append_metrics(3, {"a": float("nan"), "b": float("inf"), "c": -float("inf"), "d": 0.5})
@@ -167,6 +265,16 @@ class TestMetrics:
     def test_a_line_that_is_no_row_is_passed_over(self, run, line):
         (run.path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
         assert list(run.read_metrics()) == [{"step": 1}, {"step": 3}]
+
+    def test_a_file_of_something_else_is_not_read_to_its_end(self, run):
+        """A terabyte of zeros that takes no room would be read for an hour."""
+        run.append_metrics(1, {"loss": 1.0})
+        os.truncate(run.path / "metrics.jsonl", 1 << 40)
+        assert list(run.read_metrics()) == [{"step": 1, "loss": 1.0}]
+        with pytest.raises(UserError, match="line 2 is damaged"):
+            run.check_metrics(2)
+        go_back(run, 1, 1)
+        assert (run.path / "metrics.jsonl").stat().st_size < 100
 
     def test_going_back_drops_what_lies_past_the_checkpoint_and_says_running(self, run):
         for step in (5, 10, 15, 20):
@@ -207,7 +315,7 @@ class TestWhoseFolder:
         assert list(tmp_path.iterdir()) == []
 
     def test_what_a_start_that_was_killed_has_left_fits(self, tmp_path):
-        for left in ("owners", "checkpoints", "samples", ".scratch"):
+        for left in ("owners", "checkpoints", "samples"):
             (tmp_path / left).mkdir()
         (tmp_path / ".config.json.tmp").touch()
         RunDir(tmp_path).check_fits("gan", CONFIG)
@@ -242,8 +350,8 @@ class TestWhoseFolder:
             "",
             "{}",
             "[]",
-            '{"format": 2, "task": "gan", "config": 3}',
-            '{"format": 2, "task": "gan", "config": {}, "script": "", "changed": {}, "tracker_run_id": "x"}',
+            '{"format": 3, "task": "gan", "config": 3}',
+            '{"format": 3, "task": "gan", "config": {}, "script": "", "changed": {}, "tracker_run_id": "x"}',
         ],
     )
     def test_a_damaged_config_is_refused(self, tmp_path, config):
@@ -252,7 +360,7 @@ class TestWhoseFolder:
             RunDir(tmp_path).check_fits("gan", CONFIG)
         assert all(line.startswith(str(tmp_path / "config.json")) for line in caught.value.lines)
 
-    @pytest.mark.parametrize("written", [None, 1, 3, "\x1b[2J"])
+    @pytest.mark.parametrize("written", [None, 1, 2, "\x1b[2J"])
     def test_a_run_of_another_format_is_refused_in_one_line_that_names_it(self, run, written):
         content = {**read_json(run.path / "config.json"), "format": written, "colour": "red"}
         if written is None:
@@ -262,7 +370,7 @@ class TestWhoseFolder:
             run.check_fits("gan", CONFIG)
         shown = "[2J" if isinstance(written, str) else written
         assert caught.value.lines == (
-            f"{run.path / 'config.json'} has format {shown}, this version reads format 2: "
+            f"{run.path / 'config.json'} has format {shown}, this version reads format 3: "
             f"use the version that wrote it, or give another folder",
         )
 
@@ -376,10 +484,10 @@ class TestStarting:
                 save_png(torch.zeros(1, 4, 4, dtype=torch.uint8), run.sample(1))
         finally:
             os.umask(before)
-        files = [path for path in run.path.rglob("*") if path.is_file() and path.suffix != ".lock"]
-        assert {path.suffix for path in files} == {".json", ".jsonl", ".png", ".safetensors"}
-        assert {path.name: path.stat().st_mode & 0o777 for path in files} == {
-            path.name: 0o666 & ~umask for path in files
+        written = [path for path in run.path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+        assert {path.suffix for path in written} == {".json", ".jsonl", ".png", ".safetensors"}
+        assert {path.name: path.stat().st_mode & 0o777 for path in written} == {
+            path.name: 0o666 & ~umask for path in written
         }
 
 
@@ -472,7 +580,7 @@ class TestBeforeTheFirstStep:
     def test_what_can_be_saved_is_trained_and_continued(self, tmp_path, make):
         run = RunDir(tmp_path / "run")
         assert self.train(make, run.path) == [0, 1]
-        assert not (run.path / ".scratch").exists()
+        assert list(run.path.rglob(".*")) == []
         assert self.train(make, run.path, steps=4) == [2, 3]
         assert run.read_status() == Status("finished", 4)
 

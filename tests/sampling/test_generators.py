@@ -157,6 +157,14 @@ class TestLoadGenerator:
         with pytest.raises(UserError, match="holds no generator"):
             load_generator(run.path)
 
+    def test_a_folder_of_checkpoints_elsewhere_is_not_followed(self, tmp_path: Path) -> None:
+        run = empty_run(tmp_path / "run", "gan")
+        write(run.checkpoint(1), 1, generator=Generator(7))
+        run.checkpoints.rename(tmp_path / "elsewhere")
+        run.checkpoints.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(UserError, match="has no checkpoint yet"):
+            load_generator(run.path)
+
 
 @pytest.mark.parametrize(
     ("dataset", "ends"),
@@ -173,7 +181,7 @@ def test_only_a_generator_of_digits_walks_from_a_4_to_a_1(four_or_one: Stub, dat
 @pytest.mark.parametrize("averaged", [True, False])
 def test_the_averaged_weights_are_found_where_there_are_any(tmp_path: Path, averaged: bool) -> None:
     names = ["generator", "generator_ema"][: 1 + averaged]
-    checkpoint = write(tmp_path / "000000001", 1, **{name: Generator(2) for name in names})
+    checkpoint = write(tmp_path / "000000001-1", 1, **{name: Generator(2) for name in names})
     assert find_generator(checkpoint, "averaged").name == names[-1]
     assert find_generator(checkpoint, "raw").name == "generator"
 
@@ -206,4 +214,4 @@ def test_the_data_set_is_the_run_s(tmp_path: Path, config: dict[str, object], da
     checkpoint = write(run.checkpoint(1), 1, generator=Generator(2))
     assert data_set_of(run.path) == data_set_of(checkpoint) == dataset
     assert run_of(checkpoint).path == run_of(run.path).path == run.path
-    assert data_set_of(write(tmp_path / "alone" / "000000001", 1, generator=Generator(2))) == "mnist"
+    assert data_set_of(write(tmp_path / "alone" / "000000001-1", 1, generator=Generator(2))) == "mnist"

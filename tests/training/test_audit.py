@@ -81,7 +81,7 @@ def test_without_more_only_intervals_between_checkpoints_are_replayed(launch, ho
 
 @pytest.mark.parametrize(("step", "found"), [(10, {(5, 10), (10, 15)}), (20, {(15, 20)})])
 def test_one_flipped_bit_of_one_weight_is_found_and_named(launch, copy, step, found):
-    flip_a_bit(copy / "checkpoints" / f"{step:09d}")
+    flip_a_bit(copy / "checkpoints" / f"{step:09d}-1")
     done = launch("launch/audit.py", copy, check=False)
     assert done.returncode == 1
     intervals = [(start, start + 5) for start in (5, 10, 15)]
@@ -97,7 +97,7 @@ def test_what_three_processes_made_of_micro_batches_is_audited_by_one(launch, tm
     launch(*LSTM, "--micro-batches", "4", "--run-dir", run, **three)
     assert json.loads((run / "owners" / "1.json").read_text())["environment"]["processes"] == 3
     assert launch("launch/audit.py", run, "--from-start").stdout.splitlines() == equal(0, 5, 10, 15)
-    flip_a_bit(run / "checkpoints" / "000000020")
+    flip_a_bit(run / "checkpoints" / "000000020-1")
     done = launch("launch/audit.py", run, check=False)
     assert done.returncode == 1
     assert done.stdout.splitlines() == [*equal(5, 10), "steps 15 to 20: DIFFERENT"]
@@ -118,7 +118,7 @@ def test_a_metric_that_was_written_otherwise_is_found(launch, copy):
 
 def test_a_run_that_was_continued_with_other_code_is_found(launch, copy):
     """Other code makes other steps: here an optimizer whose state was doubled on the way."""
-    checkpoint = copy / "checkpoints" / "000000015"
+    checkpoint = copy / "checkpoints" / "000000015-1"
     path = checkpoint / "optimizers.safetensors"
     tensors = load_file(path)
     save_file({name: t * 2 if "exp_avg_sq" in name else t for name, t in tensors.items()}, path)
@@ -133,7 +133,7 @@ def test_options_do_not_ask_for_larger_models_than_the_checkpoint_holds(launch, 
 
 
 def test_a_foreign_model_beside_the_runs_own_changes_nothing(launch, copy):
-    save_model(copy / "checkpoints" / "000000010" / "generator", Generator(8))
+    save_model(copy / "checkpoints" / "000000010-1" / "generator", Generator(8))
     assert launch("launch/audit.py", copy).stdout.splitlines() == equal(5, 10, 15)
 
 
@@ -141,7 +141,7 @@ def test_a_folder_that_is_no_run_and_a_run_with_one_checkpoint_are_refused(launc
     with pytest.raises(UserError, match="is not a run folder"):
         audit.audit(tmp_path / "nothing", None, None, False)
     for step in (5, 10, 15):
-        shutil.rmtree(copy / "checkpoints" / f"{step:09d}")
+        shutil.rmtree(copy / "checkpoints" / f"{step:09d}-1")
     done = launch("launch/audit.py", copy, check=False)
     assert (done.returncode, "give --from-start" in done.stderr) == (2, True)
     assert "steps 0 to 20: equal" in launch("launch/audit.py", copy, "--from-start").stdout
@@ -149,7 +149,7 @@ def test_a_folder_that_is_no_run_and_a_run_with_one_checkpoint_are_refused(launc
 
 def test_each_interval_is_taken_again_as_its_owner_took_it_or_it_is_said_why_not(launch, copy):
     """Steps 20 to 25 are taken with another kernel, and 25 to 30 also with another number of threads."""
-    mend(copy / "checkpoints" / "000000020", evaluation_owed=True)  # the next owner makes up for it
+    mend(copy / "checkpoints" / "000000020-1", evaluation_owed=True)  # the next owner makes up for it
     other = (*LSTM, "--kernel", "equations", "--run-dir", copy)
     launch(*other, "--steps", "25")
     launch(*other, "--steps", "30", environment={"CS324DIST_THREADS": "2"})

@@ -97,11 +97,11 @@ class TestFullDisk:
             "warning: no checkpoint of step 30: No space left on device; the last good"
         )
         (line,) = errors(done.stderr)
-        last = run / "checkpoints" / "000000020"
+        last = run / "checkpoints" / "000000020-1"
         assert line.startswith(
             f"error: no checkpoint of step 40: No space left on device; the last good checkpoint is {last}"
         )
-        assert checkpoints(run) == ["000000010", "000000020"]
+        assert checkpoints(run) == ["000000010-1", "000000020-1"]
         for name in checkpoints(run):
             assert_valid_and_finite(run / "checkpoints" / name)
         assert status(run)["state"] == "failed"
@@ -125,7 +125,7 @@ class TestFullDisk:
         assert process.wait() == 0, said
         assert status(run) == {"state": "finished", "step": 400, "why": ""}
         assert [row["step"] for row in metrics(run) if "train/loss" in row] == list(range(1, 401))
-        assert_valid_and_finite(run / "checkpoints" / "000000400")
+        assert_valid_and_finite(run / "checkpoints" / "000000400-1")
 
     def test_without_room_for_one_checkpoint_no_run_is_started(self, launch, small_disk):
         run = small_disk(self.CHECKPOINT // 2) / "run"

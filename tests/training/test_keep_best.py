@@ -3,12 +3,14 @@
 import pytest
 from launched import metrics
 
+from cs324dist.runs.checkpoints import step_of
+
 STOPPING = ("tests/training/stopping.py", "--patience", "9", "--keep-last", "1", "--steps", "50")
 VALUES = (5, 3, 8, 8, 4)
 
 
 def checkpoints(run) -> list[int]:
-    return sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+    return sorted(step_of(path) for path in (run / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(("best", "kept"), [("eval/score", [30, 50]), ("eval/score:min", [20, 50])])

@@ -81,10 +81,7 @@ def test_the_second_goes_on_when_the_first_ends_within_the_wait(start, tmp_path)
         "stops while a checkpoint is written: 7",
         "stops before a checkpoint gets its name: 3",
         "stops before a line of metrics is written: 17",
-        pytest.param(
-            "stops before the status is written: 4",
-            marks=pytest.mark.xfail(strict=True, reason="status.json is not written under a generation"),
-        ),
+        "stops before the status is written: 4",
     ],
 )
 def test_an_owner_that_was_cut_off_can_replace_nothing_when_it_wakes(start, tmp_path, fault):
@@ -100,7 +97,7 @@ def test_an_owner_that_was_cut_off_can_replace_nothing_when_it_wakes(start, tmp_
     assert any("continuing from step" in line for line in said)
     before = files_of(run)
     assert {name.split("/")[1] for name in before if name.startswith("checkpoints/0")} == {
-        "000000110", "000000115", "000000120"
+        "000000110-2", "000000115-2", "000000120-2"
     }  # fmt: skip
 
     old.send_signal(signal.SIGCONT)

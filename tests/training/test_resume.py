@@ -8,7 +8,7 @@ import signal
 
 import pytest
 from chaos import TASKS, content_of
-from launched import Launched, files_of, metrics, newest_checkpoint, status
+from launched import Launched, files_of, metrics, newest_checkpoint, status, step_of
 
 LSTM = ("launch/lstm.py", "--length", "10", "--steps", "60", "--log-every", "1", "--evaluate-every", "20",
         "--checkpoint-every", "20", "--learning-rate", "1e-2", "--wandb", "disabled")  # fmt: skip
@@ -43,7 +43,7 @@ def test_a_signal_leads_to_a_checkpoint_and_exit_code_75(
     assert status(run)["state"] == "stopped"
     stopped_at = status(run)["step"]
     assert 30 <= stopped_at < 60
-    assert int(newest_checkpoint(run).name) == stopped_at
+    assert step_of(newest_checkpoint(run)) == stopped_at
     assert f"continuing from step {stopped_at}" in launch(*LSTM, "--run-dir", run).stderr
     assert content_of(run) == never_stopped
 
@@ -61,7 +61,7 @@ def test_two_processes_agree_on_the_step_to_stop_after(tmp_path, launch_environm
     assert status(run)["state"] == "stopped"
     launch(*LSTM, "--run-dir", run)  # and one process goes on with what two began
     assert status(run)["state"] == "finished"
-    assert content_of(run)["checkpoint"] == whole["checkpoint"]
+    assert content_of(run)["step"] == whole["step"]
     numbers = [
         re.findall(r'"(?:step|train/loss)": ([^,}]+)', c["metrics.jsonl"]) for c in (content_of(run), whole)
     ]
@@ -124,7 +124,7 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished_by_the_next_start(ru
     path = run / "status.json"
     path.write_text(json.dumps({"state": "running", "step": 20, "why": ""}))
     (run / ".status.json.tmp").write_text("{")
-    shutil.copytree(newest_checkpoint(run), run / "checkpoints" / ".000000005.deleted.tmp")
+    shutil.copytree(newest_checkpoint(run), run / "checkpoints" / ".000000005-1.deleted.tmp")
     assert f"{run} is finished, 20 steps" in launch(*command).stderr
     assert status(run) == {"state": "finished", "step": 20, "why": ""}
     assert not list(run.rglob(".*.tmp"))

@@ -18,6 +18,7 @@ from launched import (
     metrics,
     newest_checkpoint,
     status,
+    step_of,
     trainer,
     wait_until,
 )
@@ -41,7 +42,7 @@ HERE = Path(__file__).parent
 
 def assert_stopped_with_a_checkpoint(run: Path, step: int) -> None:
     assert status(run)["state"] == "stopped"
-    assert status(run)["step"] == trainer(run)["step"] == int(newest_checkpoint(run).name) >= step
+    assert status(run)["step"] == trainer(run)["step"] == step_of(newest_checkpoint(run)) >= step
     assert not list(run.rglob(".*.tmp"))
 
 

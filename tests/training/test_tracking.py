@@ -9,9 +9,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import wandb
 from launched import Launched
 from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
+
+from cs324dist.trackers import _set_up
 
 SMOKE = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--steps", "10")
 BLOCK, HEADER = 32_768, 7
@@ -52,6 +55,25 @@ def metrics_by_step(run: Path) -> dict[int, dict]:
         row = json.loads(line)
         rows.setdefault(row.pop("step"), {}).update(row)
     return rows
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoints", "mine"])
+def test_the_settings_in_a_run_folder_name_no_server(tmp_path, monkeypatch, place):
+    """The API key goes to the server that they name."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    settings = tmp_path / place / "wandb" / "settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("[default]\nbase_url = http://stranger.example\n")
+    monkeypatch.chdir(tmp_path / place)
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "none"))
+    wandb.teardown()
+    try:
+        found = _set_up().settings.base_url
+    finally:
+        wandb.teardown()
+    assert (found == "http://stranger.example") == (place == "mine")
 
 
 @pytest.fixture(scope="module")
