@@ -1,11 +1,11 @@
 """What the promises rest on, each to be taken away: then some point must show it."""
 
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 
@@ -32,14 +32,14 @@ def is_metrics(descriptor: int) -> bool:
 
 def files_written_in_place() -> None:
     @contextmanager
-    def replaced(path: Path) -> Iterator[Path]:
+    def replaced(path: Path, *_: object) -> Iterator[Path]:
         yield path
 
     files.replaced = replaced
 
 
 def checkpoints_written_in_place() -> None:
-    def write(folder: Path, trained, state) -> None:
+    def write(folder: Path, trained, state, *_: object) -> None:
         files.clear(folder)
         checkpoints._write_files(folder, trained, state)
 
@@ -52,16 +52,20 @@ def checkpoints_deleted_in_place() -> None:
 
 
 def metrics_cut_in_place() -> None:
-    honest = run_dir.replaced
+    honest = RunDir._rewind
 
-    @contextmanager
-    def replaced(path: Path) -> Iterator[Path]:
-        with honest(path.with_name("cut")) as temporary:
-            yield temporary
-            path.write_bytes(temporary.read_bytes())
-        path.with_name("cut").unlink()
+    def rewind(run: RunDir, step: int, lines: int) -> int:
+        path, same = run.path / "metrics.jsonl", run.path / "same file"
+        if path.exists():
+            os.link(path, same)
+        lost = honest(run, step, lines)
+        if same.exists():
+            same.write_bytes(path.read_bytes())
+            same.replace(path)
+            run._metrics = FileIO(path, "a")
+        return lost
 
-    run_dir.replaced = replaced
+    RunDir._rewind = rewind
 
 
 def metrics_not_cut() -> None:
@@ -89,7 +93,8 @@ def no_check_of_generations() -> None:
 
 
 def one_nonce_for_all() -> None:
-    secrets.token_hex = lambda size: "0" * 2 * size
+    honest = lease.this_process
+    lease.this_process = lambda: replace(honest(), nonce="0" * 16)
 
 
 GUARDS: dict[str, tuple[str, str, Callable[[], None]]] = {  # the case and the fault that show it

@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from guards import GUARDS
 from starts import STOPPED, Action, Command, Operation, Start, prepare_to_fork
 
 from cs324dist.distributed.stop import StopRequest
+from cs324dist.errors import UserError
 from cs324dist.runs.environment import environment
 from cs324dist.runs.run_dir import RunDir
 
@@ -49,8 +51,20 @@ COMMANDS = {
     "gan": Command("gan", f"{COMMON} --dataset fake --latent-dim 8 --keep-last 1 --steps 4".split()),
 }
 KNOWN = {  # what is wrong and known, by what it looks like; delete an entry when nothing shows it any more
-    r"the old owner: it changes (config|status)\.json, in one write$": "no guard between check and write",
+    r"names lost at .*(metrics.jsonl lacks|another (metrics.jsonl|newest checkpoint/trainer.json)$)": (
+        "after a power cut the run folder may lack the name `metrics.jsonl`, because it is not synced itself"
+    ),
+    r"it ends with another owners/\.": (
+        "a start that is killed while it claims a run leaves its draft in `owners/`"
+    ),
+    r"after No space left on device: it says .* watching it": (
+        "an owner that has no room to write that it has ended is watched for 20 s, on its own machine too"
+    ),
+    r"both frozen at .* \S*\.scratch.*the second owner: it (ends with|says 'error)": (
+        "two owners that start at the same time clear each other's `.scratch`"
+    ),
 }
+SPREAD = 11  # controls look at one of so many points first: most show late in a run
 NORMAL = (
     r"step \d+/\d+  .*|evaluation after \d+ steps  .*"
     r"|\S+: (starting at|continuing from) step \d+ of .*|\S+: finished after \d+ steps|\S+ is finished, .*"
@@ -134,14 +148,15 @@ class Worker:
         """Check that an operation is all that has happened in the folder."""
         changed = {path for path in before.keys() | now.keys() if before.get(path, 0) != now.get(path, 0)}
         elsewhere = {path for path in changed if not path.startswith(operation.path)}
-        unseen = Path(operation.path).name.startswith(
-            ".tmp"
-        )  # safetensors renames by a system call of its own
-        if elsewhere and not unseen and not operation.name.startswith(("rename", "link")):
+        # safetensors renames its `.tmp…` by a system call of its own, past the C library.
+        has_moved = operation.name.startswith(("rename", "link")) or "/.tmp" in operation.path
+        if elsewhere and not has_moved:
             sys.exit(f"inject.c does not see what changed {sorted(elsewhere)} after {operation}")
 
     def _saved(self) -> int:
-        return RunDir(self.run).read_status().step if (self.run / "status.json").exists() else 0
+        with suppress(UserError):  # none yet, or half of one where it is written in place
+            return RunDir(self.run).read_status().step
+        return 0
 
     def continued(self, case: Case, tree: Tree, saved: int) -> list[str]:
         """What is wrong with how a start ends that finds this folder."""
@@ -236,8 +251,9 @@ def failing(action: Action, *errors: int) -> Trial:
         said = "\n".join(first.said)
         stale = "status.json" if "status.json cannot be written" in said else ""
         left = r"checkpoints/\..*" if "an old checkpoint stays for now" in said else ""
+        uncleared = r"(.*/)?\..*" if action == Action.FAIL_FROM else left
         if first.code == 0:
-            problems = ends_badly(case, first, worker.run, expected, f"{stale}|{left}")
+            problems = ends_badly(case, first, worker.run, expected, f"{stale}|{uncleared}")
         else:
             problems = strange_lines(first, expected)
             if first.code not in (1, 2) or "error: " not in said:
@@ -276,7 +292,7 @@ def thawed(worker: Worker, case: Case, old: Start, number: int) -> list[str]:
     before, end = read_tree(worker.run), essential(worker.run)
     old.go_on()
     problems = strange_lines(old, CUT_OFF)
-    if old.code not in (0, 2):
+    if old.code not in (0, 1, 2):
         problems.append(f"it ends with {old.code}")
     own = {
         path
@@ -428,10 +444,14 @@ def control(guard: str, folder: Path) -> Row:
     """Take a guard away, and try points until one shows it."""
     name, fault, without = GUARDS[guard]
     worker = Worker(folder / "control", without)
-    for tried, point in enumerate(points(build(name, worker), [fault]), 1):
+    every = list(points(build(name, worker), [fault]))
+    spread = [point for first in range(SPREAD) for point in every[first::SPREAD]]
+    for tried, point in enumerate(spread, 1):
         if problems := unknown(point, try_one(worker, point), Counter()):
-            return {"guard": guard, "tried": tried, "point": str(point), "problem": problems[0]}
-    return {"guard": guard, "tried": tried, "point": None}
+            print(f"without {guard}: {point}: {problems[0]}", flush=True)
+            return {"guard": guard, "tried": tried, "point": str(point)}
+    print(f"without {guard}: nothing", flush=True)
+    return {"guard": guard, "tried": len(every), "point": None}
 
 
 def main() -> None:
@@ -458,8 +478,10 @@ def main() -> None:
     rows = {(case, fault): {"points": 0, "bad": 0} for fault in faults for case in cases}
     worker = Worker(arguments.folder / "whole")
     for name in cases:
-        todo = list(points(build(name, worker), faults))[:: CASES[name][2] * arguments.stride]
-        todo = [point for point in todo if arguments.only in (None, point.number)]
+        every = list(points(build(name, worker), faults))
+        todo = every[:: CASES[name][2] * arguments.stride]
+        if arguments.only:
+            todo = [point for point in every if point.number == arguments.only]
         for point, problems in try_all(todo, arguments.jobs, arguments.folder):
             row = rows[name, point.fault]
             row["points"] += 1
@@ -467,10 +489,6 @@ def main() -> None:
                 row["bad"] += 1
                 print(f"{point}:", *bad, sep="\n    ", flush=True)
     controls = [control(guard, arguments.folder) for guard in guards]
-    for row in controls:
-        print(
-            f"without {row['guard']}: " + (f"{row['point']}: {row['problem']}" if row["point"] else "nothing")
-        )
     tried, bad = (sum(row[key] for row in rows.values()) for key in ("points", "bad"))
     fixed = [defect for defect in KNOWN if arguments.out and not seen[defect]]
     for defect in fixed:
@@ -482,6 +500,7 @@ def main() -> None:
         result = {
             "environment": {**asdict(environment()), "threads": 1, "cores": os.cpu_count()},
             "jobs": arguments.jobs,
+            "stride": arguments.stride,
             "minutes": round(minutes, 1),
             "rows": [{"case": case, "fault": fault, **row} for (case, fault), row in rows.items()],
             "known": {KNOWN[defect]: count for defect, count in seen.items()},
