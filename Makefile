@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all coverage same-bits bench gpu-check chaos fuzz slurm-test package lint clean
+.PHONY: help install train test test-all coverage same-bits bench gpu-check chaos crash-points fuzz slurm-test package lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -59,6 +59,9 @@ gpu-check: .venv/installed  ## what only a GPU can show (under 25 minutes on one
 
 chaos: .venv/installed  ## 200 kills at random moments, every end compared bit for bit (under 25 minutes on 2 cores)
 	$(BIN)/python tests/chaos.py
+
+crash-points: .venv/installed  ## fail at every file operation of a run, and compare its end (6 minutes on 2 cores)
+	$(BIN)/python tests/crash_points --jobs 2 --out benchmarks/results/crash_points.json
 
 fuzz: .venv/installed  ## damage run folders in 10 000 ways, and read them (about 33 minutes on 2 cores)
 	$(BIN)/python tests/fuzz.py
