@@ -312,7 +312,7 @@ def _named(folder: Path) -> list[Path]:
     return [path for path in found if re.fullmatch(CHECKPOINT, path.name)]
 
 
-def keep_newest(folder: Path, count: int, generation: int, best: int | None = None) -> None:
+def keep_newest(folder: Path, count: int, generation: int, *, best: int | None = None) -> None:
     """Delete all but the newest `count` checkpoints and that of step `best`, and a killed writer's leavings.
 
     What owners after `generation` wrote stays.

@@ -282,13 +282,13 @@ class RunDir:
             best: the metric that is largest at the best one; `METRIC:min`: smallest.
         """
         try:
-            keep_newest(self.checkpoints, count, self.generation, self._best_step(best))
+            keep_newest(self.checkpoints, count, self.generation, best=self._best_step(best))
         except (OSError, Unreadable) as error:  # somebody reads it over a network file system, perhaps
             warn(f"an old checkpoint stays for now: {error}")
 
     def _best_step(self, best: str) -> int | None:
         metric, _, smallest = best.partition(":")
-        saved = {step_of(path) for path in history_of(self.checkpoints)} if best else set()
+        saved = set(map(step_of, history_of(self.checkpoints))) if best else set()
         rows = ((row["step"], row.get(metric)) for row in self.read_metrics()) if saved else ()
         values = {step: value for step, value in rows if step in saved and value is not None}
         return (min if smallest else max)(values, key=values.__getitem__, default=None)

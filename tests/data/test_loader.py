@@ -11,7 +11,7 @@ import torch
 from chaos import content_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launched import Launched, files_of, newest_checkpoint, status
+from launched import Launched, files_of, newest_checkpoint, status, step_of
 from loading import Rows
 from torch.utils.data import IterableDataset, TensorDataset
 
@@ -153,7 +153,7 @@ class TestRuns:
             assert started.end() == 75
         assert len(workers) == 2
         assert status(tmp_path / "run")["state"] == "stopped"
-        assert int(newest_checkpoint(tmp_path / "run").name) >= 10
+        assert step_of(newest_checkpoint(tmp_path / "run")) >= 10
 
     @pytest.mark.slow
     def test_no_worker_outlives_its_process_and_the_run_goes_on_to_the_same_end(

@@ -4,7 +4,7 @@ import signal
 
 import psutil
 import pytest
-from launched import Launched, metrics, newest_checkpoint, status
+from launched import Launched, metrics, newest_checkpoint, status, step_of
 
 from cs324dist.testing import assert_same_on_one_process_and_three, assert_same_when_killed
 
@@ -60,7 +60,7 @@ def test_a_signal_to_all_processes_of_photos_leaves_a_checkpoint(photos, launch_
             process.send_signal(signal.SIGTERM)
         assert started.end() == 75
     assert status(tmp_path / "run")["state"] == "stopped"
-    assert int(newest_checkpoint(tmp_path / "run").name) >= 3
+    assert step_of(newest_checkpoint(tmp_path / "run")) >= 3
 
 
 @pytest.mark.slow

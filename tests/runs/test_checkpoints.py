@@ -324,8 +324,8 @@ def test_once_a_later_owner_has_saved_what_one_that_was_cut_off_wrote_is_out_of_
     assert [path.name for path in history_of(tmp_path)] == [
         "000000035-2", "000000030-1", "000000020-1", "000000010-1"
     ]  # fmt: skip
-    keep_newest(tmp_path, 3, 2)
-    assert in_order(tmp_path) == [(35, 2), (30, 1), (20, 1)]
+    keep_newest(tmp_path, 2, 2, best=10)
+    assert in_order(tmp_path) == [(35, 2), (30, 1), (10, 1)]
 
 
 def test_a_process_killed_at_a_deletion_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch):
