@@ -176,7 +176,11 @@ class Trainer:
 
     def _weight(self, value: Mean) -> Float64[Tensor, ""]:
         weight = 1.0 if isinstance(value, Tensor) else value[1]
-        return torch.as_tensor(weight, dtype=torch.float64, device=self.accelerator.device).detach()
+        if isinstance(weight, Tensor):
+            return weight.detach().to(self.accelerator.device, torch.float64)
+        return torch.full(
+            (), weight, dtype=torch.float64, device=self.accelerator.device
+        )  # is not waited for
 
     def read_metrics(self) -> dict[str, float]:
         """The metrics of the last step, averaged over its micro-batches; waits for the device."""
