@@ -41,7 +41,7 @@ def test_a_command_of_a_page_is_understood(command: str, monkeypatch: pytest.Mon
         assert (REPOSITORY / words[words.index("--config_file") + 1]).is_file()
     place = next((i for i, word in enumerate(words) if word.endswith((".py", ".sbatch"))), None)
     if place is None or "-c" in words:
-        assert words[0] == "accelerate" or words[1] == "-c"  # named in passing
+        assert words[0] in ("accelerate", "sbatch") or words[1] == "-c"  # named in passing
         return
     script, arguments = REPOSITORY / words[place], words[place + 1 :]
     assert script.is_file()
