@@ -49,14 +49,6 @@ def test_no_fault_changes_how_a_run_ends(crash_points: Enumerate) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_every_point_can_be_tried_alone(crash_points: Enumerate) -> None:
-    done = crash_points("--case", "lstm fresh", "--fault", "terminated", "--fault", "killed", "--only", "33")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("2 points, 0 bad, ")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_without_a_guard_some_point_fails_and_is_named(crash_points: Enumerate) -> None:
     done = crash_points(*(word for guard in CONTROLS for word in ("--without", guard)))
     found = dict(line.removeprefix("without ").split(": ", 1) for line in done.stdout.splitlines()[:-1])

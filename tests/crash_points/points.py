@@ -34,6 +34,7 @@ from starts import STOPPED, Action, Command, Operation, Start, prepare_to_fork
 
 from cs324dist.distributed.stop import StopRequest
 from cs324dist.errors import UserError
+from cs324dist.runs.checkpoints import checkpoints_in, verify_checkpoint
 from cs324dist.runs.environment import environment
 from cs324dist.runs.run_dir import RunDir
 
@@ -60,8 +61,8 @@ KNOWN = {  # what is wrong and known, by what it looks like; delete an entry whe
     r"after .*: it says .* watching it": (
         "an owner that could not write that it has ended is watched for 20 s, on its own machine too"
     ),
-    r"both frozen at .* \S*\.scratch.*the second owner: it (ends with|says 'error)": (
-        "two owners that start at the same time clear each other's `.scratch`"
+    r"replaced at k=\d+ \S+ \.metrics\S*: the old owner: it changes (owners/\d+|status)\.json": (
+        "an owner that is frozen before it notes where it begins takes the claim of another run"
     ),
 }
 SPREAD = 11  # controls look at one of so many points first: most show late in a run
@@ -166,7 +167,7 @@ class Worker:
             digest.update(f"\0{path}\0".encode() + (content or b""))
         if (key := digest.digest()) not in self._verdicts:
             write_tree(self.run, tree)
-            self._verdicts[key] = self.finish(case, saved)
+            self._verdicts[key] = [*incomplete(self.run), *self.finish(case, saved)]
         return self._verdicts[key]
 
     def finish(self, case: Case, saved: int = 0, excused: str = "") -> list[str]:
@@ -177,6 +178,17 @@ class Worker:
         if begun and int(begun[1] or begun[2]) < saved:
             problems.append(f"step {saved} was said to be saved, but it is {begun[0]}")
         return problems
+
+
+def incomplete(run: Path) -> list[str]:
+    """The checkpoints that are neither complete nor absent."""
+    problems = []
+    for checkpoint in checkpoints_in(run / "checkpoints"):
+        try:
+            verify_checkpoint(checkpoint)
+        except UserError as error:
+            problems.append(f"it leaves half a checkpoint: {error}")
+    return problems
 
 
 def essential(run: Path) -> dict[str, bytes]:

@@ -22,6 +22,7 @@ from cs324dist.metrics import accuracy
 from cs324dist.runs import lease
 
 LIMIT = 120  # seconds for one start; on a quiet machine it takes a tenth of one
+PR_SET_PDEATHSIG = 1
 HANGS, STOPPED = "hangs", "stopped"
 Action = IntEnum(
     "Action",
@@ -86,6 +87,7 @@ class Start:
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # frozen, it would live for ever
             code = 1
             try:
                 for stream in (1, 2):
