@@ -114,7 +114,8 @@ class Lease:
         sync(self._folder)
         for left in self._folder.iterdir():
             of = re.fullmatch(r"\.*([1-9][0-9]{0,8})\W.*\.(lock|tmp)", left.name)
-            if of and int(of[1]) < self.generation:
+            # A draft of this generation is of a process that was killed, or that has lost.
+            if of and int(of[1]) < self.generation + (of[2] == "tmp"):
                 clear(left)
         self._released = threading.Event()
         threading.Thread(target=self._give_signs_of_life, daemon=True).start()

@@ -131,6 +131,14 @@ def test_a_killed_owner_is_recognised_at_once(run, other, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("name", [".1-7566a3b9b04034ae.tmp", "..1-7566a3b9b04034ae.tmp.0-0a1b2c3d.tmp"])
+def test_the_draft_of_one_that_was_killed_before_it_had_claimed_the_run_is_cleared(run, name):
+    (run / "owners").mkdir()
+    (run / "owners" / name).write_text("{")
+    Lease(run).release()
+    assert not list((run / "owners").glob(".*"))
+
+
 def test_a_stopped_owner_is_alive(run, other, monkeypatch):
     waits(monkeypatch, PATIENCE=0.3)
     other.send_signal(signal.SIGSTOP)
