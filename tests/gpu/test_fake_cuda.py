@@ -66,7 +66,10 @@ def faults(on_fake_cuda: Callable[..., Found]) -> Found:
     return on_fake_cuda("faults")
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "precision",
+    [pytest.param("no", marks=pytest.mark.slow), "bf16", pytest.param("fp16", marks=pytest.mark.slow)],
+)
 def test_nothing_is_on_the_wrong_device_and_a_step_waits_for_nothing(
     on_fake_cuda: Callable[..., Found], precision: str
 ) -> None:
