@@ -154,7 +154,6 @@ def _write_files(folder: Path, trained: Trained, state: TrainerState) -> None:
     digests = {str(path.relative_to(folder)): sha256(path) for path in files}
     content = as_json(replace(state, task=task, sha256=digests))
     write_json(folder / TRAINER, {**content, "own_sha256": _digest(content)})
-    sync(folder)
 
 
 @torch.no_grad()

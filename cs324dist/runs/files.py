@@ -104,6 +104,7 @@ def replaced(path: Path, writer: Writer | None = None) -> Iterator[Path]:
         if writer:
             writer.check_owned()
         temporary.replace(path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

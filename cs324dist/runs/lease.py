@@ -4,7 +4,7 @@ owners/2.json         the second process that ran it, where, with which options,
 owners/2-NONCE.lock   locked while it lives
 
 Each owner has a generation. Its checkpoints carry it in their names; its metrics go to a file that the next
-owner replaces; any other file is written under a temporary name, then `check` is called, then it is renamed.
+owner replaces; any other file is written under a temporary name and renamed once `check_owned` has passed.
 A successor claims the run, then removes the temporary files of those before it. So an owner that was cut off
 and still runs can replace nothing that its successor wrote, however late it wakes up: either it finds that it
 was superseded, or nothing that it could rename.
@@ -114,8 +114,7 @@ class Lease:
         sync(self._folder)
         for left in self._folder.iterdir():
             of = re.fullmatch(r"\.*([1-9][0-9]{0,8})\W.*\.(lock|tmp)", left.name)
-            # A draft of this generation is of a process that was killed, or that has lost.
-            if of and int(of[1]) < self.generation + (of[2] == "tmp"):
+            if of and int(of[1]) <= self.generation and self._owner.nonce not in left.name:
                 clear(left)
         self._released = threading.Event()
         threading.Thread(target=self._give_signs_of_life, daemon=True).start()
@@ -135,16 +134,17 @@ class Lease:
                 with self._path.open("x"):  # a file system without hard links
                     draft.replace(self._path)
         except BaseException:
-            self._unlock()
+            self._lock_path.unlink(missing_ok=True)
+            os.close(self._lock)
             raise
         finally:
             clear(draft)
 
     def _update(self, **facts: Any) -> None:
         self._owner = replace(self._owner, **facts)
-        write_record(self._path, self._owner)
+        write_record(self._path, self._owner, self)
 
-    def check(self) -> None:
+    def check_owned(self) -> None:
         """Check that this process still owns the run.
 
         Raises:
@@ -176,19 +176,15 @@ class Lease:
         """Let another process have it."""
         self._released.set()
         with suppress(OSError, Superseded):
-            self.check()
             self._update(ended=True)
-        self._unlock()
-
-    def _unlock(self) -> None:
-        with suppress(OSError):
-            self._lock_path.unlink()
+            self._lock_path.unlink()  # or it stays, and is free
         os.close(self._lock)
 
     def withdraw(self) -> None:
         """Release it as if it had never been taken: for a process that has written nothing."""
         self.release()
         with suppress(OSError):
+            self._lock_path.unlink(missing_ok=True)
             if self._is_there():
                 self._path.unlink()
         if self._is_first:

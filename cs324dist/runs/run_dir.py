@@ -256,7 +256,7 @@ class RunDir:
             Superseded: one has.
         """
         if self._lease is not None:
-            self._lease.check()
+            self._lease.check_owned()
 
     def write_status(self, state: State, step: int, why: str = "") -> None:
         """Write where the run stands; warn if that cannot be written."""

@@ -78,18 +78,18 @@ def half_lines_stay() -> None:
 
 
 def no_check_of_owners() -> None:
-    lease.Lease.check = lambda _: None
+    lease.Lease.check_owned = lambda _: None
 
 
 def no_check_of_generations() -> None:
-    honest, claiming = lease.Lease.check, lease.newest_generation
+    honest, claiming = lease.Lease.check_owned, lease.newest_generation
 
     def check(own: lease.Lease) -> None:
         lease.newest_generation = lambda _: own.generation
         honest(own)
         lease.newest_generation = claiming
 
-    lease.Lease.check = check
+    lease.Lease.check_owned = check
 
 
 def one_nonce_for_all() -> None:

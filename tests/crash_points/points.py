@@ -51,20 +51,8 @@ COMMANDS = {
     "mlp": Command(f"{REPOSITORY}/examples/mlp.py:MLPTask", f"{COMMON} --data {TABLE}".split()),
     "gan": Command("gan", f"{COMMON} --dataset fake --latent-dim 8 --keep-last 1 --steps 4".split()),
 }
-KNOWN = {  # what is wrong and known, by what it looks like; delete an entry when nothing shows it any more
-    r"names lost at .*(metrics.jsonl lacks|another (metrics.jsonl|newest checkpoint/trainer.json)$)": (
-        "after a power cut the run folder may lack the name `metrics.jsonl`, because it is not synced itself"
-    ),
-    r"it ends with another owners/\.": (
-        "a start that is killed while it claims a run leaves its draft in `owners/`"
-    ),
-    r"after .*: it says .* watching it": (
-        "an owner that could not write that it has ended is watched for 20 s, on its own machine too"
-    ),
-    r"replaced at k=\d+ \S+ \.metrics\S*: the old owner: it changes (owners/\d+|status)\.json": (
-        "an owner that is frozen before it notes where it begins takes the claim of another run"
-    ),
-}
+# What is wrong and known, by what it looks like; delete an entry when nothing shows it any more.
+KNOWN: dict[str, str] = {}
 SPREAD = 11  # controls look at one of so many points first: most show late in a run
 LEFT_BEHIND = b"left behind"
 NORMAL = (

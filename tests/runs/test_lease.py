@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -300,12 +301,12 @@ class TestTakenOver:
         waits(monkeypatch)
         monkeypatch.setenv("SLURM_JOB_ID", "42")
         mine = Lease(run)
-        mine.check()
+        mine.check_owned()
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         theirs = Lease(run)
-        theirs.check()
+        theirs.check_owned()
         with pytest.raises(Superseded) as caught:
-            mine.check()
+            mine.check_owned()
         (line,) = caught.value.lines
         assert line.startswith(f"{run} was taken over by process {os.getpid()} on ")
 
@@ -464,7 +465,7 @@ class TestLeftovers:
         left_by(run)
         names = ["{}-0123456789abcdef.lock", ".{}-0123456789abcdef.tmp", ".{}.json.01234567.tmp"]
         for name in names:
-            for number in (1, 3, 12):
+            for number in (1, 2, 3, 12):  # 2: of a process that was killed in its claim
                 (run / "owners" / name.format(number)).touch()
         mine = Lease(run)
         left = {path.name for path in (run / "owners").iterdir()}
@@ -472,6 +473,16 @@ class TestLeftovers:
             "1.json", "2.json", f"2-{owner_of(run, 2).nonce}.lock"
         }  # fmt: skip
         mine.release()
+
+    def test_one_that_could_not_write_that_it_ended_is_known_to_be_dead(self, run, monkeypatch, capsys):
+        waits(monkeypatch)
+        mine = Lease(run)
+        with monkeypatch.context() as patch:
+            patch.setattr(lease, "write_record", mock.Mock(side_effect=OSError(errno.ENOSPC, "full")))
+            mine.release()
+        assert not owner_of(run, 1).ended
+        assert Lease(run).generation == 2
+        assert capsys.readouterr().err == ""
 
     def test_the_lock_of_one_that_failed_to_claim_holds_nobody_up(self, run, monkeypatch, capsys):
         """It was frozen in its claim, and another one got the number."""
@@ -482,6 +493,20 @@ class TestLeftovers:
             lease._try_to_lock(frozen.fileno())
             assert Lease(run).generation == 2
         assert capsys.readouterr().err == ""
+
+
+class TestReplaced:
+    def test_the_owner_of_a_folder_that_is_gone_does_not_make_the_new_one_its_own(self, run, monkeypatch):
+        waits(monkeypatch)
+        mine = Lease(run)
+        shutil.rmtree(run / "owners")
+        theirs = Lease(run)
+        with pytest.raises(Superseded, match="was moved or replaced"):
+            mine.note(0, 0, environment(), {})
+        mine.release()
+        theirs.check_owned()
+        assert not owner_of(run, 1).ended
+        theirs.release()
 
 
 class TestWithdrawal:
@@ -501,7 +526,7 @@ class TestWithdrawal:
             patch.setattr(Path, "unlink", sleeps)
             mine.withdraw()
         (other,) = others
-        other.check()
+        other.check_owned()
         with pytest.raises(UserError, match="is in use by"):
             Lease(run)
         other.release()
@@ -545,7 +570,7 @@ class TestWithdrawal:
 
         monkeypatch.setattr(lease.time, "sleep", withdraws)
         mine = Lease(run)
-        mine.check()
+        mine.check_owned()
         assert len(naps) == 3
         assert newest_generation(run / "owners") == mine.generation
         mine.release()
@@ -585,7 +610,7 @@ class TestAClaimThatIsStillEmpty:
         with pytest.raises(
             Superseded, match=r"was taken over by another process: this process writes nothing"
         ):
-            mine.check()
+            mine.check_owned()
 
     def test_without_hard_links_a_claim_is_made_all_the_same(self, run, monkeypatch):
         def no_links(*_: object) -> None:
@@ -593,7 +618,7 @@ class TestAClaimThatIsStillEmpty:
 
         monkeypatch.setattr(os, "link", no_links)
         mine = Lease(run)
-        mine.check()
+        mine.check_owned()
         owner = owner_of(run, 1)
         assert (owner.pid, owner.ended) == (os.getpid(), False)
         mine.release()
