@@ -134,8 +134,7 @@ class Lease:
                 with self._path.open("x"):  # a file system without hard links
                     draft.replace(self._path)
         except BaseException:
-            self._lock_path.unlink(missing_ok=True)
-            os.close(self._lock)
+            self._unlock()
             raise
         finally:
             clear(draft)
@@ -177,14 +176,17 @@ class Lease:
         self._released.set()
         with suppress(OSError, Superseded):
             self._update(ended=True)
-            self._lock_path.unlink()  # or it stays, and is free
+        self._unlock()
+
+    def _unlock(self) -> None:
+        with suppress(OSError):
+            self._lock_path.unlink()
         os.close(self._lock)
 
     def withdraw(self) -> None:
         """Release it as if it had never been taken: for a process that has written nothing."""
         self.release()
         with suppress(OSError):
-            self._lock_path.unlink(missing_ok=True)
             if self._is_there():
                 self._path.unlink()
         if self._is_first:
@@ -242,8 +244,7 @@ def _lock_of(owner: Path, nonce: str) -> Path:
 
 
 def _look_at(pattern: Path) -> Literal["locked", "free", "unknown"]:
-    """Whether one of these locks is held; unknown if there is none, or the file system has no locks."""
-    found: Literal["free", "unknown"] = "unknown"
+    """Whether one of these locks is held; unknown where the file system has no locks."""
     for path in pattern.parent.glob(pattern.name):
         try:
             lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -258,8 +259,7 @@ def _look_at(pattern: Path) -> Literal["locked", "free", "unknown"]:
             return "locked"
         finally:
             os.close(lock)
-        found = "free"
-    return found
+    return "free"
 
 
 def _try_to_lock(descriptor: int) -> bool:

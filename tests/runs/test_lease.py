@@ -474,6 +474,14 @@ class TestLeftovers:
         }  # fmt: skip
         mine.release()
 
+    def test_one_whose_lock_went_with_a_start_that_withdrew_is_known_to_be_dead(self, run, monkeypatch, capsys):
+        waits(monkeypatch)
+        path = left_by(run, ended=False)
+        lease._lock_of(path, owner_of(run, 1).nonce).touch()
+        Lease(run).withdraw()
+        assert Lease(run).generation == 2
+        assert capsys.readouterr().err == ""
+
     def test_one_that_could_not_write_that_it_ended_is_known_to_be_dead(self, run, monkeypatch, capsys):
         waits(monkeypatch)
         mine = Lease(run)
