@@ -306,9 +306,14 @@ def newest_generation(folder: Path) -> int:
 
 
 def _named(folder: Path) -> list[Path]:
-    is_there = os.path.lexists(folder) and stat.S_ISDIR(patiently(folder.lstat, folder).st_mode)
-    found = patiently(lambda: list(folder.iterdir()), folder) if is_there else ()
-    return [path for path in found if re.fullmatch(CHECKPOINT, path.name)]
+    def find() -> list[Path]:
+        try:
+            is_folder = stat.S_ISDIR(folder.lstat().st_mode)
+        except FileNotFoundError:
+            is_folder = False
+        return [path for path in folder.iterdir() if re.fullmatch(CHECKPOINT, path.name)] if is_folder else []
+
+    return patiently(find, folder)
 
 
 def keep_newest(folder: Path, count: int, generation: int, *, best: int | None = None) -> None:

@@ -21,6 +21,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,7 +31,7 @@ from pydantic import StringConstraints
 from cs324dist.errors import UserError, printable, say
 from cs324dist.runs.checkpoints import LARGEST_GENERATION
 from cs324dist.runs.environment import Environment
-from cs324dist.runs.files import clear, read_record, sync, write_record
+from cs324dist.runs.files import Unreadable, clear, patiently, read_record, sync, write_record
 
 PATIENCE = 10  # seconds that a new owner waits for one that is about to end
 HEARTBEAT = 5  # seconds between signs of life
@@ -247,11 +248,11 @@ def _look_at(pattern: Path) -> Literal["locked", "free", "unknown"]:
     """Whether one of these locks is held; unknown where the file system has no locks."""
     for path in pattern.parent.glob(pattern.name):
         try:
-            lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except FileNotFoundError:
-            continue
-        except OSError:  # another user's, perhaps
+            lock = patiently(partial(os.open, path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK), path)
+        except Unreadable:  # another user's, perhaps
             return "unknown"
+        except UserError:
+            continue  # it is gone
         try:
             if not _try_to_lock(lock):
                 return "unknown"

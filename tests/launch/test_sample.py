@@ -287,9 +287,9 @@ def save(run_dir: Path, generator: Generator) -> None:
 
 
 def started(run_dir: Path) -> RunDir:
-    run_dir.mkdir()
     run = RunDir(run_dir)
-    run.start(RunRecord("gan", "launch/gan.py", {}, {}), environment_here(), 0, 0)
+    with run.claimed(lambda: None, lambda work: work()):
+        run.start(RunRecord("gan", "launch/gan.py", {}, {}), environment_here(), 0, 0)
     return run
 
 

@@ -474,7 +474,9 @@ class TestLeftovers:
         }  # fmt: skip
         mine.release()
 
-    def test_one_whose_lock_went_with_a_start_that_withdrew_is_known_to_be_dead(self, run, monkeypatch, capsys):
+    def test_one_whose_lock_went_with_a_start_that_withdrew_is_known_to_be_dead(
+        self, run, monkeypatch, capsys
+    ):
         waits(monkeypatch)
         path = left_by(run, ended=False)
         lease._lock_of(path, owner_of(run, 1).nonce).touch()
