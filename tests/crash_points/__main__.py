@@ -26,4 +26,5 @@ with tempfile.TemporaryDirectory(prefix="crash-points-") as folder:
     outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "WANDB_"))}
     environment = {**outside, **own, "LD_PRELOAD": str(library)}
     command = [sys.executable, HERE / "points.py", "--folder", folder, *sys.argv[1:]]
-    sys.exit(subprocess.run(command, env=environment, check=False).returncode)
+    code = subprocess.run(command, env=environment, check=False).returncode
+    sys.exit(code if code >= 0 else f"ended by signal {-code}")
