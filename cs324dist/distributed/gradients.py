@@ -72,18 +72,19 @@ class _Losses(nn.Module):
 
 def _wrapped(losses: nn.Module, place: list[torch.device] | None) -> nn.Module:
     with warnings.catch_warnings():
-        # torch 2.13 has another name for `broadcast_buffers`
-        warnings.simplefilter("ignore", FutureWarning)
+        # torch 2.13 has another name for `broadcast_buffers`; zeros below have other strides than gradients.
+        warnings.simplefilter("ignore")
         wrapped = DistributedDataParallel(
             losses,
             place,
             broadcast_buffers=False,  # BatchNorm over the batch keeps them equal
             gradient_as_bucket_view=True,
         )
-    # DDP adds up its first step in one bucket and later ones in several, in the order of the first. With this
-    # pass as the first, a resumed run of three processes adds in the same order as one that ran through.
-    trained = [parameter for parameter in losses.parameters() if parameter.requires_grad]
-    wrapped(lambda _: torch.stack([(parameter * 0).sum() for parameter in trained]).sum(), None).backward()
+        # DDP adds up its first step in one bucket and later ones in several, in the order of the first. With
+        # this pass as the first, a resumed run of three processes adds in the order of one that ran through.
+        trained = [parameter for parameter in losses.parameters() if parameter.requires_grad]
+        zero = lambda _: torch.stack([(parameter * 0).sum() for parameter in trained]).sum()  # noqa: E731
+        wrapped(zero, None).backward()
     for parameter in trained:
         parameter.grad = None
     return wrapped

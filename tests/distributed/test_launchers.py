@@ -172,3 +172,10 @@ def test_compiled_models_train_alike_and_may_be_continued_uncompiled(launch, tmp
             assert list(a.keys()) == list(b.keys())
     said = launch(*smoke, "--steps", "12", "--run-dir", compiled).stderr
     assert "continuing from step 10 of 12" in said
+
+
+@pytest.mark.slow
+def test_two_processes_of_the_gan_print_no_warning(launch, tmp_path):
+    command = "launch/gan.py --preset smoke --dataset fake --wandb disabled --steps 2 --run-dir"
+    done = launch(*command.split(), tmp_path / "run", launcher="torchrun", options=("--nproc_per_node", "2"))
+    assert "Warning" not in done.stderr
