@@ -26,6 +26,7 @@ from cs324dist.tasks import find_task
 from cs324dist.trainer import Trainer
 
 MICRO_BATCHES, STEPS = 4, 6
+FAULTY = ("lstm", "gan")  # the tasks that a fault is planted in
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -153,7 +154,8 @@ def main(out: Path, fault: str | None) -> None:
     if fault:
         globals()[fault]()
     accelerator = start_accelerator()
-    found = {title: digests(name, changed, accelerator) for title, (name, changed) in cases().items()}
+    taken = [(title, case) for title, case in cases().items() if not fault or title in FAULTY]
+    found = {title: digests(name, changed, accelerator) for title, (name, changed) in taken}
     if accelerator.is_main_process:
         out.write_text(json.dumps(found, indent=1, sort_keys=True))
     exit_process(0)
