@@ -62,10 +62,12 @@ class Trackers:
             warn(f"TensorBoard: {printable(error)}; nothing is recorded there: pip install tensorboard")
 
     def _to_tensorboard(self, add: str, values: Mapping[str, Any], step: int) -> None:
+        if self._tensorboard is None:
+            return
         try:
-            for name, value in values.items() if self._tensorboard is not None else ():
+            for name, value in values.items():
                 getattr(self._tensorboard, add)(name, value, step)
-                self._tensorboard.flush()  # or a process that is killed loses two minutes
+            self._tensorboard.flush()  # or a process that is killed loses two minutes
         except Exception as error:
             warn(f"TensorBoard: {printable(error)}; nothing more is recorded there")
             self._tensorboard = None

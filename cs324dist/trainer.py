@@ -175,12 +175,10 @@ class Trainer:
             self._metrics.setdefault(f"train/{name}", {})[batch.index] = pair
 
     def _weight(self, value: Mean) -> Float64[Tensor, ""]:
-        weight = 1.0 if isinstance(value, Tensor) else value[1]
+        weight, device = 1.0 if isinstance(value, Tensor) else value[1], self.accelerator.device
         if isinstance(weight, Tensor):
-            return weight.detach().to(self.accelerator.device, torch.float64)
-        return torch.full(
-            (), weight, dtype=torch.float64, device=self.accelerator.device
-        )  # is not waited for
+            return weight.detach().to(device, torch.float64)
+        return torch.full((), weight, dtype=torch.float64, device=device)  # a copy would wait for the device
 
     def read_metrics(self) -> dict[str, float]:
         """The metrics of the last step, averaged over its micro-batches; waits for the device."""
@@ -417,12 +415,15 @@ class Run:
                 return False
             raise
         if stopped_at is None:
-            self.on_main(lambda: run.write_status("finished", run.newest_step()))
-            self.say(f"{run}: finished after {run.newest_step()} steps")
+            self.say(f"{run}: finished after {self.on_main(self._finish)} steps")
             return True
         self.on_main(lambda: run.write_status("stopped", run.newest_step(), "a signal asked for it"))
         self.say(f"{run}: stopped after {stopped_at} steps; run the same command to go on")
         return False
+
+    def _finish(self) -> int:
+        self.run.write_status("finished", steps := self.run.newest_step())
+        return steps
 
     def say(self, text: str) -> None:
         """Print a line, on the main process."""

@@ -119,10 +119,6 @@ def newest_checkpoint(run: Path) -> Path:
     return newest(run)
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.partition("-")[0])
-
-
 def trainer(run: Path) -> dict:
     return json.loads((newest_checkpoint(run) / "trainer.json").read_text())
 

@@ -1,8 +1,8 @@
 """The gradient of a wide linear layer over the global batch, as one product.
 
 The gradient of a weight is the product of two factors: the gradients by the layer's outputs, and its inputs.
-Where the batch is smaller than the layer is wide, the factors are smaller than the product. So all processes
-gather the factors and multiply them alike, in place of adding up a gradient for each micro-batch.
+Where the batch is smaller than the layer is wide, the factors are smaller than the product. Instead of adding
+up gradients, all processes gather the factors and compute the same product.
 """
 
 import threading
@@ -90,12 +90,11 @@ def _forward(
 ) -> Float[Tensor, "*batch outputs"]:
     weight: Tensor = layer.weight
     bias: Tensor | None = layer.bias
-    kind = x.device.type
     inputs, outputs = layer.in_features, layer.out_features
     if x.dim() < 2 or micro_batches * (x.numel() // inputs) * (inputs + outputs) >= inputs * outputs:
         return F.linear(x, weight, bias)
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
     return _Linear.apply(x, weight, bias, layer)
 

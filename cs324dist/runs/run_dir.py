@@ -334,7 +334,9 @@ class RunDir:
     def read_evaluations(self, until: int) -> list[dict[str, float]]:
         """The metrics of the evaluations after at most `until` steps."""
         rows = (row for row in self.read_metrics() if row["step"] <= until)
-        named = ({k[5:]: v for k, v in row.items() if k.startswith("eval/")} for row in rows)
+        named = (
+            {k.removeprefix("eval/"): v for k, v in row.items() if k.startswith("eval/")} for row in rows
+        )
         return [{k: math.nan if v is None else v for k, v in row.items()} for row in named if row]
 
     def check_metrics(self, lines: int) -> None:

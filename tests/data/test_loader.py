@@ -11,11 +11,12 @@ import torch
 from chaos import content_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launched import Launched, files_of, newest_checkpoint, status, step_of
+from launched import Launched, files_of, newest_checkpoint, status
 from loading import Rows
 from torch.utils.data import IterableDataset, TensorDataset
 
 from cs324dist import MicroBatch, ShuffledEpochs, UserError, loader
+from cs324dist.runs.checkpoints import step_of
 
 LOADING = ("tests/data/loading.py", "--checkpoint-every", "5")
 

@@ -4,8 +4,9 @@ import signal
 
 import psutil
 import pytest
-from launched import Launched, metrics, newest_checkpoint, status, step_of
+from launched import Launched, metrics, newest_checkpoint, status
 
+from cs324dist.runs.checkpoints import step_of
 from cs324dist.testing import assert_same_on_one_process_and_three, assert_same_when_killed
 
 SMALL = ("--steps", "6", "--batch-size", "12", "--micro-batches", "3", "--log-every", "1",

@@ -87,6 +87,13 @@ def other(start) -> "subprocess.Popen[str]":
     return process
 
 
+def two_starts_of_a_job(run: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunDir, RunDir, RunRecord]:
+    """The second may take over from the first, as soon as it is a restart."""
+    waits(monkeypatch)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    return RunDir(run), RunDir(run), RunRecord("lstm", "launch/lstm.py", as_json(Config()), {})
+
+
 def waits(monkeypatch, **seconds: float) -> None:
     """How long a new owner waits; for what is not named, longer than a test may take."""
     for name in ("PATIENCE", "SILENCE"):
@@ -311,10 +318,7 @@ class TestTakenOver:
         assert line.startswith(f"{run} was taken over by process {os.getpid()} on ")
 
     def test_it_writes_no_status_and_no_metrics_any_more(self, run, monkeypatch):
-        waits(monkeypatch)
-        monkeypatch.setenv("SLURM_JOB_ID", "42")
-        old, new = RunDir(run), RunDir(run)
-        record = RunRecord("lstm", "launch/lstm.py", as_json(Config()), {})
+        old, new, record = two_starts_of_a_job(run, monkeypatch)
         with old.claimed(lambda: None, lambda work: work()):
             old.start(record, environment(), 0, 0)
             old.append_metrics(1, {"loss": 1.0})
@@ -411,10 +415,7 @@ class TestTakenOver:
         assert left == {name.format(3) for name in names} | {names[0].format(2), names[1].format(2)}
 
     def test_a_line_of_metrics_never_goes_to_the_file_of_the_successor(self, run, monkeypatch):
-        waits(monkeypatch)
-        monkeypatch.setenv("SLURM_JOB_ID", "42")
-        old, new = RunDir(run), RunDir(run)
-        record = RunRecord("lstm", "launch/lstm.py", as_json(Config()), {})
+        old, new, record = two_starts_of_a_job(run, monkeypatch)
         with old.claimed(lambda: None, lambda work: work()):
             old.start(record, environment(), 0, 0)
             monkeypatch.setenv("SLURM_RESTART_COUNT", "1")

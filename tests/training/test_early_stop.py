@@ -4,7 +4,9 @@ import signal
 
 import pytest
 from chaos import content_of
-from launched import Launched, metrics, newest_checkpoint, status, step_of
+from launched import Launched, metrics, newest_checkpoint, status
+
+from cs324dist.runs.checkpoints import step_of
 
 STOPPING = ("tests/training/stopping.py",)
 
