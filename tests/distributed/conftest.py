@@ -20,12 +20,10 @@ def follow(launch, tmp_path_factory) -> Follow:
         key = f"{case} {config} {processes} {fault}"
         if key not in known:
             folder = tmp_path_factory.mktemp("follow") / "run"
-            launch(
-                *command(case, config, folder),
-                launcher="torchrun",
-                options=("--nproc_per_node", str(processes)),
-                environment={"FAULT": fault},
-            )
+            launcher = "python" if processes == 1 else "torchrun"
+            options = ("--nproc_per_node", str(processes)) if processes > 1 else ()
+            fault_in = {"FAULT": fault}
+            launch(*command(case, config, folder), launcher=launcher, options=options, environment=fault_in)
             known[key] = weights_in(newest_checkpoint(folder))
         return known[key]
 
