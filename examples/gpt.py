@@ -1,10 +1,11 @@
 """A small transformer that learns a text character by character, as GPT does words.
 
-python examples/gpt.py
+python examples/sentences.py runs/sentences.txt && python examples/gpt.py --text runs/sentences.txt
 
-In 200 steps, less than a minute on two cores, the loss on lines held out of this project's own docs falls
-from 5.5 to below 2.7 nats a character. Each line of a text is a sample, and lines have different lengths: the
-loss is a sum and the number of characters that it is over. A text of your own:
+The first command writes sentences, and prints that no model can predict new ones better than with 0.350 nats a
+character. The second comes below 0.41, from 5.5, in 300 steps, which take a minute on two cores. Each line of
+a text is a sample, and lines have different lengths: the loss is a sum and the number of characters that it is
+over. A text of your own:
 
 torchrun --nproc_per_node 3 examples/gpt.py --text my_text.txt --batch-size 32 --micro-batches 4
 """
@@ -45,18 +46,18 @@ HELD_OUT = 10  # every tenth line
 class GPTConfig(Config):
     """Train a transformer on a text."""
 
-    steps: Annotated[Count, MUTABLE] = 200
-    evaluate_every: Annotated[Count, MUTABLE] = 40
-    checkpoint_every: Annotated[Count, MUTABLE] = 40
+    steps: Annotated[Count, MUTABLE] = 300
+    evaluate_every: Annotated[Count, MUTABLE] = 60
+    checkpoint_every: Annotated[Count, MUTABLE] = 60
     batch_size: BatchSize = 32
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: Annotated[int, Interval(ge=0)] = 20
     max_grad_norm: Positive | None = 1.0
 
-    text: tuple[Path, ...] = (Path("README.md"), Path("docs/checkpoints.md"), Path("docs/distributed.md"))
+    text: tuple[Path, ...] = (Path("text.txt"),)
     """Files of text."""
 
-    context: Annotated[int, Interval(ge=2)] = 96
+    context: Annotated[int, Interval(ge=2)] = 80
     """Characters of a line that are read; what is longer goes on in another sample."""
 
     head_size: Count = 16

@@ -50,6 +50,8 @@ def test_a_command_of_a_page_is_understood(command: str, monkeypatch: pytest.Mon
         script = REPOSITORY / "launch" / f"{name}.py"
     if script.parent.name not in ("launch", "examples") or "--help" in arguments:
         return
+    if "cs324dist" not in script.read_text():  # it makes something to train on
+        return
 
     honest = command_line._parsed
 

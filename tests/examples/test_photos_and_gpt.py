@@ -1,10 +1,13 @@
 """Two larger examples keep what the toolkit promises, with workers, BatchNorm, dropout, two optimizers."""
 
+import importlib
+import math
+import random
 import signal
 
 import psutil
 import pytest
-from launched import Launched, metrics, newest_checkpoint, status
+from launched import REPOSITORY, Launched, metrics, newest_checkpoint, status
 
 from cs324dist.runs.checkpoints import step_of
 from cs324dist.testing import assert_same_on_one_process_and_three, assert_same_when_killed
@@ -21,7 +24,12 @@ def photos(launch, tmp_path_factory):
     return ("examples/photos.py", "--data", folder, "--workers", "1", *SMALL)
 
 
-GPT = ("examples/gpt.py", "--text", "README.md", "--context", "24", "--head-size", "4", *SMALL)
+@pytest.fixture(scope="module")
+def gpt(launch, tmp_path_factory):
+    """The command for a few steps of a small one."""
+    text = tmp_path_factory.mktemp("text") / "sentences.txt"
+    launch("examples/sentences.py", text, "300")
+    return ("examples/gpt.py", "--text", text, "--context", "24", "--head-size", "4", *SMALL)
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +42,8 @@ def test_photos_is_the_same_on_one_process_and_three(photos, tmp_path):
     assert 0 <= metrics(tmp_path / "one")[-1]["eval/accuracy"] <= 1
 
 
-def test_gpt_is_the_same_on_one_process_and_three(tmp_path):
-    assert_same_on_one_process_and_three(GPT, tmp_path)
+def test_gpt_is_the_same_on_one_process_and_three(gpt, tmp_path):
+    assert_same_on_one_process_and_three(gpt, tmp_path)
     losses = [row["eval/loss"] for row in metrics(tmp_path / "one") if "eval/loss" in row]
     assert losses[0] < 5.6  # of 256 equally likely characters: 5.55
     assert losses[-1] < losses[0]
@@ -47,8 +55,8 @@ def test_photos_ends_the_same_when_killed(photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_gpt_ends_the_same_when_killed(tmp_path):
-    assert_same_when_killed((*GPT, "--steps", "30"), tmp_path)
+def test_gpt_ends_the_same_when_killed(gpt, tmp_path):
+    assert_same_when_killed((*gpt, "--steps", "30"), tmp_path)
 
 
 @pytest.mark.slow
@@ -81,8 +89,24 @@ def test_photos_reads_what_it_is_said_to(launch, tmp_path):
 
 @pytest.mark.slow
 def test_gpt_learns_what_it_is_said_to(launch, tmp_path):
-    launch("examples/gpt.py", "--run-dir", tmp_path / "run", "--wandb", "disabled")
-    assert metrics(tmp_path / "run")[-1]["eval/loss"] < 2.7
+    text = tmp_path / "sentences.txt"
+    entropy = float(launch("examples/sentences.py", text).stdout)
+    assert entropy == pytest.approx(0.350, abs=5e-4)
+    launch("examples/gpt.py", "--text", text, "--run-dir", tmp_path / "run", "--wandb", "disabled")
+    assert entropy < metrics(tmp_path / "run")[-1]["eval/loss"] < 0.41
+
+
+def test_the_entropy_of_the_sentences_is_that_of_what_they_are_drawn_from(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "examples")
+    sentences = importlib.import_module("sentences")
+    small = {"whole": ("{letter}{letter}", "0"), "letter": ("a", "b", "cc")}
+    monkeypatch.setattr(sentences, "GRAMMAR", small)
+    likely = {"0": 1 / 2, **{a + b: 1 / 18 for a in small["letter"] for b in small["letter"]}}
+    nats, characters = sentences.entropy_and_length("{whole}.")
+    assert nats == pytest.approx(-sum(p * math.log(p) for p in likely.values()))
+    assert characters == pytest.approx(1 + sum(p * len(text) for text, p in likely.items()))
+    rng = random.Random(0)
+    assert {sentences.write("{whole}", rng) for _ in range(1000)} == set(likely)
 
 
 def test_a_photo_that_cannot_be_read_is_named(launch, tmp_path):
