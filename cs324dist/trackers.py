@@ -1,5 +1,6 @@
-"""Where metrics go: the terminal, the run's `metrics.jsonl`, and the same values to other trackers."""
+"""Where metrics go: the terminal, `metrics.jsonl`, the same values to other trackers; and traces of steps."""
 
+import json
 import netrc
 import os
 import sys
@@ -13,11 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from cs324dist.config import Config, as_json
+from cs324dist.data.loader import Loader
 from cs324dist.errors import printable, say, warn
+from cs324dist.runs.files import clear_temporaries, replaced
 from cs324dist.runs.run_dir import RunDir
 from cs324dist.sampling.grids import save_png
 from cs324dist.tasks.base import Evaluation
@@ -32,7 +36,10 @@ class Trackers:
     def __init__(self, run: RunDir, accelerator: Accelerator, config: Config, start: int) -> None:
         self._run, self._accelerator, self._config = run, accelerator, config
         self._last_step, self._last_time = start, time.perf_counter()
+        self._last_waited = Loader.seconds_waited
         self._tensorboard: Any = None
+        self._profile: torch.profiler.profile | None = None
+        self._profiled = 0  # steps
         self._in_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=config.steps,
@@ -43,8 +50,10 @@ class Trackers:
 
     def __enter__(self) -> "Trackers":
         open_wandb(self._accelerator, self._config, self._run)
-        if self._config.tensorboard and self._accelerator.is_main_process:
-            self._open_tensorboard()
+        if self._accelerator.is_main_process:
+            clear_temporaries(self._run.path / "profile", "", self._run.generation)
+            if self._config.tensorboard:
+                self._open_tensorboard()
         self._last_time = time.perf_counter()
         return self
 
@@ -79,6 +88,33 @@ class Trackers:
         yield
         self._last_time += time.perf_counter() - before
 
+    @contextmanager
+    def profiled(self, step: int) -> Iterator[None]:
+        """Trace what is done inside, step `step` counted from 1, if it is one of `--profile-steps`."""
+        first, _, last = self._config.profile_steps.partition(":")
+        if not (first and int(first) <= step <= int(last) and self._accelerator.is_main_process):
+            yield
+            return
+        if self._profile is None:
+            self._profile = torch.profiler.profile()
+            self._profile.start()
+        yield
+        self._profiled += 1
+        if step in (int(last), self._config.steps):
+            with self.paused():
+                self._profile.stop()
+                self._write_trace(self._profile, step)
+
+    def _write_trace(self, profile: torch.profiler.profile, last: int) -> None:
+        path = self._run.path / "profile" / f"steps-{last - self._profiled + 1}-{last}.json"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with replaced(path, self._run) as temporary:
+                profile.export_chrome_trace(str(temporary))
+                json.loads(temporary.read_bytes())  # the profiler does not say when a disk is full
+        except (OSError, ValueError) as error:
+            warn(f"{path} cannot be written: {printable(error)}")
+
     def log_step(self, completed: int, values: Mapping[str, float]) -> None:
         """Log a step's metrics and the throughput since the last call, and show both."""
         now = time.perf_counter()
@@ -86,7 +122,15 @@ class Trackers:
         self._last_time = now
         self._show(completed, values, rate)
         self._last_step = completed
-        self._log(completed, {**values, "throughput/samples_per_second": rate * self._config.batch_size})
+        speeds = {
+            "samples_per_second": rate * self._config.batch_size,
+            "steps_per_second": rate,
+            "data_seconds": Loader.seconds_waited - self._last_waited,
+        }
+        self._last_waited = Loader.seconds_waited
+        if self._accelerator.device.type == "cuda":
+            speeds["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self._log(completed, {**values, **{f"throughput/{name}": speed for name, speed in speeds.items()}})
 
     def _show(self, completed: int, values: Mapping[str, float], rate: float) -> None:
         brief = {name.removeprefix("train/"): f"{value:.4f}" for name, value in values.items()}

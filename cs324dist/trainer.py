@@ -321,7 +321,8 @@ class Run:
             while not self.is_over(completed):
                 completed += 1
                 is_logged = config.is_due(completed, config.log_every)
-                trainer.step(completed - 1, is_logged=is_logged)
+                with trackers.profiled(completed):
+                    trainer.step(completed - 1, is_logged=is_logged)
                 if is_logged:
                     values = trainer.read_metrics()
                     trackers.log_step(completed, values)

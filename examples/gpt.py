@@ -2,10 +2,10 @@
 
 python examples/sentences.py runs/sentences.txt && python examples/gpt.py --text runs/sentences.txt
 
-The first command writes sentences, and prints that no model can predict new ones better than with 0.350 nats a
-character. The second comes below 0.41, from 5.5, in 300 steps, which take a minute on two cores. Each line of
-a text is a sample, and lines have different lengths: the loss is a sum and the number of characters that it is
-over. A text of your own:
+The first command writes sentences, and prints the least loss that any model can have on new ones: 0.350 nats
+a character. The second comes from 5.5 to below 0.41 in 300 steps, a minute on two cores. Each line of a text
+is a sample, and lines have different lengths: the loss is a sum and the number of characters that it is over.
+A text of your own:
 
 torchrun --nproc_per_node 3 examples/gpt.py --text my_text.txt --batch-size 32 --micro-batches 4
 """

@@ -7,11 +7,12 @@ import random
 import signal
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -61,6 +62,9 @@ def loader(
 class Loader:
     """See `loader`."""
 
+    seconds_waited: ClassVar[float] = 0.0
+    """Seconds in which steps of this process waited for samples, of whatever loader."""
+
     def __init__(self, samples: "_Samples", order: ShuffledEpochs, workers: int) -> None:
         self._samples, self._plan = samples, _Plan(order)
         self._parts: dict[int, Any] = {}  # of a step
@@ -87,11 +91,13 @@ class Loader:
         """
         step = replace(batch, index=0, device=CPU)
         with _one_at_a_time:
+            began = time.perf_counter()
             if step != self._step:
                 if self._step is None or step != _following(self._step):
                     self._plan.first = step
                     self._iterator = iter(self._loader)
                 self._step, self._parts = step, {index: next(self._iterator) for index in _own(batch)}
+            Loader.seconds_waited += time.perf_counter() - began
             return _on(batch.device, self._parts[batch.index])
 
     def items(self, items: Int64[Tensor, " items"]) -> Any:

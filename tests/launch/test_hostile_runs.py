@@ -255,7 +255,7 @@ def test_an_audit_fetches_nothing_and_reads_no_data_that_the_run_names(gan, refu
     assert f"{empty}/MNIST/raw lacks train-images-idx3-ubyte: give --data-root" in line
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "owners", "wandb", ".wandb"])
+@pytest.mark.parametrize("name", ["checkpoints", "owners", "wandb", ".wandb", "profile"])
 def test_a_folder_that_is_a_link_to_another_place(lstm, refused, name):
     shutil.rmtree(lstm.run / name, ignore_errors=True)
     (lstm.run / name).symlink_to(lstm.outside)
