@@ -1,5 +1,6 @@
 """Every command that a page names can be given: its script is there and takes these options."""
 
+import itertools
 import re
 import runpy
 import shlex
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cs324dist import command_line
+import cs324dist
+from cs324dist import command_line, testing
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("slurm/*.md")])
@@ -30,6 +32,15 @@ def commands() -> list[str]:
     return sorted({line for line in whole if line.startswith(BEGINNINGS)})
 
 
+def test_the_page_of_the_api_is_made_from_the_source_as_it_is_and_leaves_nothing_out():
+    made = runpy.run_path(str(REPOSITORY / "docs" / "api.py"))
+    assert (REPOSITORY / "docs" / "api.md").read_text() == made["page"](), "python docs/api.py writes it anew"
+    names = {title: [*itertools.chain(*modules.values())] for title, modules in made["PARTS"].items()}
+    assert sorted(names["From `cs324dist`"]) == sorted(cs324dist.__all__)
+    functions = {name for name in vars(testing) if name.startswith("assert_")}
+    assert functions <= {*names["From `cs324dist.testing`"]}
+
+
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_a_page_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(command, comments=True)
@@ -47,6 +58,7 @@ def test_a_command_of_a_page_is_understood(command: str, monkeypatch: pytest.Mon
     assert script.is_file()
     if script.suffix == ".sbatch":
         name = {"gan": "gan"}.get(script.stem, "lstm")
+        arguments = arguments[script.stem == "sweep" :]  # after its file
         script = REPOSITORY / "launch" / f"{name}.py"
     if script.parent.name not in ("launch", "examples") or "--help" in arguments:
         return
