@@ -75,9 +75,9 @@ package: .venv/installed  ## build the wheel, and run it in an environment of it
 	$(BIN)/twine check --strict build/dist/*
 	$(PYTHON) -m venv build/venv
 	build/venv/bin/python -m pip install --quiet build/dist/*.whl
-	cp -r launch build/launch
-	cd build && venv/bin/python launch/gan.py --preset smoke --dataset fake --wandb disabled --run-dir run
-	cd build && venv/bin/python launch/sample.py grid run --out grid.png
+	cd build && venv/bin/python -m cs324dist.launch.gan --preset smoke --dataset fake --wandb disabled --run-dir run
+	cd build && venv/bin/python -m cs324dist.launch.sample grid run --out grid.png
+	tests/outside_checkout.sh build/venv/bin
 
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check .

@@ -198,9 +198,8 @@ def _choose(
         made = intervals[-1].environment
         raise UserError(
             *reasons,
-            f"to repeat them: CS324DIST_THREADS={made.threads} accelerate launch --config_file "
-            f"accelerate_configs/{'cpu' if made.processes == 1 else 'cpu_ddp'}.yaml --num_processes "
-            f"{made.processes} --mixed_precision {made.precision} launch/audit.py {run}",
+            f"to repeat them: CS324DIST_THREADS={made.threads} ACCELERATE_MIXED_PRECISION={made.precision} "
+            f"torchrun --nproc_per_node {made.processes} -m cs324dist.launch.audit {run}",
         )
     for reason in reasons:
         say(reason)

@@ -227,7 +227,7 @@ def test_two_processes_are_replayed_by_two_and_by_no_other_number(launch, tmp_pa
     done = launch("launch/audit.py", run, launcher="accelerate", options=TWO)
     assert done.stdout.count("equal to the last bit") == 2
     done = launch("launch/audit.py", run, check=False)
-    assert (done.returncode, "--num_processes 2" in done.stderr) == (2, True)
+    assert (done.returncode, "--nproc_per_node 2" in done.stderr) == (2, True)
 
 
 @pytest.mark.slow
