@@ -34,7 +34,7 @@ _one_at_a_time = threading.Lock()
 
 
 def loader(
-    dataset: Dataset[Any], seed: int, name: str, *, workers: int = 0, collate: Collate = default_collate
+    dataset: Any, seed: int, name: str, *, workers: int = 0, collate: Collate = default_collate
 ) -> "Loader":
     """What a task asks for the samples of its micro-batches: `self.data.batch(batch)`.
 
@@ -43,7 +43,7 @@ def loader(
     on who loads what.
 
     Args:
-        dataset: with `len(dataset)` and `dataset[item]`; it computes on the CPU.
+        dataset: with `len(dataset)` and `dataset[item]`, such as torch's; it computes on the CPU.
         seed: of the run.
         name: of the stream; give each purpose a name of its own.
         workers: processes that load ahead, for each process that trains; 0: it loads by itself.
@@ -151,7 +151,7 @@ def _on(device: torch.device, collated: Any) -> Any:
 class _Samples(Dataset[Any]):
     """A data set by address; an error for the user is returned: torch would make a traceback of it."""
 
-    def __init__(self, dataset: Dataset[Any], seed: int, name: str, collate: Collate) -> None:
+    def __init__(self, dataset: Any, seed: int, name: str, collate: Collate) -> None:
         self._dataset, self._seed, self._name, self._collate = dataset, seed, name, collate
 
     def __getitem__(self, address: Address) -> Any:

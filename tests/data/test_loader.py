@@ -87,6 +87,28 @@ class TestSamples:
         assert torch.equal(found[0][0], found[0][1])
 
 
+class Table:
+    """As far as it is used, a data set of Hugging Face: no class of torch, and its samples are dicts."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, item: int) -> dict[str, object]:
+        if type(item) is not int:
+            raise TypeError(f"{item!r} is no index of a sample")
+        return {"text": "abcdef"[item], "label": item % 2, "tokens": torch.full((3,), item)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_set_of_dicts_that_is_none_of_torch(workers):
+    step = MicroBatch(4, 3, 0, 1)
+    batch = loader(Table(), 3, "table", workers=workers).batch(step)
+    items = ShuffledEpochs(3, "table", 6).items(step).tolist()
+    assert batch["text"] == ["abcdef"[item] for item in items]
+    assert batch["label"].tolist() == [item % 2 for item in items]
+    assert batch["tokens"].tolist() == [[item] * 3 for item in items]
+
+
 class TestBadData:
     def test_a_data_set_that_is_empty_or_has_no_items_is_refused(self):
         with pytest.raises(UserError, match="the data set of 'rows' is empty"):
