@@ -9,7 +9,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import chdir, contextmanager, nullcontext
+from contextlib import chdir, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,8 @@ class Trackers:
     def __enter__(self) -> "Trackers":
         open_wandb(self._accelerator, self._config, self._run)
         if self._accelerator.is_main_process:
-            clear_temporaries(self._run.path / "profile", "", self._run.generation)
+            with suppress(OSError):
+                clear_temporaries(self._run.path / "profile", "", self._run.generation)
             if self._config.tensorboard:
                 self._open_tensorboard()
         self._last_time = time.perf_counter()
@@ -96,7 +97,9 @@ class Trackers:
             yield
             return
         if self._profile is None:
-            self._profile = torch.profiler.profile()
+            # Those of micro-batches too.
+            all_threads = torch.profiler._ExperimentalConfig(profile_all_threads=True)
+            self._profile = torch.profiler.profile(experimental_config=all_threads)
             self._profile.start()
         yield
         self._profiled += 1

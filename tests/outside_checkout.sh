@@ -25,6 +25,6 @@ wait $! && { echo "it was not stopped" >&2; exit 1; }
 grep '"state": "stopped"' run/status.json
 (train)
 grep '"state": "finished"' run/status.json
-python -m torch.distributed.run --nproc_per_node 2 -m cs324dist.launch.audit run --task my_task.py:MLPTask
+python -m torch.distributed.run --nproc_per_node 2 -m cs324dist.launch.audit run --task my_task.py:MLPTask --from-start
 python -m cs324dist.launch.report run --out report.html
 grep -c '<svg' report.html
