@@ -23,13 +23,11 @@ STEPS, BATCH, LENGTH = 20, 16, 12
 GAN_BATCH = 8  # float64 convolutions are slow
 GAN = {"batch_size": GAN_BATCH, "dataset": "fake", "steps": STEPS}
 LSTM_ = {"batch_size": BATCH, "length": LENGTH, "curriculum": 1.0, "steps": STEPS}
-QUICK = ("lstm course", "gan fast")
 CASES = {"lstm fast": LSTM_, "lstm course": LSTM_, "gan fast": GAN, "gan course": GAN}
+QUICK, OTHERS = ("lstm course", "gan fast"), ("lstm fast", "gan course")
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in OTHERS)])
 def test_two_processes_take_the_path_of_one(follow, case):
     one, two = (follow(case, CASES[case], processes=n) for n in (1, 2))
     assert_same_path(two, one)
