@@ -18,13 +18,12 @@ from launched import (
     metrics,
     newest_checkpoint,
     status,
-    step_of,
     trainer,
     wait_until,
 )
 
 from cs324dist.models.gan import Generator
-from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
+from cs324dist.runs.checkpoints import TrainerState, step_of, write_checkpoint
 
 pytestmark = pytest.mark.slow  # real processes, signals and faults: minutes
 
