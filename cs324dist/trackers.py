@@ -3,6 +3,7 @@
 import json
 import netrc
 import os
+import re
 import sys
 import time
 import urllib.error
@@ -179,7 +180,7 @@ class Trackers:
         try:
             log()
         except Exception as error:  # whatever its client raises, training goes on
-            _warn(f"{printable(error)}; nothing more is recorded there")
+            _warn(f"{error}; nothing more is recorded there")
             self._accelerator.trackers = []
 
     @staticmethod
@@ -191,11 +192,16 @@ class Trackers:
             for tracker in () if leave_group else accelerator.trackers:
                 tracker.finish()
         except Exception as error:
-            _warn(printable(error))
+            _warn(str(error))
 
 
 def _warn(text: str) -> None:
-    warn(f"Weights & Biases: {text}")
+    warn(f"Weights & Biases: {_without_login(text)}")
+
+
+def _without_login(text: object) -> str:
+    """What its client says, printable and without the user and password of an address."""
+    return re.sub(r"//[^/\s]*@", "//", printable(text))
 
 
 def open_wandb(accelerator: Accelerator, config: Config, run: RunDir) -> None:
@@ -219,12 +225,12 @@ def open_wandb(accelerator: Accelerator, config: Config, run: RunDir) -> None:
     if mode != "offline":
         return
     if why:
-        say(f"Weights & Biases: {printable(why)}; recording offline in {run}/wandb")
+        say(f"Weights & Biases: {_without_login(why)}; recording offline in {run}/wandb")
     try:
         _init(accelerator, config, run, mode)
         _log_again(accelerator, run)
     except Exception as error:
-        _warn(f"{printable(error)}; nothing is recorded there")
+        _warn(f"{error}; nothing is recorded there")
         accelerator.trackers = []
 
 
@@ -249,7 +255,8 @@ def _init(accelerator: Accelerator, config: Config, run: RunDir, mode: str) -> N
         "dir": str(run.path.absolute()),
         "mode": mode,
         "resume": "allow" if mode == "online" else None,
-        "settings": wandb.Settings(init_timeout=LOGIN_TIMEOUT),
+        # No address of a git remote, which may hold a token.
+        "settings": wandb.Settings(init_timeout=LOGIN_TIMEOUT, git_remote_url=""),
     }
     if accelerator.trackers:  # of an attempt that failed; its client holds the run's id
         wandb.teardown()
