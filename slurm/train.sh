@@ -30,15 +30,15 @@ main() { # a function is read as a whole: the file may change while the job runs
     config=$(python "$@" --dry-run)
     run=$(python -c 'import json, sys; print(json.load(sys.stdin)["run_dir"])' <<<"$config")
 
-    before=$(version)
+    before=$(version) first=$(status step)
     code=75
     if [ -z "$stopping" ]; then train "$@"; fi
     finish
 }
 
 say() { echo "slurm: $*"; }
-status() { sed -n "s/^ *\"$1\": \"*\([a-z0-9]*\).*/\1/p" "$run/status.json" 2>/dev/null || true; }
-version() { stat --format '%i %y' "$run/status.json" 2>/dev/null || true; }
+status() { sed -n "s/^ *\"$1\": \"*\([a-z0-9]*\).*/\1/p" -- "$run/status.json" 2>/dev/null || true; }
+version() { stat --format '%i %y' -- "$run/status.json" 2>/dev/null || true; }
 
 # Start one launcher on each node and wait for them; `code` becomes the largest of their exit codes.
 train() { # SCRIPT [OPTIONS]
@@ -118,12 +118,12 @@ finish() {
             exit 75
             ;;
     esac
-    if [ "$what" != stopped ]; then
+    if [ "$what" != stopped ] || [ "$step" = "$first" ]; then
         count=$(cat "$crashes" 2>/dev/null || echo 0)
         case $count in [0-3]) ;; *) count=0 ;; esac # nothing else is counted with
         if [ "$count" = 3 ]; then
             rm -f "$crashes"
-            say "requeued 3 times after a crash, and no more: submit the job again to go on"
+            say "requeued 3 times after a crash or without progress, and no more: submit the job again to go on"
             exit 1
         fi
         echo $((count + 1)) >"$crashes"

@@ -116,7 +116,7 @@ def test_a_crash_requeues_three_times(submit, outcomes):
     job.wait_for_end("FAILED")
     assert job.restarts == 3
     assert job.facts["ExitCode"] == "1:0"
-    assert "requeued 3 times after a crash, and no more" in job.output
+    assert "requeued 3 times after a crash or without progress, and no more" in job.output
     outcomes.append(Outcome("a crash at every start: gives up", 3))
 
 
