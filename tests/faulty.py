@@ -90,6 +90,12 @@ def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
 
 
+def read_only_disk(path: object, flags: int = 0, *_: object) -> None:
+    """That of the folder VALUE."""
+    if str(path).startswith(VALUE) and flags & (os.O_CREAT | os.O_RDWR):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
 def stops(matches: Callable[..., bool] = lambda *_: True) -> Callable[..., None]:
     """Stop this process in its tracks, the VALUE-th time that the arguments match."""
     left = int(VALUE)
@@ -108,6 +114,8 @@ match FAULT:
         replaced(RunDir, "_claim", lambda run: shutil.copytree(VALUE, run.path))
     case "no room to rewind":
         replaced(RunDir, "_rewind", full_disk)
+    case "read-only disk":
+        replaced(os, "open", read_only_disk)
     case "stops before a checkpoint gets its name":
         replaced(Path, "rename", stops(lambda path, *_: path.name.endswith("-1.tmp")))
     case "stops while a checkpoint is written":

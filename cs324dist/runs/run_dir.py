@@ -98,6 +98,7 @@ class RunDir:
         self.path = path
         self._lease: Lease | None = None
         self._is_new = self._started = False
+        self._read_only: UserError | None = None  # a finished run can still say that it is
         self._metrics: FileIO | None = None
         self._metrics_lines = 0
         self._size = 0  # of the metrics that are surely on the disk
@@ -167,7 +168,9 @@ class RunDir:
             clear_temporaries(self.path / "samples", "", self.generation)
             clear_unfinished(self.checkpoints, self.generation)
         except OSError as error:
-            raise self.unwritable(error) from None
+            self._read_only = self.unwritable(error)
+            if error.errno != errno.EROFS or not self._is_finished():
+                raise self._read_only from None
 
     def start(self, record: RunRecord, environment: Environment, step: int, metrics_lines: int) -> None:
         """Write down what is about to run, and drop the metrics past the checkpoint of `step`.
@@ -175,6 +178,8 @@ class RunDir:
         Raises:
             UserError: the folder cannot be written to.
         """
+        if self._read_only:
+            raise self._read_only
         self.check_owned()
         self._started = True
         before = self._latest_environment()
@@ -267,12 +272,16 @@ class RunDir:
 
     def finish(self, step: int, keep_last: int, keep_best: str = "") -> None:
         """Mark a complete run finished if a crash prevented it."""
-        with suppress(UserError):
-            if self.read_status().state == "finished":
-                return
+        if self._is_finished():
+            return
         self._started = True
         self.keep_newest(keep_last, keep_best)
         self.write_status("finished", step)
+
+    def _is_finished(self) -> bool:
+        with suppress(UserError):
+            return self.read_status().state == "finished"
+        return False
 
     def keep_newest(self, count: int, best: str = "") -> None:
         """Delete all but the newest `count` checkpoints and the best; warn of one that cannot be deleted.
