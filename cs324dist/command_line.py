@@ -51,6 +51,9 @@ def from_command_line(
         UserError: a line for every value that is not allowed.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    for word in (sys.argv[0], *arguments):
+        if re.search(r"[\ud800-\udfff]", word):
+            raise UserError(f"{word} is not UTF-8, which the files of a run are: give another name")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", nargs="?", const="", default=next(iter(presets)))
     chosen = first.parse_known_args(arguments)[0].preset

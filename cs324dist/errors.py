@@ -43,14 +43,14 @@ class RunFailed(ReportedError):
     exit_code = EXIT_FAILED
 
 
-def printable(value: object) -> str:
-    """A value from an untrusted file as part of a line: printable characters only, at most 200."""
-    return "".join(character for character in str(value)[:200] if character.isprintable())
+def printable(value: object, length: int | None = 200) -> str:
+    """A value from an untrusted file or a path as part of a line: printable characters only, at most so many."""
+    return "".join(character for character in str(value)[:length] if character.isprintable())
 
 
 def say(text: str) -> None:
-    """Print a line to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a line to stderr; paths in it may hold anything."""
+    print(printable(text, None), file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
@@ -72,7 +72,7 @@ def errors_as_exit_codes() -> Iterator[None]:
             place = "" if RANK == "0" else f" on rank {RANK}"
         else:
             place = f" on rank {RANK}" if WORLD_SIZE > 1 else ""
-        sys.stderr.writelines(f"error{place}: {line}\n" for line in error.lines)
+        sys.stderr.writelines(f"error{place}: {printable(line, None)}\n" for line in error.lines)
         exit_process(error.exit_code)
     except KeyboardInterrupt:
         if RANK == "0":
