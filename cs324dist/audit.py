@@ -5,10 +5,11 @@ other code: each makes the replay end elsewhere.
 """
 
 import dataclasses
+import math
 import os
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -49,6 +50,11 @@ SIZES: Mapping[str, Sequence[tuple[str, type[Any], str, str]]] = {
     "lstm": [("lstm", LSTM, "hidden_size", "hidden_size"), ("rnn", RNN, "hidden_size", "hidden_size")],
     "gan": [("generator", Generator, "input_dim", "latent_dim")],
 }
+BYTES: Mapping[str, Callable[[Any], int]] = {  # that a step takes for each sample, about
+    "lstm": lambda config: 4 * config.length * (12 * config.hidden_size + 20),
+    "gan": lambda _: 1 << 20,
+    "classifier": lambda _: 1 << 18,
+}
 NEEDED = {"precision", "compiled"}  # of an environment; the rest is warned about
 BY_DDP = {"processes", "threads"}  # needed as well, unless there are micro-batches
 
@@ -79,7 +85,12 @@ class Interval:
 
 
 def audit(
-    path: Path, task_name: str | None, count: int | None, from_start: bool, data_root: Path = Path("data")
+    path: Path,
+    task_name: str | None,
+    count: int | None,
+    from_start: bool,
+    data_root: Path = Path("data"),
+    memory: int = 4,
 ) -> None:
     """Replay `count` intervals of a run, drawn at random, or all, and compare what they end in bit for bit.
 
@@ -89,6 +100,7 @@ def audit(
         count: how many intervals between kept checkpoints; None for all.
         from_start: also replay from the first step to the oldest kept checkpoint.
         data_root: folder of the data sets, whatever the run names; nothing is fetched into it.
+        memory: GiB that a step of the project's tasks may take, whatever the run's options ask for.
 
     Raises:
         UserError: the run cannot be replayed here.
@@ -136,6 +148,8 @@ def audit(
         for interval in chosen:
             config = config_of(interval)
             check_sizes(interval.owner, record.task, config, interval.end)
+            batch = config.batch_size // accelerator.num_processes
+            check_memory(interval.owner, record.task, config, batch, memory)
             if trainer is None or config != trained_config or interval.start is None:
                 trainer, trained_config = Trainer(task_type(config, accelerator.device), accelerator), config
             differences = _replay(trainer, interval, rows)
@@ -221,6 +235,20 @@ def check_sizes(owner: Path, task: str, config: Config, checkpoint: Path) -> Non
         there, given = load_model(checkpoint / folder, model).config[size], getattr(config, name)
         if given != there:
             raise UserError(f"{owner}: {name} is {given}, but {there} in {checkpoint}")
+
+
+def check_memory(owner: Path, task: str, config: Config, batch: int, memory: int) -> None:
+    """Check that a step of a process's `batch` samples takes about `memory` GiB at most.
+
+    Raises:
+        UserError: it takes more.
+    """
+    needed = batch * BYTES.get(task, lambda _: 0)(config) / (1 << 30)
+    if needed > memory:
+        raise UserError(
+            f"{owner}: a step of {batch} samples takes about {needed:.0f} GiB, and may take {memory}: "
+            f"if you trust the run, give --memory {math.ceil(needed)}"
+        )
 
 
 def _replay(trainer: Trainer, interval: Interval, rows: Mapping[int, Mapping[str, float]]) -> list[str]:

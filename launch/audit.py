@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from annotated_types import Interval
+
 from cs324dist.audit import audit
 from cs324dist.command_line import parse
 from cs324dist.config import POSITIONAL, Count
@@ -36,9 +38,19 @@ class Audit:
     data_root: Path = Path("data")
     """Folder of the data sets; nothing is fetched into it."""
 
+    memory: Annotated[int, Interval(ge=1, le=1 << 20)] = 4
+    """GiB that a step may take in each process, whatever the run's options ask for."""
+
 
 if __name__ == "__main__":
     with errors_as_exit_codes():
         options = parse(Audit, __doc__)
-        audit(options.run, options.task, options.intervals, options.from_start, options.data_root)
+        audit(
+            options.run,
+            options.task,
+            options.intervals,
+            options.from_start,
+            options.data_root,
+            options.memory,
+        )
         exit_process(0)

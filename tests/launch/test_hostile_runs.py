@@ -255,6 +255,21 @@ def test_an_audit_fetches_nothing_and_reads_no_data_that_the_run_names(gan, refu
     assert f"{empty}/MNIST/raw lacks train-images-idx3-ubyte: give --data-root" in line
 
 
+@pytest.mark.parametrize(("name", "gib"), [("lstm", 5), ("gan", 977)])
+def test_an_audit_takes_no_more_memory_than_it_may(name, gib, refused, request):
+    hostile = request.getfixturevalue(name)
+    owner = hostile.run / "owners" / "1.json"
+    for path in (hostile.run / "config.json", owner):
+        content = json.loads(path.read_text())
+        content["config"] |= {"batch_size": 1_000_000} | ({"length": 12} if name == "lstm" else {})
+        path.write_text(json.dumps(content))
+    (line,) = refused(hostile, "launch/audit.py", hostile.run, "--from-start")
+    assert line == (
+        f"error: {owner}: a step of 1000000 samples takes about {gib} GiB, and may take 4: "
+        f"if you trust the run, give --memory {gib + (name == 'lstm')}"
+    )
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "owners", "wandb", ".wandb", "profile"])
 def test_a_folder_that_is_a_link_to_another_place(lstm, refused, name):
     shutil.rmtree(lstm.run / name, ignore_errors=True)
