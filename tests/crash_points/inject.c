@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
 #include <sys/stat.h>
@@ -14,7 +15,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum action { WATCH, STOP, STOP_AT_CHANGES, TERMINATE, FAIL_ONCE, FAIL_FROM, NO_SPACE_FROM, LOSE_FSYNC };
+enum action { WATCH, STOP, STOP_AT_CHANGES, TERMINATE, FAIL_ONCE, FAIL_FROM, NO_SPACE_FROM, LOSE_FSYNC, KILL };
 enum kind { LOOK = 'l', READ = 'r', CHANGE = 'c', SPACE = 's', SYNC = 'f' };  // SPACE: a change that needs room on the disk
 
 static char folder[4096];
@@ -29,6 +30,15 @@ void arm(const char *path, long number, int what, int error_number, int descript
 
 void disarm(void) { armed = 0; }
 
+// In a launch of several processes, the first.
+__attribute__((constructor)) static void arm_the_first(void) {
+  const char *rank = getenv("RANK"), *point = getenv("CRASH_POINT");
+  long number;
+  int what, error_number, path;
+  if (rank && !strcmp(rank, "0") && point && sscanf(point, "%ld %d %d %n", &number, &what, &error_number, &path) == 3)
+    arm(point + path, number, what, error_number, open(getenv("CRASH_REPORT"), O_WRONLY | O_APPEND | O_CLOEXEC));
+}
+
 // To this thread, which then goes no further; another thread might take a signal to the process.
 static void raise_here(int number) { syscall(SYS_tgkill, getpid(), syscall(SYS_gettid), number); }
 
@@ -42,6 +52,7 @@ static int fails(const char *operation, const char *path, int kind) {
   syscall(SYS_write, report, line, size);
   if ((action == STOP && number == at) || (action == STOP_AT_CHANGES && changes)) raise_here(SIGSTOP);
   if (action == TERMINATE && number == at) raise_here(SIGTERM);
+  if (action == KILL && number == at) raise_here(SIGKILL);
   int failing = (action == FAIL_ONCE && number == at) || (action == FAIL_FROM && number >= at) ||
                 (action == NO_SPACE_FROM && number >= at && kind == SPACE) || (action == LOSE_FSYNC && number == at && kind == SYNC);
   errno = failing ? error : saved;

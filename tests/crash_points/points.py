@@ -28,8 +28,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import launches
 from disk import Disk, Tree, half_written, read_tree, write_tree
 from guards import GUARDS
+from launches import Launch
 from starts import STOPPED, Action, Command, Operation, Start, prepare_to_fork
 
 from cs324dist.distributed.stop import StopRequest
@@ -47,6 +49,7 @@ COMMON = (
 TABLE = REPOSITORY / "examples" / "spirals.csv"
 COMMANDS = {
     "lstm": Command("lstm", f"{COMMON} --length 4 --hidden-size 4".split()),
+    "lstm launched": Command("lstm", f"{COMMON} --length 4 --hidden-size 4 --micro-batches 4".split()),
     "classifier": Command("classifier", f"{COMMON} --dataset fake".split()),
     "mlp": Command(f"{REPOSITORY}/examples/mlp.py:MLPTask", f"{COMMON} --data {TABLE}".split()),
     "gan": Command("gan", f"{COMMON} --dataset fake --latent-dim 8 --keep-last 1 --steps 4".split()),
@@ -121,7 +124,7 @@ class Worker:
                 "names lost": disk.tree(names_lost=True),
                 "bytes and names lost": disk.tree(bytes_lost=True, names_lost=True),
             }
-            snapshots[operation.number] = Snapshot(self._saved(), {"killed": now, **power_cuts})
+            snapshots[operation.number] = Snapshot(self.saved(), {"killed": now, **power_cuts})
             if operation.name == "fsync":
                 disk.sync(self.run / operation.path)
             last = operation
@@ -143,7 +146,8 @@ class Worker:
         if elsewhere and not has_moved:
             sys.exit(f"inject.c does not see what changed {sorted(elsewhere)} after {operation}")
 
-    def _saved(self) -> int:
+    def saved(self) -> int:
+        """The step that `status.json` says is saved."""
         with suppress(UserError):  # none yet, or half of one where it is written in place
             return RunDir(self.run).read_status().step
         return 0
@@ -160,12 +164,7 @@ class Worker:
 
     def finish(self, case: Case, saved: int = 0, excused: str = "") -> list[str]:
         """Start once more; returns what is wrong with how it goes on from what was saved, and ends."""
-        start = self.start(case.command)
-        problems = ends_badly(case, start, self.run, excused=excused)
-        begun = re.search(r"continuing from step (\d+)|starting at step (0)", "\n".join(start.said))
-        if begun and int(begun[1] or begun[2]) < saved:
-            problems.append(f"step {saved} was said to be saved, but it is {begun[0]}")
-        return problems
+        return goes_on_badly(case, self.start(case.command), self.run, saved, excused)
 
 
 def incomplete(run: Path) -> list[str]:
@@ -186,7 +185,7 @@ def essential(run: Path) -> dict[str, bytes]:
     for path in sorted(newest.rglob("*.*")) if newest else ():
         content = path.read_bytes()
         if path.name == "trainer.json":
-            facts = {k: v for k, v in json.loads(content).items() if k not in ("generation", "own_sha256")}
+            facts = {k: v for k, v in json.loads(content).items() if k not in ("processes", "own_sha256")}
             content = json.dumps(facts).encode()
         found[f"newest checkpoint/{path.relative_to(newest)}"] = content
     for name in ("metrics.jsonl", "status.json"):
@@ -201,7 +200,7 @@ def differences(found: Tree, expected: Tree) -> list[str]:
     )
 
 
-def strange_lines(start: Start, expected: str = "") -> list[str]:
+def strange_lines(start: Start | Launch, expected: str = "") -> list[str]:
     """What a process said, except for what processes say and what is expected here."""
     lines = [line for line in start.said if not re.fullmatch(NORMAL + expected, line)]
     return [
@@ -210,13 +209,24 @@ def strange_lines(start: Start, expected: str = "") -> list[str]:
     ]
 
 
-def ends_badly(case: Case, start: Start, run: Path, expected: str = "", excused: str = "") -> list[str]:
+def ends_badly(
+    case: Case, start: Start | Launch, run: Path, expected: str = "", excused: str = ""
+) -> list[str]:
     """What is wrong with how a start has ended that should have finished the run; some files are excused."""
     problems = strange_lines(start, expected)
     if start.code != 0:
         return [f"it ends with {start.code}", *problems]
     differing = [path for path in differences(essential(run), case.whole) if not re.fullmatch(excused, path)]
     return [*problems, *(f"it ends with another {path}" for path in differing)]
+
+
+def goes_on_badly(case: Case, start: Start | Launch, run: Path, saved: int, excused: str = "") -> list[str]:
+    """What is wrong with how a start went on from what was saved, and has ended."""
+    problems = ends_badly(case, start, run, excused=excused)
+    begun = re.search(r"continuing from step (\d+)|starting at step (0)", "\n".join(start.said))
+    if begun and int(begun[1] or begun[2]) < saved:
+        problems.append(f"step {saved} was said to be saved, but it is {begun[0]}")
+    return problems
 
 
 Row = dict[str, Any]
@@ -323,6 +333,25 @@ def both_frozen(worker: Worker, case: Case, number: int) -> list[str]:
     return [f"{problem} (the second owner was frozen at {where})" for problem in problems]
 
 
+def launched(worker: Worker, point: "Point") -> list[str]:
+    """A launch of two processes, of which the first meets the fault, and then one of another number."""
+    write_tree(worker.run, {})
+    action, error = launches.FAULTS[point.fault]
+    first = Launch(point.case.command, worker.run, 2, action, point.number, error)
+    said = "\n".join(first.said)
+    problems = []
+    if first.code not in ((1,) if action == Action.KILL else (0, 1)) or len(first.operations) < point.number:
+        problems.append(f"it ends with {first.code} after {len(first.operations)} operations")
+    if first.code == 1 and action != Action.KILL and "error: " not in said:
+        problems.append("it ends with no error")
+    if said.count("Traceback (most recent call last):") > (first.code == 1):  # one is the launcher's
+        problems.append("it says a traceback")
+    saved, processes = worker.saved(), 1 + point.number % 3
+    again = Launch(point.case.command, worker.run, processes)
+    problems += goes_on_badly(point.case, again, worker.run, saved)
+    return [f"{problem} (continued on {processes})" for problem in problems]
+
+
 HALF = "half written"
 TROUBLE = (errno.EIO, errno.ESTALE)
 FAULTS: dict[str, tuple[str, int, Trial]] = {  # the kinds of operations that they strike, and one of how many
@@ -368,6 +397,7 @@ def interrupted_evaluation() -> None:
     StopRequest.until_stopped = until_stopped
 
 
+ON_TWO = "lstm on 2 processes"
 CASES = {  # the command, what it finds, and of how many points one is tried
     "lstm fresh": ("lstm", "nothing", 1),
     "lstm resumed": ("lstm", "a checkpoint half written", 4),
@@ -375,6 +405,7 @@ CASES = {  # the command, what it finds, and of how many points one is tried
     "mlp fresh": ("mlp", "nothing", 23),
     "classifier fresh": ("classifier", "nothing", 47),
     "gan fresh": ("gan", "nothing", 173),
+    ON_TWO: ("lstm launched", "nothing", 41),
 }
 
 
@@ -382,6 +413,12 @@ def build(name: str, worker: Worker) -> Case:
     """Record a case."""
     task, found, _ = CASES[name]
     command, template, whole = COMMANDS[task], {}, None
+    if name == ON_TWO:
+        write_tree(worker.run, {})
+        undisturbed = Launch(command, worker.run, 2)
+        if undisturbed.code != 0 or strange_lines(undisturbed):
+            sys.exit(f"{name}: undisturbed, and yet: {undisturbed.code}, {undisturbed.said}")
+        return Case(name, command, {}, undisturbed.operations, {}, essential(worker.run))
     if found != "nothing":
         fresh = worker.record(name, command, {})
         whole = fresh.whole
@@ -397,7 +434,7 @@ def build(name: str, worker: Worker) -> Case:
 
 
 def points(case: Case, faults: list[str]) -> Iterator[Point]:
-    for fault in faults:
+    for fault in faults if case.name != ON_TWO else [f for f in faults if f in launches.FAULTS]:
         kinds, stride, _ = FAULTS[fault]
         struck = [o for o in case.operations if o.kind in kinds and (fault != HALF or o.name == "write")]
         yield from (Point(case, fault, operation.number) for operation in struck[::stride])
@@ -425,6 +462,8 @@ def try_all(todo: list[Point], jobs: int, folder: Path) -> Iterator[tuple[Point,
 
 
 def try_one(worker: Worker, point: Point) -> list[str]:
+    if point.case.name == ON_TWO:
+        return launched(worker, point)
     return FAULTS[point.fault][2](worker, point.case, point.number)
 
 
@@ -470,7 +509,8 @@ def main() -> None:
     began = time.monotonic()
     cases = [] if arguments.without else arguments.case or list(CASES)
     guards = list(GUARDS) if arguments.out else arguments.without
-    used = {CASES[name][0] for name in [*cases, *(GUARDS[guard][0] for guard in guards)]}
+    forked = [name for name in cases if name != ON_TWO]
+    used = {CASES[name][0] for name in [*forked, *(GUARDS[guard][0] for guard in guards)]}
     prepare_to_fork([COMMANDS[name] for name in sorted(used)], arguments.folder)
 
     seen: Counter[str] = Counter()

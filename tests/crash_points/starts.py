@@ -26,10 +26,9 @@ PR_SET_PDEATHSIG = 1
 HANGS, STOPPED = "hangs", "stopped"
 Action = IntEnum(
     "Action",
-    "WATCH STOP STOP_AT_CHANGES TERMINATE FAIL_ONCE FAIL_FROM NO_SPACE_FROM LOSE_FSYNC",
+    "WATCH STOP STOP_AT_CHANGES TERMINATE FAIL_ONCE FAIL_FROM NO_SPACE_FROM LOSE_FSYNC KILL",
     start=0,
 )
-CHANGES = "csf"
 library = ctypes.CDLL(os.environ["LD_PRELOAD"])
 library.arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_int]
 
@@ -43,9 +42,10 @@ class Operation:
     name: str
     path: str
 
-    @property
-    def changes(self) -> bool:
-        return self.kind in CHANGES
+    @staticmethod
+    def read(line: str) -> "Operation":
+        number, *words = line.rstrip("\n").split(" ", 3)
+        return Operation(int(number), *words)
 
     def __str__(self) -> str:
         return f"k={self.number} {self.name} {self.path}"
@@ -134,8 +134,7 @@ class Start:
 
     @property
     def operations(self) -> list[Operation]:
-        lines = (line.split(" ", 3) for line in _read(self._report).splitlines())
-        return [Operation(int(number), *words) for number, *words in lines]
+        return [Operation.read(line) for line in _read(self._report).splitlines()]
 
 
 def _read(file: IO[bytes]) -> str:
