@@ -44,7 +44,7 @@ class RunFailed(ReportedError):
 
 
 def printable(value: object, length: int | None = 200) -> str:
-    """A value from an untrusted file or a path as part of a line: printable characters only, at most so many."""
+    """A path, or a value from an untrusted file, as part of a line: at most `length` printable characters."""
     return "".join(character for character in str(value)[:length] if character.isprintable())
 
 

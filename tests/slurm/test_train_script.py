@@ -12,8 +12,8 @@ SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sh"
 PROGRAMS = {
     "python": 'case $* in *--dry-run) echo "{\\"run_dir\\": \\"$RUN\\"}" ;; *) echo "$RUN" ;; esac',
     "srun": 'mkdir -p -- "$RUN"; cp "$STATUS" "./$RUN/status.json"; exit 75',
-    "scontrol": 'case $* in *requeue*) echo "$*" >>requeues ;; '
-    '*show\\ job*) echo "JobState=RUNNING Reason=None Restarts=$SLURM_RESTART_COUNT BatchFlag=1" ;; *) echo n1 ;; esac',
+    "scontrol": 'case $* in *requeue*) echo "$*" >>requeues ;; *hostnames*) echo n1 ;; '
+    '*) echo "JobState=RUNNING Reason=None Restarts=$SLURM_RESTART_COUNT BatchFlag=1" ;; esac',
 }
 
 
