@@ -180,7 +180,7 @@ class Trackers:
         try:
             log()
         except Exception as error:  # whatever its client raises, training goes on
-            _warn(f"{error}; nothing more is recorded there")
+            _warn(f"{_without_login(error)}; nothing more is recorded there")
             self._accelerator.trackers = []
 
     @staticmethod
@@ -192,16 +192,16 @@ class Trackers:
             for tracker in () if leave_group else accelerator.trackers:
                 tracker.finish()
         except Exception as error:
-            _warn(str(error))
+            _warn(_without_login(error))
 
 
 def _warn(text: str) -> None:
-    warn(f"Weights & Biases: {_without_login(text)}")
+    warn(f"Weights & Biases: {text}")
 
 
-def _without_login(text: object) -> str:
+def _without_login(said: object) -> str:
     """What its client says, printable and without the user and password of an address."""
-    return re.sub(r"//[^/\s]*@", "//", printable(text))
+    return printable(re.sub(r"//[^/\s]*@", "//", str(said)))
 
 
 def open_wandb(accelerator: Accelerator, config: Config, run: RunDir) -> None:
@@ -230,7 +230,7 @@ def open_wandb(accelerator: Accelerator, config: Config, run: RunDir) -> None:
         _init(accelerator, config, run, mode)
         _log_again(accelerator, run)
     except Exception as error:
-        _warn(f"{error}; nothing is recorded there")
+        _warn(f"{_without_login(error)}; nothing is recorded there")
         accelerator.trackers = []
 
 
