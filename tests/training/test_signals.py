@@ -272,7 +272,7 @@ class TestSampling:
         with process:
             assert process.stderr.readline() == "drawing\n"
             if moment == "writing":
-                wait_until((tmp_path / ".samples.safetensors.tmp").exists)
+                wait_until(lambda: list(tmp_path.glob(".samples.safetensors.*.tmp")))
             process.send_signal(number)
             said = process.stderr.read()
             code = process.wait(LIMIT)
