@@ -113,7 +113,8 @@ def _first_perfect(run: Run) -> tuple[int | None, int | None]:
 
 
 def _every_metric(runs: Runs) -> list[Chart]:
-    names = dict.fromkeys(name for _, run in runs for name in run.metrics)
+    found = (name for _, run in runs for name in run.metrics)
+    names = dict.fromkeys(name for name in found if not name.startswith("throughput/"))
     return charts(runs, [Metric(name, name, unit="%" if "accuracy" in name else "") for name in names])
 
 

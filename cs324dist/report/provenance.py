@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from cs324dist.config import option
@@ -22,6 +23,14 @@ def settings(run: Run) -> list[tuple[str, str, str | None]]:
         if name not in WITHOUT_EFFECT
     ]
     return sorted(found, key=lambda setting: setting[2] is None)
+
+
+def differing(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """The options that differ between runs: their names, and for each run its name and their values."""
+    names = dict.fromkeys(name for run in runs for name in run.record.config if name not in WITHOUT_EFFECT)
+    found = [name for name in names if len({run.setting(name) for run in runs}) > 1]
+    values = [[run.name, *(run.setting(name) for name in found)] for run in runs]
+    return [option(plain(name)) for name in found], values if found else []
 
 
 def command(run: Run) -> str | None:

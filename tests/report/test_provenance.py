@@ -42,6 +42,15 @@ def test_what_differs_from_the_preset_comes_first(tmp_path: Path) -> None:
     assert ("--hidden-size", "128", None) in settings
 
 
+def test_runs_are_told_apart_by_the_options_that_differ(tmp_path: Path) -> None:
+    paths = [
+        make_lstm(tmp_path / f"{seed}-{length}", length, seed=seed) for seed, length in ((1, 5), (2, 10))
+    ]
+    runs = [read_run(path, path.name) for path in paths]
+    assert provenance.differing(runs) == (["--seed", "--length"], [["1-5", "1", "5"], ["2-10", "2", "10"]])
+    assert provenance.differing(runs[:1]) == ([], [])
+
+
 @dataclass(frozen=True)
 class OwnConfig(Config):
     betas: tuple[float, ...] = (0.9, 0.99)
