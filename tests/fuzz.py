@@ -46,6 +46,7 @@ from unittest import mock
 os.environ |= {"CS324DIST_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -229,7 +230,7 @@ class Copy:
         return ""
 
 
-IMPOSSIBLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+IMPOSSIBLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
 # Mutations. Each changes a copy, and says what it did.
