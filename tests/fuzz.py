@@ -495,11 +495,12 @@ def snapshot(w: Copy) -> set[tuple[Any, ...]]:
     """What there is except for locks and temporary files, which hold nothing; outside, also when read."""
     found = set()
     for path in w.folder.rglob("*"):
-        if path.suffix not in (".lock", ".tmp"):
+        place = path.relative_to(w.folder)
+        if not any(part.endswith((".lock", ".tmp")) for part in place.parts):
             stat, is_folder = path.lstat(), path.is_dir() and not path.is_symlink()
             read = path.is_relative_to(w.outside) and stat.st_atime
             about = () if is_folder else (stat.st_ino, stat.st_size, stat.st_mtime_ns, read)
-            found.add((str(path.relative_to(w.folder)), stat.st_mode, *about))
+            found.add((str(place), stat.st_mode, *about))
     return found
 
 
