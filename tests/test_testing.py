@@ -36,6 +36,7 @@ def task(tmp_path, monkeypatch):
     return written
 
 
+@pytest.mark.slow
 def test_a_task_that_looks_at_its_rank_is_found_out(task, tmp_path):
     assert_same_on_one_process_and_three(task("honest"), tmp_path / "honest")
     with pytest.raises(AssertionError, match=r"differ in model/model.safetensors, line 1 of metrics.jsonl"):

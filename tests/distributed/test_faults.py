@@ -27,8 +27,8 @@ def largest_distance(weights, expected):
     [
         ("offset_rank", "lstm course", LSTM),
         ("sum_for_mean", "lstm course", LSTM),
-        ("unreduced_gradients", "lstm course", LSTM),
-        ("shuffle_restarted_on_resume", "lstm course", LSTM),
+        pytest.param("unreduced_gradients", "lstm course", LSTM, marks=pytest.mark.slow),
+        pytest.param("shuffle_restarted_on_resume", "lstm course", LSTM, marks=pytest.mark.slow),
         pytest.param("local_batch_norm", "gan course", GAN, marks=pytest.mark.slow),
     ],
 )

@@ -54,6 +54,7 @@ def test_accelerate_with_one_process_has_it_too(launch, tmp_path, one_process):
     assert_same_curve(run, one_process)
 
 
+@pytest.mark.slow
 def test_torchrun_with_four_processes_has_it_too(launch, tmp_path, one_process):
     run = tmp_path / "run"
     launch(*TRAIN, "--run-dir", run, launcher="torchrun", options=("--nproc_per_node", "4"))

@@ -41,7 +41,8 @@ def plain_loop() -> dict:
     }
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 3])
 def test_with_ddp_it_is_the_plain_loop(taken, float64, processes):
     found, expected = taken(processes, 0), plain_loop()
     for name, weights in expected["weights"].items():

@@ -38,7 +38,8 @@ def uninterrupted(train, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 4])
 def test_it_stays_on_the_path(train, uninterrupted, tmp_path, processes):
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)

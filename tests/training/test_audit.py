@@ -91,6 +91,7 @@ def test_one_flipped_bit_of_one_weight_is_found_and_named(launch, copy, step, fo
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_what_three_processes_made_of_micro_batches_is_audited_by_one(launch, tmp_path):
     run = tmp_path / "run"
     three = {"launcher": "torchrun", "options": ("--nproc_per_node", "3")}
@@ -147,6 +148,7 @@ def test_a_folder_that_is_no_run_and_a_run_with_one_checkpoint_are_refused(launc
     assert "steps 0 to 20: equal" in launch("launch/audit.py", copy, "--from-start").stdout
 
 
+@pytest.mark.slow
 def test_each_interval_is_taken_again_as_its_owner_took_it_or_it_is_said_why_not(launch, copy):
     """Steps 20 to 25 are taken with another kernel, and 25 to 30 also with another number of threads."""
     mend(copy / "checkpoints" / "000000020-1", evaluation_owed=True)  # the next owner makes up for it
