@@ -37,11 +37,13 @@ def one_thread(monkeypatch):
     monkeypatch.setenv("CS324DIST_THREADS", "1")
 
 
+@pytest.mark.slow
 def test_photos_is_the_same_on_one_process_and_three(photos, tmp_path):
     assert_same_on_one_process_and_three(photos, tmp_path)
     assert 0 <= metrics(tmp_path / "one")[-1]["eval/accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_gpt_is_the_same_on_one_process_and_three(gpt, tmp_path):
     assert_same_on_one_process_and_three(gpt, tmp_path)
     losses = [row["eval/loss"] for row in metrics(tmp_path / "one") if "eval/loss" in row]

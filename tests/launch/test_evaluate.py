@@ -19,6 +19,7 @@ def run(launch, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_figures_are_printed_and_stored_and_repeat_to_the_last_digit(launch, run, mnist_root, tmp_path):
     command = ("launch/evaluate.py", run, "--count", "1000", "--data-root", mnist_root)
     done = launch(*command)
