@@ -207,6 +207,7 @@ class Copy:
         self.origin, self.problem = next(steps, None), "no checkpoint holds what was read"
         if any(map(is_in, self.other.checkpoints.values())):
             self.problem = ""  # a whole checkpoint of the other run
+            return
         for checkpoint in self.run.glob("checkpoints/[0-9]*") if self.forged and not self.origin else ():
             with suppress(Exception):  # not one that can be read
                 if is_in(found := content(checkpoint)):
