@@ -38,12 +38,14 @@ def test_every_block_is_a_file():
     assert [name for name, _ in BLOCKS] == files
 
 
+@pytest.mark.slow
 def test_the_script_runs_and_the_task_learns(run, tmp_path):
     run("train.py")
     run("my_task.py", "--wandb", "disabled", "--run-dir", "run")
     assert metrics(tmp_path / "run")[-1]["eval/accuracy"] > 0.8
 
 
+@pytest.mark.slow
 def test_the_weighted_task_stops_early(run, tmp_path):
     often = ("--evaluate-every", "4", "--steps", "400")
     run("weighted.py", *often, "--wandb", "disabled", "--run-dir", "run")

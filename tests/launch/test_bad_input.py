@@ -166,6 +166,7 @@ def test_two_commands_for_one_new_folder(launch, lstm_run, tmp_path):
     assert left == {name: content for name, content in before.items() if not name.endswith(".lock")}
 
 
+@pytest.mark.slow
 def test_digits_of_a_run_that_draws_none(launch, tmp_path, lstm_run):
     run = tmp_path / "run"
     options = ("--preset", "smoke", "--dataset", "fake", "--steps", "1", "--wandb", "disabled")

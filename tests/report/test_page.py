@@ -106,6 +106,7 @@ def test_a_run_whose_configuration_is_damaged(tmp_path: Path, content: str) -> N
     assert Page((tmp_path / "report.html").read_text()).open == []
 
 
+@pytest.mark.slow
 def test_ten_runs_fit_into_five_megabytes(tmp_path: Path) -> None:
     frames = make_gan(tmp_path / "0", frames=60)
     for number in range(1, 10):

@@ -54,6 +54,7 @@ def test_three_processes_stop_together(launch, done, tmp_path):
     assert content_of(run)["model/model.safetensors"] == content_of(done[0])["model/model.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_run_that_only_became_done_is_done_where_it_is(launch, done, tmp_path):
     run = tmp_path / "run"
     launch(*STOPPING, "--steps", "40", "--patience", "9", "--run-dir", run)

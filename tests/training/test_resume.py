@@ -36,7 +36,9 @@ def never_stopped(launch, tmp_path_factory):
     return content_of(run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["TERM", "INT"]
+)
 def test_a_signal_leads_to_a_checkpoint_and_exit_code_75(
     tmp_path, launch_environment, launch, never_stopped, number
 ):
@@ -161,7 +163,7 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_it_taken(run
     assert content_of(run) == content_of(finished)
 
 
-@pytest.mark.parametrize("launcher", ["python", "torchrun"])
+@pytest.mark.parametrize("launcher", ["python", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_at_the_start_is_one_line_and_nobody_hangs(run, launch, launcher):
     before = files_of(run)
     options = ("--nproc_per_node", "2") if launcher == "torchrun" else ()

@@ -23,7 +23,7 @@ def as_written(secret: str) -> list[bytes]:
     return encoded
 
 
-@pytest.mark.parametrize("mode", ["offline", "online"])
+@pytest.mark.parametrize("mode", [pytest.param("offline", marks=pytest.mark.slow), "online"])
 def test_no_file_of_a_run_holds_a_secret_of_the_environment(launch, tmp_path, mode):
     run = tmp_path / "run"
     command = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--steps", "4", "--batch-size", "8")

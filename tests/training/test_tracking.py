@@ -181,6 +181,7 @@ def test_disabled_leaves_no_trace(launch, tmp_path):
     ],
     ids=["TERM", "KILL"],
 )
+@pytest.mark.slow
 def test_the_segments_of_an_interrupted_run_make_up_its_metrics(launch, launch_environment, tmp_path, number):
     run = tmp_path / "run"
     command = ("launch/lstm.py", "--length", "10", "--steps", "60", "--log-every", "1", "--wandb", "offline",
