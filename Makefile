@@ -63,8 +63,8 @@ chaos: .venv/installed  ## 200 kills at random moments, every end compared bit f
 crash-points: .venv/installed  ## fail at every file operation of a run, and compare its end (about 10 minutes on 2 cores)
 	$(BIN)/python tests/crash_points --jobs 2 --out benchmarks/results/crash_points.json
 
-fuzz: .venv/installed  ## damage run folders in 10 000 ways, and read them (about 33 minutes on 2 cores)
-	$(BIN)/python tests/fuzz.py
+fuzz: .venv/installed  ## damage run folders in 10 000 ways, and read them (about 20 minutes on 2 cores)
+	$(BIN)/python tests/fuzz.py --jobs 2
 
 slurm-test: .venv/installed  ## jobs, faults and requeues on a real Slurm on this machine (root; under 20 minutes)
 	$(BIN)/python -m pytest -v tests/slurm
