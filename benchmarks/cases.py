@@ -317,7 +317,9 @@ if __name__ == "__main__":
     parser.add_argument("--profile", action="store_true", help="print where its time goes")
     options = parser.parse_args()
     torch.manual_seed(0)
-    with torch.profiler.profile() if options.profile else nullcontext() as profiler:
+    all_threads = torch.profiler._ExperimentalConfig(profile_all_threads=True)  # those of micro-batches too
+    profiled = torch.profiler.profile(experimental_config=all_threads) if options.profile else nullcontext()
+    with profiled as profiler:
         print(CASES[options.case]())
     if profiler:
         print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
