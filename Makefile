@@ -36,10 +36,10 @@ train: .venv/installed  ## train both models on real data, draw from the GAN, an
 	@echo "  runs/strip.png   from a 4 to a 1; as a film: runs/walk.gif"
 	@echo "  runs/gan/samples how they came about, step by step"
 
-test: .venv/installed  ## what a change is checked with (about 12 minutes on 2 cores)
+test: .venv/installed  ## what a change is checked with (under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
-test-all: .venv/installed  ## everything (under 25 minutes on 2 cores)
+test-all: .venv/installed  ## everything (about half an hour on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
 coverage: .venv/installed  ## everything once more, and which lines of the package it reaches

@@ -115,9 +115,14 @@ def content(checkpoint: Path) -> dict[str, Any]:
 
 
 def facts(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:
-    """Type, shape, whether all is finite, and a digest of the bits."""
+    """Type, shape, whether all is finite (statistics: no NaN, as of any buffer), a digest of the bits."""
     return {
-        name: (tensor.dtype, tensor.shape, bool(tensor.isfinite().all()), sha256(tensor.numpy()))
+        name: (
+            tensor.dtype,
+            tensor.shape,
+            bool((~tensor.isnan() if "running_" in name else tensor.isfinite()).all()),
+            sha256(tensor.numpy()),
+        )
         for name, tensor in ((name, tensor.detach().contiguous()) for name, tensor in tensors.items())
     }
 
