@@ -63,7 +63,7 @@ chaos: .venv/installed  ## 200 kills at random moments, every end compared bit f
 crash-points: .venv/installed  ## fail at every file operation of a run, and compare its end (about 15 minutes on 2 cores)
 	$(BIN)/python tests/crash_points --jobs 2 --out benchmarks/results/crash_points.json
 
-fuzz: .venv/installed  ## damage run folders in 10 000 ways, and read them (about 20 minutes on 2 cores)
+fuzz: .venv/installed  ## damage run folders in 10 000 ways, and read them (about 25 minutes on 2 cores)
 	$(BIN)/python tests/fuzz.py --jobs 2
 
 slurm-test: .venv/installed  ## jobs, faults and requeues on a real Slurm on this machine (root; under 20 minutes)
