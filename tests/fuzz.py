@@ -572,9 +572,10 @@ def accepted(w: Copy, there: set[str], lines: list[str]) -> tuple[str, str]:
         return "forged" if w.forged else "unsigned", ""
     if w.rows not in (None, rows):
         return ("unsigned" if w.unsigned or w.forged else "silent acceptance"), f"rows {w.rows}"[:500]
-    of_a_later_owner = any(not name.endswith("-1") for name in there)  # it counts as newer
-    if w.origin == STEPS[-1] or NEWEST not in there or of_a_later_owner:
-        return "harmless", ""
+    names = (re.fullmatch(checkpoints.CHECKPOINT, name) for name in there)
+    owner, newest = max(((int(name[2]), int(name[1])) for name in names if name), default=(0, 0))
+    if w.origin == STEPS[-1] or NEWEST not in there or (owner > 1 and w.origin == newest):
+        return "harmless", ""  # a later owner's counts as newer
     aside = (w.run / "checkpoints" / f"damaged-{NEWEST}").exists()
     if aside and any("moved to" in line and NEWEST in line for line in lines):
         return "set aside", ""
