@@ -1,4 +1,4 @@
-"""Some kills at random moments; `make chaos` is two hundred. See `chaos.py`."""
+"""A few dozen kills at random moments; `make chaos` is two hundred. See `chaos.py`."""
 
 import random
 
@@ -7,17 +7,17 @@ import pytest
 import same_bits
 from chaos import Cell, Outcome, Whole
 
-CELLS = [Cell("lstm", (1,)), Cell("gan", (2,)), Cell("classifier", (1, 2, 3, 4), "bf16")]
+CELLS = [Cell("lstm", (1,)), Cell("lstm", (2,), "bf16"), Cell("gan", (2,)), Cell("classifier", (1, 2, 3, 4))]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # seconds; it takes two minutes on two cores
+@pytest.mark.timeout(1200)  # seconds; it takes three minutes on two cores
 def test_no_kill_changes_how_a_run_ends():
-    outcomes = chaos.chaos(kills=16, seed=7, jobs=1, cells=dict.fromkeys(CELLS, 1))
+    outcomes = chaos.chaos(kills=24, seed=7, jobs=1, cells=dict.fromkeys(CELLS, 1))
     assert [outcome.mismatches for outcome in outcomes] == [[]] * len(CELLS)
     assert sum(outcome.orphans for outcome in outcomes) == 0
     kills = [kill for outcome in outcomes for kill in outcome.kills]
-    assert len(kills) >= 16
+    assert len(kills) >= 24
     assert {kill.target for kill in kills} == {"all", "worker", "launcher"}
     assert any(kill.interrupted for kill in kills)
 

@@ -132,7 +132,7 @@ class TestShuffledEpochs:
         items = [shuffle.items(MicroBatch(index, 1)).item() for index in indices]
         assert items == [one_by_one(shuffle, index) for index in indices]
 
-    @settings(deadline=None, max_examples=25)
+    @settings(deadline=None)
     @given(st.integers(1, 64), st.integers(1, 50), st.integers(0, 100), st.integers(1, 4))
     def test_any_number_of_parts_sees_the_same_items(
         self, count: int, size: int, step: int, each: int

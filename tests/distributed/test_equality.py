@@ -24,24 +24,25 @@ GAN_BATCH = 8  # float64 convolutions are slow
 GAN = {"batch_size": GAN_BATCH, "dataset": "fake", "steps": STEPS}
 LSTM_ = {"batch_size": BATCH, "length": LENGTH, "curriculum": 1.0, "steps": STEPS}
 CASES = {"lstm fast": LSTM_, "lstm course": LSTM_, "gan fast": GAN, "gan course": GAN}
+QUICK, OTHERS = ("lstm course", "gan fast"), ("lstm fast", "gan course")
 
 
-@pytest.mark.parametrize("case", ["lstm course", "gan fast"])
+@pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in OTHERS)])
 def test_two_processes_take_the_path_of_one(follow, case):
     one, two = (follow(case, CASES[case], processes=n) for n in (1, 2))
     assert_same_path(two, one)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["lstm fast", "gan course"])
+@pytest.mark.parametrize("case", CASES)
 def test_four_processes_take_the_path_of_one(follow, case):
     one, four = (follow(case, CASES[case], processes=n) for n in (1, 4))
     assert_same_path(four, one)
 
 
 @pytest.mark.slow
-def test_two_nodes_with_two_processes_each_take_the_path_of_one(follow, launch_on_two_nodes, tmp_path):
-    case = "gan fast"
+@pytest.mark.parametrize("case", ["lstm fast", "gan fast"])
+def test_two_nodes_with_two_processes_each_take_the_path_of_one(follow, launch_on_two_nodes, tmp_path, case):
     launch_on_two_nodes(*command(case, CASES[case], tmp_path / "run"))
     assert_same_path(weights_in(newest_checkpoint(tmp_path / "run")), follow(case, CASES[case]))
 
