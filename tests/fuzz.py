@@ -115,7 +115,7 @@ def content(checkpoint: Path) -> dict[str, Any]:
 
 
 def facts(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:
-    """Type, shape, whether all is finite (statistics: no NaN, as of any buffer), a digest of the bits."""
+    """Type, shape, whether all is finite (BatchNorm's statistics: not NaN), a digest of the bits."""
     return {
         name: (
             tensor.dtype,

@@ -96,6 +96,15 @@ def test_a_task_of_ones_own_has_its_metrics_drawn(tmp_path: Path) -> None:
     text = " ".join(Page((tmp_path / "report.html").read_text()).texts)
     assert "mine <b>" in text
     assert "train/accuracy" in text
+    assert "throughput/" not in text  # it is not what one compares by curves
+
+
+def test_the_options_that_differ_between_runs_are_a_table(tmp_path: Path) -> None:
+    paths = tuple(make_lstm(tmp_path / f"run-{seed}", seed=seed) for seed in (41, 42))
+    write_report(paths, tmp_path / "report.html")
+    text = " ".join(Page((tmp_path / "report.html").read_text()).texts)
+    assert "Options that differ" in text
+    assert re.search(r"Run\s+--seed\s+run-41\s+41\s+run-42\s+42", text)
 
 
 @pytest.mark.parametrize("content", ["{", '{"format": 3, "task": 3, "config": []}', "{}"])
