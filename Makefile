@@ -60,7 +60,7 @@ gpu-check: .venv/installed  ## what only a GPU can show (under 25 minutes on one
 chaos: .venv/installed  ## 200 kills at random moments, every end compared bit for bit (under 25 minutes on 2 cores)
 	$(BIN)/python tests/chaos.py
 
-crash-points: .venv/installed  ## fail at every file operation of a run, and compare its end (about 15 minutes on 2 cores)
+crash-points: .venv/installed  ## fail at every file operation of a run, and compare its end (about 12 minutes on 2 cores)
 	$(BIN)/python tests/crash_points --jobs 2 --out benchmarks/results/crash_points.json
 
 fuzz: .venv/installed  ## damage run folders in 10 000 ways, and read them (about 25 minutes on 2 cores)
