@@ -131,9 +131,10 @@ def audit(
     config = run.read_config(config_type)
     with translate_errors(config):
         intervals = list(_intervals(run, config.steps, from_start))
+        made = intervals[-1].environment
         if config.micro_batches is None:
-            os.environ.setdefault("CS324DIST_THREADS", str(min(intervals[-1].environment.threads, 1024)))
-        accelerator = start_accelerator(config.batch_size, config.micro_batches)
+            os.environ.setdefault("CS324DIST_THREADS", str(min(made.threads, 1024)))
+        accelerator = start_accelerator(config.batch_size, config.micro_batches, precision=made.precision)
         here = environment(accelerator.num_processes, accelerator.mixed_precision, _backend(accelerator))
         needed = NEEDED if config.micro_batches else NEEDED | BY_DDP
         chosen = on_main_process(accelerator, lambda: _choose(run, intervals, here, needed, count))

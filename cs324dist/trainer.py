@@ -444,7 +444,9 @@ def main(task: str | type[Task[Any]], description: str | None) -> None:
     if config.dry_run:
         print(json.dumps(as_json(config), indent=2))
         return
-    accelerator = start_accelerator(config.batch_size, config.micro_batches, config.peer_timeout)
+    accelerator = start_accelerator(
+        config.batch_size, config.micro_batches, config.peer_timeout, config.default_precision
+    )
     with StopRequest(accelerator.num_processes, config.peer_timeout) as stop:
         try:
             with translate_errors(config):

@@ -57,11 +57,12 @@ def mnist_root() -> Path:
 
 @pytest.fixture(scope="session")
 def launch_environment() -> dict[str, str]:
-    """What launched programs see: one thread a process, as several run beside each other; no login."""
-    leave_out = {"WANDB_API_KEY", "ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS"}
+    """What launched programs see: float32; one thread a process, as several run at a time; no login."""
+    leave_out = {"WANDB_API_KEY", "OMP_NUM_THREADS"}
     kept = {name: value for name, value in os.environ.items() if name not in leave_out}
     return {
         **kept,
+        "ACCELERATE_MIXED_PRECISION": "no",
         "CS324DIST_THREADS": "1",
         "HF_HOME": os.devnull,
         "NETRC": os.devnull,

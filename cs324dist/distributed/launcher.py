@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import psutil
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
@@ -46,32 +47,34 @@ def check_gpus(gpus: int) -> None:
         )
 
 
+def asked_precision() -> str | None:
+    """The precision that the user asked for; None where nobody did, on one machine.
+
+    accelerate launch itself asks for "no" then. Machines might differ in what they have.
+    """
+    asked, several = os.environ.get("ACCELERATE_MIXED_PRECISION"), _nodes_used() > 1
+    if asked != "no":
+        return asked or ("no" if several else None)
+    launched = _accelerate_launch()
+    if several or launched is None:
+        return asked
+    options, config = launched
+    return asked if options.mixed_precision or (config and config.mixed_precision) else None
+
+
 def check_launcher(world_size: int, is_main_process: bool) -> None:
     """Name a default config that the user may have forgotten; refuse fewer processes than were asked for.
 
     `accelerate launch --cpu --num_processes 2` starts one process and says nothing (accelerate #2741).
     """
     _check_slurm(world_size)
-    try:
-        parent = psutil.Process().parent()
-        command = parent.cmdline() if parent else []
-    except psutil.Error:  # of another user
+    launched = _accelerate_launch()
+    if launched is None:
         return
-    if not any(re.fullmatch(r"(.*/)?accelerate([-_]launch(\.py)?)?|accelerate\..*", w) for w in command[:3]):
-        return
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--num_processes", "--num-processes", type=int)
-    parser.add_argument("--config_file", "--config-file")
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--gradient_accumulation_steps", "--gradient-accumulation-steps")
-    asked, _ = parser.parse_known_args(command)
+    asked, config = launched
     _check_accumulation(asked.gradient_accumulation_steps)  # the environment has it with DeepSpeed only
-    config_file = asked.config_file
-    if config_file is None and not asked.cpu and Path(default_config_file).is_file():
-        config_file = default_config_file
-        if is_main_process:
-            say(f"accelerate launch took its settings from {config_file}")
-    config = load_config_from_file(str(config_file)) if config_file else None
+    if config and asked.config_file is None and is_main_process:
+        say(f"accelerate launch took its settings from {default_config_file}")
     processes = asked.num_processes or (config.num_processes if config else 1) or 1
     if world_size < processes:
         raise UserError(
@@ -80,12 +83,37 @@ def check_launcher(world_size: int, is_main_process: bool) -> None:
         )
 
 
+def _accelerate_launch() -> tuple[argparse.Namespace, Any] | None:
+    """The options that accelerate launch was given, and the configuration that it read; None without it."""
+    try:
+        parent = psutil.Process().parent()
+        command = parent.cmdline() if parent else []
+    except psutil.Error:  # of another user
+        return None
+    if not any(re.fullmatch(r"(.*/)?accelerate([-_]launch(\.py)?)?|accelerate\..*", w) for w in command[:3]):
+        return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_processes", "--num-processes", type=int)
+    parser.add_argument("--cpu", action="store_true")
+    for name in ("config_file", "mixed_precision", "gradient_accumulation_steps"):
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+    asked, _ = parser.parse_known_args(command)
+    file = asked.config_file
+    if file is None and not asked.cpu and Path(default_config_file).is_file():
+        file = default_config_file
+    return asked, load_config_from_file(str(file)) if file else None
+
+
+def _nodes_used() -> int:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def _check_slurm(world_size: int) -> None:
     """Refuse to train apart on each node of a Slurm job, or in each task of a step."""
     nodes = int(os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_JOB_NUM_NODES") or 1)
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or nodes)
-    nodes_used = world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if world_size < tasks or nodes_used < nodes:
+    if world_size < tasks or _nodes_used() < nodes:
         raise UserError(
             f"Slurm started {tasks} tasks on {nodes} nodes, and here {world_size} would train alone: "
             f"submit slurm/gan.sbatch or slurm/lstm.sbatch, or start one with srun --nodes 1 --ntasks 1"

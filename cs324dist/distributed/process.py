@@ -18,17 +18,26 @@ from accelerate.utils import broadcast_object_list
 from torch.distributed.rendezvous import rendezvous
 
 from cs324dist import PARENT
-from cs324dist.distributed.launcher import check_environment, check_gpus, check_launcher
+from cs324dist.distributed.launcher import asked_precision, check_environment, check_gpus, check_launcher
 from cs324dist.errors import ReportedError, RunFailed, UserError, warn
-from cs324dist.runs.environment import has_gpu
+from cs324dist.runs.environment import Precision, has_gpu
 
 Answer = TypeVar("Answer")
 
 
 def start_accelerator(
-    batch_size: int | None = None, micro_batches: int | None = None, peer_timeout: int = 600
+    batch_size: int | None = None,
+    micro_batches: int | None = None,
+    peer_timeout: int = 600,
+    precision: Precision = "no",
 ) -> Accelerator:
     """Join the process group that the launcher described, or run alone.
+
+    Args:
+        batch_size: of the global batch, which the processes share; None if there is none.
+        micro_batches: its equal parts; None for one per process.
+        peer_timeout: seconds after which a collective fails.
+        precision: taken where the user asks for none; bf16 only where this machine has instructions for it.
 
     Raises:
         UserError: fp16 on a CPU, more processes than GPUs or fewer than the launcher or Slurm was asked for,
@@ -41,19 +50,20 @@ def start_accelerator(
     if on_gpu and micro_batches:
         make_deterministic()
     prepare_process(on_cpu=not on_gpu)
-    if not on_gpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+    asked = asked_precision()
+    if not on_gpu and asked == "fp16":
         raise UserError("--mixed_precision fp16 would silently run as float32 on a CPU: give bf16, or no")
     # The vote to stop, over gloo, must time out first: when NCCL does, its watchdog aborts without a word.
     timeout = timedelta(seconds=peer_timeout + (60 if on_gpu else 0))
     rejoin_after_restart("nccl" if on_gpu else "gloo", timeout)
-    accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
-    in_bf16 = on_gpu and accelerator.mixed_precision == "bf16"
-    if (
-        in_bf16
-        and accelerator.is_main_process
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        warn("this GPU emulates bf16, which is slow: give --mixed_precision fp16")
+    accelerator = Accelerator(
+        cpu=not on_gpu,
+        mixed_precision=asked or (precision if precision == "bf16" and _computes_in_bf16(on_gpu) else "no"),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+    )
+    if asked == "bf16" and accelerator.is_main_process and not _computes_in_bf16(on_gpu):
+        what, other = ("GPU", "fp16") if on_gpu else ("processor", "no")
+        warn(f"this {what} emulates bf16, which is slow: give --mixed_precision {other}")
     world_size = accelerator.num_processes
     check_launcher(world_size, accelerator.is_main_process)
     parts = micro_batches or world_size
@@ -68,6 +78,13 @@ def start_accelerator(
     if micro_batches and accelerator.mixed_precision == "fp16":
         raise UserError("--micro-batches would depend on fp16's loss scaling: give --mixed_precision bf16")
     return accelerator
+
+
+def _computes_in_bf16(on_gpu: bool) -> bool:
+    """Whether there are instructions for bf16, so that it is faster than float32."""
+    if on_gpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def rejoin_after_restart(backend: str, timeout: timedelta) -> None:

@@ -44,7 +44,7 @@ def command(run: Run) -> str | None:
     if not script or script.startswith("-") or any(plain(word) != word for word in words):
         return None
     variables = ""
-    if made_in and made_in.precision != "no":
+    if made_in:
         variables += f"ACCELERATE_MIXED_PRECISION={made_in.precision} "
     if made_in and made_in.compiled:
         variables += f"ACCELERATE_DYNAMO_BACKEND={shlex.quote(plain(made_in.compiled))} "

@@ -36,7 +36,7 @@ def test_accelerate_itself_reads_the_config(config):
     assert parsed.use_cpu == config.stem.startswith("cpu")
     processes = {"cpu": 1, "cpu_ddp": 2, "gpu": 1, "gpu_compiled": 1, "multi_gpu": 2, "multi_node": 4}
     assert parsed.num_processes == processes[config.stem]
-    assert parsed.mixed_precision == ("no" if parsed.use_cpu else "bf16")
+    assert parsed.mixed_precision == (None if parsed.use_cpu else "bf16")
 
 
 def test_accelerate_with_two_processes_has_the_loss_curve_of_one(launch, tmp_path, one_process):

@@ -91,6 +91,7 @@ def test_micro_batches_make_a_gpu_deterministic(one_gpu, determinism, micro_batc
 def test_emulated_bf16_is_warned_about(one_gpu, capsys, emulated, precision, warned):
     made = Mock(spec=Accelerator, mixed_precision=precision, is_main_process=True, num_processes=1)
     one_gpu.setattr(process, "Accelerator", lambda **_: made)
+    one_gpu.setenv("ACCELERATE_MIXED_PRECISION", precision)
     one_gpu.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or not emulated
     )

@@ -61,6 +61,9 @@ class OwnConfig(Config):
     words: str = "some"
 
 
+FLOAT32 = "ACCELERATE_MIXED_PRECISION=no "
+
+
 class OwnTask(Task[OwnConfig]):
     name = "mine"
     presets: ClassVar = {"default": OwnConfig(), "deep": OwnConfig(steps=7)}
@@ -93,15 +96,15 @@ def test_the_command_asks_for_the_same_settings(
     config = replace(task.presets[preset], preset=preset, **changes)
     record = replace(run_record(task, config), script="some where/train.py")
     run = replace(read(make_lstm(tmp_path / "run")), record=record)
-    python, script, *arguments = shlex.split(provenance.command(run) or "")
-    assert (python, script) == ("python", "some where/train.py")
+    precision, python, script, *arguments = shlex.split(provenance.command(run) or "")
+    assert (precision, python, script) == (FLOAT32.strip(), "python", "some where/train.py")
     asked = from_command_line(task.presets, "", task.run_name, arguments)
     assert replace(asked, run_dir=None) == config
 
 
 def test_a_run_of_several_processes_is_repeated_by_as_many(tmp_path: Path) -> None:
     command = provenance.command(read(make_gan(tmp_path / "run")))
-    assert command == "torchrun --nproc_per_node 2 launch/gan.py --preset fast --steps 400"
+    assert command == f"{FLOAT32}torchrun --nproc_per_node 2 launch/gan.py --preset fast --steps 400"
 
 
 def test_after_a_takeover_it_is_repeated_by_as_many_as_the_new_owner_has(tmp_path: Path) -> None:
@@ -109,15 +112,16 @@ def test_after_a_takeover_it_is_repeated_by_as_many_as_the_new_owner_has(tmp_pat
     save_generator(path / "checkpoints" / "000000300-2", TrainerState(300, processes=4))
     run = read(path)
     assert run.processes == 4
-    assert (provenance.command(run) or "").startswith("torchrun --nproc_per_node 4 launch/gan.py ")
+    assert (provenance.command(run) or "").startswith(f"{FLOAT32}torchrun --nproc_per_node 4 launch/gan.py ")
 
 
 @pytest.mark.parametrize(
     ("changes", "variables"),
     [
         ({"precision": "bf16"}, "ACCELERATE_MIXED_PRECISION=bf16"),
-        ({"compiled": "inductor"}, "ACCELERATE_DYNAMO_BACKEND=inductor"),
-        ({"compiled": "x; rm y\n"}, "ACCELERATE_DYNAMO_BACKEND='x; rm y'"),
+        ({"precision": "no"}, "ACCELERATE_MIXED_PRECISION=no"),  # its task's default may be another
+        ({"compiled": "inductor"}, "ACCELERATE_MIXED_PRECISION=no ACCELERATE_DYNAMO_BACKEND=inductor"),
+        ({"compiled": "x; rm y\n"}, "ACCELERATE_MIXED_PRECISION=no ACCELERATE_DYNAMO_BACKEND='x; rm y'"),
     ],
 )
 def test_a_run_is_repeated_in_its_precision_and_as_compiled(
@@ -133,7 +137,7 @@ def test_a_command_from_a_stranger_s_folder_is_quoted(tmp_path: Path) -> None:
     config = {"preset": "$(a)", "b; c": "`d`", "e": ["&&", "f g"], "h": {"i": "'"}}
     changed = dict.fromkeys(("b; c", "e", "h", "z"))
     record = replace(run.record, script="x.py | y", config=config, changed=changed)
-    words = ["python", "x.py | y", "--preset", "$(a)"]
+    words = [FLOAT32.strip(), "python", "x.py | y", "--preset", "$(a)"]
     words += ["--b; c", "`d`", "--e", "&&", "f g", "--h", '{"i": "\'"}']
     assert shlex.split(provenance.command(replace(run, record=record)) or "") == words
 

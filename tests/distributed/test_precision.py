@@ -1,0 +1,104 @@
+"""The precision of a run: what the user asked for, or else what its task prefers and the machine has."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cs324dist.distributed import launcher, process
+from cs324dist.distributed.launcher import asked_precision
+
+LAUNCH = ["python", "/somewhere/bin/accelerate", "launch"]
+CPU = ["--config_file", "accelerate_configs/cpu.yaml"]
+NODE = ["--config_file", "accelerate_configs/multi_node.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("command", "environment", "asked"),
+    [
+        (["bash"], None, None),
+        (["bash"], "", None),
+        (["bash"], "no", "no"),
+        (["bash"], "bf16", "bf16"),
+        (LAUNCH, "no", None),  # accelerate's own default
+        ([*LAUNCH, *CPU], "no", None),
+        ([*LAUNCH, *CPU, "--mixed_precision", "no"], "no", "no"),
+        ([*LAUNCH, *CPU, "--mixed-precision=no"], "no", "no"),
+        ([*LAUNCH, *CPU, "--mixed_precision", "bf16"], "bf16", "bf16"),
+        ([*LAUNCH, *NODE, "--mixed_precision", "no"], "no", "no"),
+        ([*LAUNCH, "--config_file", "float32.yaml"], "no", "no"),
+    ],
+)
+def test_what_was_asked_for(monkeypatch, tmp_path, command, environment, asked):
+    (tmp_path / "float32.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nuse_cpu: true\nmixed_precision: 'no'\n"
+    )
+    command = [str(tmp_path / word) if word == "float32.yaml" else word for word in command]
+    parent = SimpleNamespace(cmdline=lambda: command)
+    monkeypatch.setattr(launcher, "default_config_file", tmp_path / "none.yaml")
+    monkeypatch.setattr(launcher.psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment)
+    assert asked_precision() == asked
+
+
+@pytest.mark.parametrize("environment", [None, "no"])
+def test_machines_that_may_differ_choose_nothing_themselves(monkeypatch, environment):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment)
+    assert asked_precision() == "no"
+
+
+class Reached(Exception):
+    """Accelerate is asked for the precision that is its argument."""
+
+
+@pytest.mark.parametrize(
+    ("asked", "preferred", "has_bf16", "taken"),
+    [
+        (None, "bf16", True, "bf16"),
+        (None, "bf16", False, "no"),
+        (None, "no", True, "no"),
+        (None, "fp16", True, "no"),  # an audit of a run that was made on a GPU
+        ("no", "bf16", True, "no"),
+        ("bf16", "no", False, "bf16"),
+    ],
+)
+def test_what_is_taken(monkeypatch, asked, preferred, has_bf16, taken):
+    def reached(*, mixed_precision, **_):
+        raise Reached(mixed_precision)
+
+    monkeypatch.setattr(process, "asked_precision", lambda: asked)
+    monkeypatch.setattr(process, "_computes_in_bf16", lambda on_gpu: has_bf16)
+    monkeypatch.setattr(process, "Accelerator", reached)
+    with pytest.raises(Reached, match=f"^{taken}$"):
+        process.start_accelerator(precision=preferred)
+
+
+GAN = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--steps", "1", "--wandb", "disabled")
+
+
+@pytest.mark.parametrize(
+    ("script", "launcher", "options"),
+    [
+        (GAN, "python", ()),
+        (GAN, "accelerate", ()),
+        (GAN, "accelerate", (*CPU, "--mixed_precision", "no")),
+        (("launch/lstm.py", *GAN[1:3], *GAN[5:]), "python", ()),
+    ],
+    ids=["gan", "gan, accelerate", "gan, float32", "lstm"],
+)
+def test_the_gan_takes_bf16_where_there_is_bf16_and_nothing_else_was_asked_for(
+    launch, tmp_path, script, launcher, options
+):
+    environment = {"ACCELERATE_MIXED_PRECISION": ""}
+    done = launch(
+        *script, "--run-dir", tmp_path / "run", launcher=launcher, options=options, environment=environment
+    )
+    prefers = script is GAN and not options
+    taken = "bf16" if prefers and torch.cpu._is_avx512_bf16_supported() else "no"
+    assert f"precision: {taken}\n" in done.stderr
