@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 from common import IMAGES, REPOSITORY, RESULTS, Row, load, where
 from gpu_check import PARTS
+from speed import history
 
 LENGTHS = (5, 10, 15, 20, 50)
 TRIALS = 10_000  # palindromes of an evaluation
@@ -180,7 +181,7 @@ class StepModel:
 
 FUNCTIONS = (number, percent, share, spread, spread_of, machines, grouped, where, solved, median_steps,
              accuracy, accuracies, wrong, error_rate, steps_to_fit, floors, sure, digits, last_fifth,
-             overtaken, readers, StepModel, statistics.median)  # fmt: skip
+             overtaken, readers, StepModel, history, statistics.median)  # fmt: skip
 
 
 def page(name: str) -> str:

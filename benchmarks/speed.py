@@ -8,14 +8,18 @@
 Each case (see `cases.py`) runs in a process of its own, so that nothing of one reaches the other; the cases
 take turns, `--rounds` times, and a ratio is that of two measurements of one round. They are stored in
 benchmarks/results/GROUP.json, from which `python benchmarks/results_page.py` makes docs/performance.md and
-docs/distributed.md.
+docs/distributed.md. What is slower than in the stored measurement of the same kind of machine, by more than
+the spread of either, is named at the end; the ratios of earlier commits stay in the file as its history.
 """
 
 import statistics
 import sys
 import time
+from collections.abc import Iterator, Mapping
 
-from common import command_line, run_python, store
+from common import RESULTS, Row, command_line, load, run_python, store
+
+from cs324dist.runs.environment import environment
 
 COMPARISONS = {  # the slower case, the faster one, and the goal of their ratio
     "speed": {
@@ -32,6 +36,7 @@ COMPARISONS = {  # the slower case, the faster one, and the goal of their ratio
         "start to first step against the imports": ("start", "imports", "at most 1.3"),
         "samples to a file against the forward pass": ("samples_file", "samples_forward", "at most 1.15"),
         "GAN step in float32 against bf16": ("gan_ours", "gan_bf16", ""),
+        "GAN step in bf16 against the notebook's loop": ("gan_notebook", "gan_bf16", "at least 3"),
     },
     "ablation": {  # one measure left out, against all of them
         "channels_last": ("gan_without_channels_last", "gan_bare", ""),
@@ -57,6 +62,21 @@ COMPARISONS = {  # the slower case, the faster one, and the goal of their ratio
 }
 
 
+def slower(now: Mapping[str, list[float]], before: Mapping[str, list[float]]) -> Iterator[str]:
+    """A line for each case that takes more time than before, by more than the spread of either."""
+    for case in now.keys() & before.keys():
+        if min(now[case]) > max(before[case]):
+            then, here = (statistics.median(measured[case]) for measured in (before, now))
+            yield f"slower: {case} takes {here:.2f} ms, before {then:.2f}"
+
+
+def history(before: Row) -> list[Row]:
+    """The ratios of a stored measurement, after those that it has from earlier ones."""
+    ratios = {row["what"]: statistics.median(row["ratios"]) for row in before["rows"]}
+    made_in = {name: before["environment"][name] for name in ("commit", "device")}
+    return [*before.get("history", ()), {**made_in, "ratios": ratios}]
+
+
 if __name__ == "__main__":
     parser = command_line(__doc__)
     parser.add_argument("group", nargs="?", choices=COMPARISONS, default="speed", help="what to compare")
@@ -72,11 +92,17 @@ if __name__ == "__main__":
         print(f"round {number} of {rounds} after {minutes:.1f} min", file=sys.stderr)
     median = {case: round(statistics.median(measured), 2) for case, measured in times.items()}
     rows = []
-    for what, (slower, faster, goal) in comparisons.items():
-        ratios = sorted(round(a / b, 3) for a, b in zip(times[slower], times[faster], strict=True))
-        row = {"what": what, "slower": slower, "faster": faster, "goal": goal, "ratios": ratios}
-        rows.append({**row, "slower_ms": median[slower], "faster_ms": median[faster]})
+    for what, (first, second, goal) in comparisons.items():
+        ratios = sorted(round(a / b, 3) for a, b in zip(times[first], times[second], strict=True))
+        row = {"what": what, "slower": first, "faster": second, "goal": goal, "ratios": ratios}
+        rows.append({**row, "slower_ms": median[first], "faster_ms": median[second]})
         print(f"{what}: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) {goal}")
     milliseconds = {case: sorted(round(ms, 2) for ms in measured) for case, measured in times.items()}
     threads = {"threads": 1} if group == "scaling" else {}
-    store(group, {"rounds": rounds, "rows": rows, "milliseconds": milliseconds}, **threads)
+    result = {"rounds": rounds, "rows": rows, "milliseconds": milliseconds}
+    if (RESULTS / f"{group}.json").exists():
+        before = load(group)
+        result["history"] = history(before)
+        if before["environment"]["device"] == environment().device:
+            print(*slower(milliseconds, before["milliseconds"]), sep="\n")
+    store(group, result, **threads)

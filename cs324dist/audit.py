@@ -9,7 +9,7 @@ import math
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,9 +26,6 @@ from cs324dist.data.images import check_fetched
 from cs324dist.distributed.failures import translate_errors
 from cs324dist.distributed.process import on_main_process, start_accelerator
 from cs324dist.errors import RunFailed, UserError, say, warn
-from cs324dist.models.gan import Generator
-from cs324dist.models.lstm import LSTM
-from cs324dist.models.rnn import RNN
 from cs324dist.runs.checkpoints import (
     TrainerState,
     generation_of,
@@ -46,15 +43,6 @@ from cs324dist.tasks import TASKS, find_task
 from cs324dist.tasks.base import Task
 from cs324dist.trainer import Trainer
 
-SIZES: Mapping[str, Sequence[tuple[str, type[Any], str, str]]] = {
-    "lstm": [("lstm", LSTM, "hidden_size", "hidden_size"), ("rnn", RNN, "hidden_size", "hidden_size")],
-    "gan": [("generator", Generator, "input_dim", "latent_dim")],
-}
-BYTES: Mapping[str, Callable[[Any], int]] = {  # that a step takes for each sample, about
-    "lstm": lambda config: 4 * config.length * (12 * config.hidden_size + 20),
-    "gan": lambda _: 1 << 20,
-    "classifier": lambda _: 1 << 18,
-}
 NEEDED = {"precision", "compiled"}  # of an environment; the rest is warned about
 BY_DDP = {"processes", "threads"}  # needed as well, unless there are micro-batches
 
@@ -100,7 +88,7 @@ def audit(
         count: how many intervals between kept checkpoints; None for all.
         from_start: also replay from the first step to the oldest kept checkpoint.
         data_root: folder of the data sets, whatever the run names; nothing is fetched into it.
-        memory: GiB that a step of the project's tasks may take, whatever the run's options ask for.
+        memory: GiB that a step may take, by the task's own estimate, whatever the run's options ask for.
 
     Raises:
         UserError: the run cannot be replayed here.
@@ -148,9 +136,9 @@ def audit(
         trainer, trained_config = None, None
         for interval in chosen:
             config = config_of(interval)
-            check_sizes(interval.owner, record.task, config, interval.end)
+            check_sizes(interval.owner, task_type, config, interval.end)
             batch = config.batch_size // accelerator.num_processes
-            check_memory(interval.owner, record.task, config, batch, memory)
+            check_memory(interval.owner, task_type, config, batch, memory)
             if trainer is None or config != trained_config or interval.start is None:
                 trainer, trained_config = Trainer(task_type(config, accelerator.device), accelerator), config
             differences = _replay(trainer, interval, rows)
@@ -222,29 +210,29 @@ def _choose(
     return sorted(drawn, key=lambda interval: interval.first)
 
 
-def check_sizes(owner: Path, task: str, config: Config, checkpoint: Path) -> None:
+def check_sizes(owner: Path, task: type[Task[Any]], config: Config, checkpoint: Path) -> None:
     """Check that an owner's options ask for networks of the stored size, and so for no more memory.
 
     Raises:
         UserError: they do not.
     """
-    sizes = SIZES.get(task, ())
-    found = [entry for entry in sizes if (checkpoint / entry[0]).is_dir()]
-    if sizes and not found:
+    found = [name for name in task.sizes if (checkpoint / name).is_dir()]
+    if task.sizes and not found:
         raise UserError(f"{checkpoint} holds no network of this run: it is damaged")
-    for folder, model, size, name in found:
-        there, given = load_model(checkpoint / folder, model).config[size], getattr(config, name)
-        if given != there:
+    for network in found:
+        model, argument, name = task.sizes[network]
+        stored: Any = load_model(checkpoint / network, model)
+        if (given := getattr(config, name)) != (there := stored.config[argument]):
             raise UserError(f"{owner}: {name} is {given}, but {there} in {checkpoint}")
 
 
-def check_memory(owner: Path, task: str, config: Config, batch: int, memory: int) -> None:
+def check_memory(owner: Path, task: type[Task[Any]], config: Config, batch: int, memory: int) -> None:
     """Check that a step of a process's `batch` samples takes about `memory` GiB at most.
 
     Raises:
         UserError: it takes more.
     """
-    needed = batch * BYTES.get(task, lambda _: 0)(config) / (1 << 30)
+    needed = batch * task.bytes_per_sample(config) / (1 << 30)
     if needed > memory:
         raise UserError(
             f"{owner}: a step of {batch} samples takes about {needed:.0f} GiB, and may take {memory}: "

@@ -61,6 +61,10 @@ class Task(Generic[ConfigT]):
     sync_batch_norm = True
     """Whether BatchNorm's statistics span the global batch."""
 
+    sizes: ClassVar[Mapping[str, tuple[type[nn.Module], str, str]]] = {}
+    """Of networks by name: the class, an argument in its `config`, and the option that gives it. Audit checks
+    them before it builds what a folder asks for; one of the networks must be there."""
+
     def __init__(self, config: ConfigT, device: torch.device) -> None:
         """Build the networks, their optimizers, and the data on `device`."""
         self.config, self.device = config, device
@@ -71,6 +75,11 @@ class Task(Generic[ConfigT]):
     def run_name(cls, config: ConfigT) -> str:
         """The name of a run's default folder."""
         return f"{cls.name}-{config.preset}-{config.seed}"
+
+    @classmethod
+    def bytes_per_sample(cls, config: ConfigT) -> int:
+        """About the memory that a step takes for each sample, which audit bounds; 0: no bound."""
+        return 0
 
     def step(self, step: int, trainer: Updater) -> None:
         """Take step `step`, counted from 0: by default one update of the only optimizers there are."""

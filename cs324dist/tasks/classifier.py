@@ -68,6 +68,11 @@ class ClassifierTask(Task[ClassifierConfig]):
         """The name of a run's default folder."""
         return f"classifier-{config.dataset}-{config.preset}-{config.seed}"
 
+    @classmethod
+    def bytes_per_sample(cls, config: ClassifierConfig) -> int:
+        """The activations, and their gradients."""
+        return 1 << 18
+
     def loss(self, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """Cross-entropy of the classes."""
         items = self.order.items(batch)

@@ -93,6 +93,11 @@ class LSTMTask(Task[LSTMConfig]):
         "smoke": replace(FAST, steps=20, length=10, evaluate_every=10, checkpoint_every=10),
     }
 
+    sizes: ClassVar = {
+        "lstm": (LSTM, "hidden_size", "hidden_size"),
+        "rnn": (RNN, "hidden_size", "hidden_size"),
+    }
+
     def __init__(self, config: LSTMConfig, device: torch.device) -> None:
         super().__init__(config, device)
         with seeded(config.seed, "weights"):
@@ -114,6 +119,11 @@ class LSTMTask(Task[LSTMConfig]):
     def run_name(cls, config: LSTMConfig) -> str:
         """The name of a run's default folder."""
         return f"{config.model}-length{config.length}-{config.preset}-{config.seed}"
+
+    @classmethod
+    def bytes_per_sample(cls, config: LSTMConfig) -> int:
+        """What the backward pass keeps of each time step: gates, states and inputs."""
+        return 4 * config.length * (12 * config.hidden_size + 20)
 
     def step(self, step: int, trainer: Updater) -> None:
         """One update, and every second time the curriculum's decision."""
