@@ -36,6 +36,7 @@ FAST, COURSE = LSTMTask.presets["fast"], LSTMTask.presets["course"]
 LENGTHS = (5, 10, 15, 20, 50)  # the course report's
 UNSEEN_LENGTHS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 1500, 2000, 3000, 5000,
                   10_000, 20_000, 50_000, 100_000)  # fmt: skip
+FINAL_LENGTHS = (13, 50, 200, 1000, 4100, 10_000)
 SEEDS = range(5)
 FIXED = 2048  # palindromes of a fixed training set
 CURVE_EVERY = 25  # steps
@@ -55,8 +56,11 @@ class FixedSet(Stream):
 
 
 def new_trainer(preset: str, change: Change | None = None, **options: Any) -> Trainer:
-    """A trainer of a task with these options; `change` changes its weights."""
-    trainer = trainer_of("lstm", preset, **options)
+    """A trainer of a task with these options; `change` changes its weights.
+
+    The learning rate is constant unless an option says otherwise: what a model needs is found by training on.
+    """
+    trainer = trainer_of("lstm", preset, **{"schedule": "constant", **options})
     if change:
         torch.manual_seed(trainer.config.seed)
         with torch.no_grad():
@@ -182,6 +186,16 @@ def fast() -> list[Row]:
     ]
 
 
+def final() -> list[Row]:
+    """The last checkpoint of preset `fast`, whatever came before."""
+    cells = [*product(FINAL_LENGTHS, SEEDS), (4100, 11)]
+    return [
+        {"length": length, **train(new_trainer("fast", length=length, seed=seed, schedule=FAST.schedule),
+                                   FAST.steps, least=FAST.steps)}
+        for length, seed in cells
+    ]  # fmt: skip
+
+
 def ablation() -> list[Row]:
     """Preset `fast` at 50 digits, each ingredient exchanged for the course recipe's or left out."""
     variants = {
@@ -266,7 +280,19 @@ def long() -> list[Row]:
     return rows
 
 
-PARTS = (course, readings, initialisation, fast, ablation, settled, generalisation, held, certain, long)
+PARTS = (
+    course,
+    readings,
+    initialisation,
+    fast,
+    final,
+    ablation,
+    settled,
+    generalisation,
+    held,
+    certain,
+    long,
+)
 
 if __name__ == "__main__":
     run_parts(__doc__, "lstm", *PARTS)

@@ -13,7 +13,7 @@ from annotated_types import Interval
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from cs324dist.errors import UserError, printable
-from cs324dist.schedules import learning_rate_factor
+from cs324dist.schedules import ScheduleName, learning_rate_factor
 
 Record = TypeVar("Record")
 
@@ -113,8 +113,9 @@ class Config:
     """Equal parts that the global batch is cut into. The result is then equal to the last bit on any number
     of processes up to this one. Without it: one part per process, averaged by DDP, equal up to rounding."""
 
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate over the steps: constant, or falling to zero in a line or along half a cosine."""
+    schedule: ScheduleName = "constant"
+    """Learning rate over the steps: constant; linear or cosine, which fall to zero in a line or along half a
+    cosine; wsd, constant over the first half and then falling to zero in a line."""
 
     warmup_steps: Annotated[int, Interval(ge=0, le=10**9)] = 0
     """Steps over which the learning rate first rises in a line."""

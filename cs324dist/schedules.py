@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
+ScheduleName = Literal["constant", "linear", "cosine", "wsd"]
 Schedule = Callable[[int, int], float]
 
 
@@ -21,10 +23,20 @@ def cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-SCHEDULES: dict[str, Schedule] = {"constant": constant, "linear": linear, "cosine": cosine}
+def wsd(step: int, steps: int) -> float:
+    """1 over the first half, then down to 0 at `steps`: warmup, stable, decay (Hu et al. 2024)."""
+    return min(1.0, 2 * (1 - step / steps))
 
 
-def learning_rate_factor(schedule: str, step: int, steps: int, warmup_steps: int = 0) -> float:
+SCHEDULES: dict[ScheduleName, Schedule] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "wsd": wsd,
+}
+
+
+def learning_rate_factor(schedule: ScheduleName, step: int, steps: int, warmup_steps: int = 0) -> float:
     """The factor at `step`, counted from 0, of `steps`: a linear warm-up, then the schedule over the rest."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

@@ -434,7 +434,7 @@ class TestContinuing:
         assert {name for _, name in FIELDS} >= MUTABLE_OPTIONS
 
     @pytest.mark.parametrize(
-        "old", [PRESETS["gan"]["course"], PRESETS["lstm"]["fast"]], ids=lambda config: type(config).__name__
+        "old", [PRESETS["gan"]["course"], PRESETS["lstm"]["course"]], ids=lambda config: type(config).__name__
     )
     def test_steps_go_up_and_not_down(self, old):
         more, fewer = (replace(old, steps=old.steps + change) for change in (1, -1))
@@ -449,9 +449,10 @@ class TestContinuing:
             PRESETS["gan"]["fast"],
             replace(PRESETS["gan"]["course"], schedule="linear"),
             PRESETS["classifier"]["fast"],
+            PRESETS["lstm"]["fast"],
             replace(PRESETS["lstm"]["fast"], schedule="cosine", warmup_steps=7),
         ],
-        ids=["gan fast", "gan course with decay", "classifier", "lstm with warm-up"],
+        ids=["gan fast", "gan course with decay", "classifier", "lstm fast", "lstm with warm-up"],
     )
     def test_steps_that_the_learning_rate_depends_on_stay(self, old, change):
         new = replace(old, steps=old.steps + change)
@@ -459,7 +460,7 @@ class TestContinuing:
         assert line.startswith(f"--steps {new.steps} differs from the run's {old.steps}, ")
 
     def test_a_warm_up_alone_leaves_the_steps_free(self):
-        old = replace(PRESETS["lstm"]["fast"], warmup_steps=7)
+        old = replace(PRESETS["lstm"]["course"], warmup_steps=7)
         assert conflicts(replace(old, steps=old.steps + 1), stored(old)) == []
 
     def test_all_conflicts_are_named_together(self):
@@ -516,7 +517,7 @@ class TestPresets:
 
     def test_an_unknown_preset_is_named_with_everything_else_that_is_wrong(self):
         assert refused(TASKS["gan"], "--preset", "slow", "--steps", "0", "--beta2", "1.0") == (
-            "--preset slow is not allowed: give one of fast, course, smoke",
+            "--preset slow is not allowed: give one of fast, best, course, smoke",
             "--steps 0 is not allowed: give at least 1 and at most 1e+09",
             "--beta2 1.0 is not allowed: give at least 0 and less than 1",
         )
@@ -648,9 +649,9 @@ class TestHelp:
 
     def test_the_choices_are_shown(self, page):
         gan = page("gan.py")
-        assert gan["run"]["--preset"].startswith("{fast,course,smoke} ")
+        assert gan["run"]["--preset"].startswith("{fast,best,course,smoke} ")
         assert gan["run"]["--wandb"].startswith("{online,offline,disabled} ")
-        assert gan["recipe"]["--schedule"].startswith("{constant,linear,cosine} ")
+        assert gan["recipe"]["--schedule"].startswith("{constant,linear,cosine,wsd} ")
         assert page("sample.py", "grid")["options"]["--weights"].startswith("{averaged,raw} ")
 
     def test_the_defaults_are_those_of_the_preset(self, page):

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from cs324dist.config import Config
 from cs324dist.data.streams import MicroBatch
@@ -54,6 +54,18 @@ def test_linear_and_cosine_are_torchs_after_a_warm_up_that_is_torchs(steps, warm
     for schedule, part in (("linear", line), ("cosine", half_cosine)):
         expected = torchs(steps, *before, part, milestones=milestones)
         assert factors(schedule, steps, warmup) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 5])
+@pytest.mark.parametrize("half", [4, 19])
+def test_wsd_is_torchs_constant_and_then_torchs_line(half, warmup):
+    before = [(LinearLR, {"start_factor": 1 / (warmup + 1), "total_iters": warmup})] if warmup else []
+    stable = (ConstantLR, {"factor": 1.0, "total_iters": half})
+    decay = (LinearLR, {"start_factor": 1.0, "end_factor": 0.0, "total_iters": half})
+    milestones = [*([warmup] if warmup else []), warmup + half]
+    steps = warmup + 2 * half
+    expected = torchs(steps, *before, stable, decay, milestones=milestones)
+    assert factors("wsd", steps, warmup) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_single_values():

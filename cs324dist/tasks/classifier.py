@@ -14,6 +14,7 @@ from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream, seeded
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.metrics.accuracy import accuracy, image_accuracy
 from cs324dist.models.digit_classifier import DigitClassifier
+from cs324dist.schedules import ScheduleName
 from cs324dist.tasks.base import Evaluation, Metrics, Task
 
 LARGEST_SHIFT = 2  # pixels
@@ -29,7 +30,7 @@ class ClassifierConfig(Config):
     steps: Annotated[Count, MUTABLE] = 3000
     batch_size: BatchSize = 128
     checkpoint_every: Annotated[Count, MUTABLE] = 1000
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: ScheduleName = "cosine"
 
     dataset: Literal["mnist", "fashion-mnist", "fake"] = "mnist"
     """Images: mnist, fashion-mnist, or fake (noise, needs no files)."""

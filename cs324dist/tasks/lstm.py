@@ -16,6 +16,7 @@ from cs324dist.errors import UserError, printable
 from cs324dist.metrics.accuracy import accuracy, count_correct, palindrome_accuracy
 from cs324dist.models.lstm import LSTM
 from cs324dist.models.rnn import RNN
+from cs324dist.schedules import ScheduleName
 from cs324dist.tasks.base import Evaluation, Metrics, Task, Updater
 
 SHORTEST = 4  # digits; where a curriculum starts
@@ -37,6 +38,7 @@ class LSTMConfig(Config):
     evaluate_every: Annotated[Count, MUTABLE] = 50
     checkpoint_every: Annotated[Count, MUTABLE] = 50
     max_grad_norm: Positive | None = 0.25
+    schedule: ScheduleName = "wsd"
 
     length: Annotated[int, Interval(ge=1, le=10_000_000)] = 50
     """Digits the model sees; the palindrome has one more, which the model predicts."""
@@ -88,9 +90,12 @@ class LSTMTask(Task[LSTMConfig]):
             optimizer="rmsprop",
             learning_rate=1e-3,
             max_grad_norm=10.0,
+            schedule="constant",
             curriculum=1.0,
         ),
-        "smoke": replace(FAST, steps=20, length=10, evaluate_every=10, checkpoint_every=10),
+        "smoke": replace(
+            FAST, steps=20, length=10, evaluate_every=10, checkpoint_every=10, schedule="constant"
+        ),
     }
 
     sizes: ClassVar = {

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 LSTM = ("launch/lstm.py", "--length", "4", "--hidden-size", "8", "--batch-size", "8",
         "--checkpoint-every", "2", "--log-every", "1", "--evaluate-every", "6",
-        "--wandb", "disabled")  # fmt: skip
+        "--schedule", "constant", "--wandb", "disabled")  # fmt: skip
 GAN = ("launch/gan.py", "--dataset", "fake", "--batch-size", "8", "--latent-dim", "8", "--steps", "1",
        "--wandb", "disabled")  # fmt: skip
 LONGEST = 500  # characters of a line

@@ -11,7 +11,8 @@ pytestmark = pytest.mark.timeout(900)
 STEPS = 1000
 LSTM = (
     *("lstm.sbatch", "--length", "10", "--steps", str(STEPS), "--log-every", "10", "--evaluate-every", "500"),
-    *("--checkpoint-every", "100", "--learning-rate", "1e-4", "--wandb", "disabled", "--run-dir", "run"),
+    *("--checkpoint-every", "100", "--learning-rate", "1e-4", "--schedule", "constant"),
+    *("--wandb", "disabled", "--run-dir", "run"),
 )
 GAN = (
     *("gan.sbatch", "--preset", "smoke", "--dataset", "fake", "--steps", "12", "--log-every", "1"),
