@@ -92,7 +92,7 @@ def course() -> list[Row]:
             ("every step, Adam (0.5, 0.999)", "copied", "--discriminator-every 1 --beta1 0.5"),
         )
     ]
-    pictures("course-steps", "gan-report", 500, 10_000, 20_000)
+    pictures("course-steps", "gan-course", 500, 10_000, 20_000)
     return rows
 
 
