@@ -39,7 +39,6 @@ SIZES = {
     "t10k-images-idx3-ubyte": 7_840_016,
     "t10k-labels-idx1-ubyte": 10_008,
 }
-DATASETS = (*SHA256, "fake")
 
 
 @dataclass(frozen=True)
