@@ -26,6 +26,7 @@ PARTS = {  # by module
         "data.loader": ["loader"],
         "data.streams": ["MicroBatch", "ShuffledEpochs", "Stream", "seeded"],
         "metrics.accuracy": ["accuracy", "count_correct"],
+        "runs.models": ["load_model"],
         "runs.trained": ["load_network", "load_generator"],
         "errors": ["UserError"],
     },
