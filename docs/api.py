@@ -15,6 +15,8 @@ PAGE = Path(__file__).with_suffix(".md")
 PACKAGE = Path(__file__).parents[1] / "cs324dist"
 HEAD = """# The public API
 
+<!-- not run on this page: signatures, no programs -->
+
 `python docs/api.py` makes this page from the docstrings; [your_own_task.md](your_own_task.md) shows it at
 work. `Float[Tensor, "batch classes"]` is a tensor of floats of two dimensions, `Float[Tensor, ""]` of none.
 """
