@@ -2,7 +2,10 @@
 
 import base64
 import json
+import runpy
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +24,7 @@ from cs324dist.models.lstm import LSTM
 REPOSITORY = Path(__file__).parents[2]
 GAN = ("launch/gan.py", "--dataset", "fake", "--batch-size", "8", "--latent-dim", "8", "--ema-decay", "0.5",
        "--steps", "2", "--wandb", "disabled")  # fmt: skip
+Done = subprocess.CompletedProcess[str]
 LSTM_ = ("launch/lstm.py", "--length", "4", "--hidden-size", "8", "--steps", "4", "--checkpoint-every", "2",
          "--evaluate-every", "4", "--wandb", "disabled")  # fmt: skip
 
@@ -42,14 +46,33 @@ def runs(launch, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def export(launch, tmp_path):
-    """Export with a home of its own, and so without a login."""
+def export(monkeypatch, capsys):
+    """The script (or another one) in this process, as `__main__`."""
 
-    def export(*words: object, check: bool = True, **environment: str):
+    def run(*words: object, check: bool = True, script: str = "export.py") -> Done:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        try:
+            runpy.run_path(str(REPOSITORY / "launch" / script), run_name="__main__")
+            code = 0
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        done = Done([], code, *capsys.readouterr())
+        assert not check or code == 0, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def push(launch, runs, tmp_path):
+    """Export and push with a home of its own, without a login; the client reads it when it is imported."""
+
+    def run(check: bool = True, **environment: str) -> Done:
         home = {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "", **environment}
-        return launch("launch/export.py", *map(str, words), check=check, environment=home)
+        words = (runs / "lstm", "--out", tmp_path / "model", "--push", "user/model")
+        return launch("launch/export.py", *words, check=check, environment=home)
 
-    return export
+    return run
 
 
 def refused(done) -> str:
@@ -85,11 +108,11 @@ def test_a_generator_is_loaded_as_it_was_by_this_project_and_by_the_hubs_client(
     ):
         assert_equal(model, stored)
         assert model.config == {"input_dim": 8}
-    launch("launch/sample.py", "grid", runs / "gan", "--out", tmp_path / "run.png")
-    launch("launch/sample.py", "grid", out, "--out", tmp_path / "exported.png")
+    export("grid", runs / "gan", "--out", tmp_path / "run.png", script="sample.py")
+    export("grid", out, "--out", tmp_path / "exported.png", script="sample.py")
     pictures = [Image.open(path).tobytes() for path in (out / "grid.png", *sorted(tmp_path.glob("*.png")))]
     assert pictures[0] == pictures[1] == pictures[2]
-    done = launch("launch/sample.py", "grid", out, "--digit", "7", "--out", tmp_path / "7.png", check=False)
+    done = export("grid", out, "--digit", 7, "--out", tmp_path / "7.png", script="sample.py", check=False)
     assert "are surely a 7" in refused(done)  # it is untrained, and not refused for its folder
 
 
@@ -169,9 +192,8 @@ class TestRefusals:
         done = export(runs / "lstm", "--out", tmp_path / "absent" / "model", check=False)
         assert "cannot be written: No such file or directory" in refused(done)
 
-    def test_a_push_without_a_login(self, export, runs, tmp_path):
-        done = export(runs / "lstm", "--out", tmp_path / "model", "--push", "user/model", check=False)
-        assert "--push needs a login: run `hf auth login`, or set HF_TOKEN" in refused(done)
+    def test_a_push_without_a_login(self, push, tmp_path):
+        assert "--push needs a login: run `hf auth login`, or set HF_TOKEN" in refused(push(check=False))
         assert not (tmp_path / "model").exists()
 
 
@@ -231,10 +253,10 @@ def hub(request) -> Iterator[Hub]:
         thread.join()
 
 
-def test_a_push_sends_every_file_to_the_hub(export, runs, tmp_path, hub):
+def test_a_push_sends_every_file_to_the_hub(push, tmp_path, hub):
     out = tmp_path / "model"
     login = {"HF_TOKEN": "hf_secret", "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"}
-    export(runs / "lstm", "--out", out, "--push", "user/model", **login)
+    push(**login)
     assert [(repository["organization"], repository["name"]) for repository in hub.made] == [
         ("user", "model")
     ]
@@ -243,10 +265,10 @@ def test_a_push_sends_every_file_to_the_hub(export, runs, tmp_path, hub):
 
 
 @pytest.mark.parametrize("hub", [True], indirect=True)
-def test_a_push_that_fails_says_so_in_one_line_and_the_folder_is_there(export, runs, tmp_path, hub):
+def test_a_push_that_fails_says_so_in_one_line_and_the_folder_is_there(push, tmp_path, hub):
     out = tmp_path / "model"
     login = {"HF_TOKEN": "hf_secret", "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"}
-    done = export(runs / "lstm", "--out", out, "--push", "user/model", check=False, **login)
+    done = push(check=False, **login)
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: --push user/model failed (")
     assert line.endswith(f"to try again: hf upload user/model {out}")
