@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all coverage same-bits bench gpu-check chaos crash-points fuzz slurm-test package lint clean
+.PHONY: help install train test test-all coverage same-bits bench gpu-check chaos crash-points fuzz slurm-test package docs docs-check lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -78,6 +78,13 @@ package: .venv/installed  ## build the wheel, and run it in an environment of it
 	cd build && venv/bin/python -m cs324dist.launch.gan --preset smoke --dataset fake --wandb disabled --run-dir run
 	cd build && venv/bin/python -m cs324dist.launch.sample grid run --out grid.png
 	tests/outside_checkout.sh build/venv/bin
+
+docs: .venv/installed  ## build the site of docs/ in build/site, and check its links (REPOSITORY_URL=...: sources are linked)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo build/site/index.html
+
+docs-check: .venv/installed  ## run every command of README.md and docs/ that needs no GPU, cluster or login (minutes)
+	$(BIN)/python docs/check.py
 
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream, seeded
     from cs324dist.errors import UserError
     from cs324dist.metrics.accuracy import accuracy, count_correct
+    from cs324dist.runs.models import load_model
     from cs324dist.runs.trained import load_generator, load_network
     from cs324dist.tasks.base import Evaluation, Task
 
@@ -21,6 +22,7 @@ _PLACES = {
     "data.streams": ("MicroBatch", "ShuffledEpochs", "Stream", "seeded"),
     "errors": ("UserError",),
     "metrics.accuracy": ("accuracy", "count_correct"),
+    "runs.models": ("load_model",),
     "runs.trained": ("load_generator", "load_network"),
     "tasks.base": ("Evaluation", "Task"),
 }
@@ -28,7 +30,7 @@ _MODULE_OF = {name: module for module, names in _PLACES.items() for name in name
 __all__ = [
     "MUTABLE", "BatchSize", "Config", "Count", "Evaluation", "Fraction", "MicroBatch", "Positive",
     "ShuffledEpochs", "Stream", "Task", "UserError", "accuracy", "count_correct", "load_generator",
-    "load_network", "loader", "main", "seeded",
+    "load_model", "load_network", "loader", "main", "seeded",
 ]  # fmt: skip
 
 

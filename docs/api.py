@@ -15,6 +15,8 @@ PAGE = Path(__file__).with_suffix(".md")
 PACKAGE = Path(__file__).parents[1] / "cs324dist"
 HEAD = """# The public API
 
+<!-- not run on this page: signatures, no programs -->
+
 `python docs/api.py` makes this page from the docstrings; [your_own_task.md](your_own_task.md) shows it at
 work. `Float[Tensor, "batch classes"]` is a tensor of floats of two dimensions, `Float[Tensor, ""]` of none.
 """
@@ -26,6 +28,7 @@ PARTS = {  # by module
         "data.loader": ["loader"],
         "data.streams": ["MicroBatch", "ShuffledEpochs", "Stream", "seeded"],
         "metrics.accuracy": ["accuracy", "count_correct"],
+        "runs.models": ["load_model"],
         "runs.trained": ["load_network", "load_generator"],
         "errors": ["UserError"],
     },

@@ -1,10 +1,16 @@
-"""Every command that a page names can be given: its script is there and takes these options."""
+"""Every command that a page names can be given: its script is there and takes these options.
+
+`make docs-check` runs those that stand in blocks of README.md and docs/; here is what it goes by.
+"""
 
 import itertools
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +20,7 @@ from cs324dist import command_line, testing
 REPOSITORY = Path(__file__).parents[1]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("slurm/*.md")])
 BEGINNINGS = ("python ", "accelerate launch ", "torchrun ", "sbatch ", "make ", "CS324DIST_THREADS=1 ")
+CHECK = SimpleNamespace(**runpy.run_path(str(REPOSITORY / "docs" / "check.py")))
 
 
 class Parsed(BaseException):
@@ -26,9 +33,12 @@ def commands() -> list[str]:
     for page in PAGES:
         text = page.read_text()
         lines = re.findall(r"^ {4,}(\S.*)$", text, re.MULTILINE) + re.findall(r"`([^`\n]+)`", text)
+        blocks = CHECK.blocks_of(text)
+        lines += [line for block in blocks if block.language == "bash" for line in block.code.splitlines()]
         found += [part.strip() for line in lines for part in line.split("&&")]
     whole = (line for line in found if not line.endswith("\N{HORIZONTAL ELLIPSIS}"))
-    whole = (line for line in whole if "path/to/" not in line)  # which stands for a file of the reader's
+    # which stand for files of the reader's
+    whole = (line for line in whole if "path/to/" not in line and "my_task.py" not in line)
     return sorted({line for line in whole if line.startswith(BEGINNINGS)})
 
 
@@ -75,3 +85,76 @@ def test_a_command_of_a_page_is_understood(command: str, monkeypatch: pytest.Mon
     monkeypatch.setattr("sys.argv", [str(script), *arguments])
     with pytest.raises(Parsed):
         runpy.run_path(str(script), run_name="__main__")
+
+
+@pytest.mark.parametrize("page", CHECK.PAGES, ids=lambda page: page.name)
+def test_every_block_can_be_run_or_says_why_it_is_not(page: Path) -> None:
+    text, blocks = page.read_text(), CHECK.blocks_of(page.read_text())
+    assert len(re.findall("^ *```", text, re.MULTILINE)) == 2 * len(blocks)  # all of a language that is run
+    outside = CHECK.BLOCK.sub("", text)
+    assert "<!-- not run: " not in outside  # where it would leave nothing out
+    assert not [
+        line
+        for line in outside.splitlines()
+        if re.match(" {4,}", line) and line.lstrip().startswith(BEGINNINGS)
+    ]
+    for block in blocks:
+        if block.language == "python" and not block.reason:  # signatures are no programs
+            compile(block.code, page.name, "exec")
+        elif block.language != "python":
+            subprocess.run(["bash", "-n"], input=block.code, text=True, check=True)
+
+
+PAGE = """
+```bash
+echo one > file
+false | cat
+echo two >> file
+```
+<!-- not run: needs a GPU -->
+```bash
+echo three >> file
+```
+```console
+$ cat file
+what it prints
+```
+```python
+# mine.py
+import time
+assert open("file").read() == "one\\n"
+time.sleep(600)
+```
+"""
+
+
+def test_blocks_share_a_folder_and_stop_at_what_fails_or_takes_too_long(tmp_path: Path) -> None:
+    first, left_out, second, third = CHECK.blocks_of(PAGE)
+    assert (left_out.language, left_out.reason) == ("bash", "needs a GPU")
+    assert [first.reason, second.reason, third.reason] == ["", "", ""]
+    assert CHECK.failure_of(first, tmp_path) == "exit code 1"
+    assert CHECK.failure_of(second, tmp_path) == ""
+    assert CHECK.failure_of(third, tmp_path, limit=1) == "not done after 1 seconds"
+    assert "sleep" in (tmp_path / "mine.py").read_text()
+
+
+COPY = """```bash
+mkdir elsewhere  # whose Python does not find the package by the folder that it is in
+echo "import cs324dist; print(cs324dist.__path__[0])" > elsewhere/where.py
+test "$(python elsewhere/where.py)" = "$(realpath cs324dist)"
+```
+"""
+
+
+def test_what_a_failing_page_says(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(COPY + "```bash\necho no >&2; exit 3\n```\n")
+    command = [sys.executable, str(REPOSITORY / "docs" / "check.py"), str(tmp_path / "page.md")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.search(
+        r"^page.md +2 +0 +1 +\d+\necho no >&2; exit 3\nno\nexit code 3$", done.stdout, re.MULTILINE
+    )
+    (tmp_path / "page.md").write_text("<!-- not run on this page: needs a cluster -->\n```bash\nfalse\n```\n")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert re.search(r"^left out: +1  needs a cluster$", done.stdout, re.MULTILINE)

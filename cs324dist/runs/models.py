@@ -164,12 +164,17 @@ def _is_argument(value: object) -> bool:
     )
 
 
-def load_model(folder: Path, expected: type[Model]) -> Model:
+def load_model(folder: str | Path, expected: type[Model]) -> Model:
     """Read a model of the class `expected`, in eval mode, on the CPU.
+
+    Args:
+        folder: what launch/export.py wrote, or a network's folder in a checkpoint.
+        expected: its class, whose arguments are in `config.json`.
 
     Raises:
         UserError: the folder holds no such model, or a damaged one.
     """
+    folder = Path(folder)
     arguments = read_json(folder / "config.json")
     name = arguments.pop("class", None)
     if name != expected.__name__:

@@ -19,7 +19,7 @@ def load_network(run_or_checkpoint: str | Path, name: str, model: type[Model]) -
     """The network `name` of a run's newest checkpoint, or of a checkpoint, in eval mode on the CPU.
 
     Args:
-        run_or_checkpoint: a run folder, or one of its `checkpoints/STEP-OWNER`.
+        run_or_checkpoint: a run folder, one of its `checkpoints/STEP-OWNER`, or what launch/export.py wrote.
         name: what the task calls it in `networks`.
         model: its class, whose arguments the network had in its `config`.
 
@@ -33,7 +33,7 @@ def load_generator(run_or_checkpoint: str | Path, weights: Weights = "averaged")
     """The generator of a GAN; see `load_network`.
 
     Args:
-        run_or_checkpoint: a run folder, or one of its `checkpoints/STEP-OWNER`.
+        run_or_checkpoint: a run folder, one of its `checkpoints/STEP-OWNER`, or what launch/export.py wrote.
         weights: `averaged` takes the averaged generator if there is one; `raw` the one being trained.
     """
     return load_model(find_generator(run_or_checkpoint, weights), Generator)
@@ -51,7 +51,10 @@ def load_classifier(run_or_checkpoint: str | Path) -> DigitClassifier:
 
 def find_network(run_or_checkpoint: str | Path, names: Sequence[str]) -> Path:
     """The folder of the first of these networks that there is; raises as `load_network` does."""
-    checkpoint = _checkpoint(Path(run_or_checkpoint))
+    path = Path(run_or_checkpoint)
+    if (path / WEIGHTS).is_file():
+        return path
+    checkpoint = find_checkpoint(path)
     name = next((name for name in names if (checkpoint / name).is_dir()), None)
     if name is None:
         raise UserError(f"{checkpoint} holds no {names[-1]}: give a run of a task that trains one")
@@ -68,11 +71,13 @@ def run_of(run_or_checkpoint: Path) -> RunDir:
 def data_set_of(run_or_checkpoint: Path) -> str:
     """The data set it was trained on; mnist if that is unknown, or noise."""
     run = run_of(run_or_checkpoint)
-    dataset = run.read_record().config.get("dataset") if run.exists else None
+    is_run = run.exists and not (run.path / WEIGHTS).is_file()
+    dataset = run.read_record().config.get("dataset") if is_run else None
     return dataset if isinstance(dataset, str) and dataset in SHA256 else "mnist"
 
 
-def _checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path) -> Path:
+    """A run's newest checkpoint, or the checkpoint that it is; raises as `load_network` does."""
     if (path / TRAINER).is_file():
         return path
     run = RunDir(path)
