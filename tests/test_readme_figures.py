@@ -40,7 +40,7 @@ def gan() -> list[object]:
     (course,) = rows("gan/course", recipe="every second step")
     late = [distance for step, distance, _ in course["curve"] if step >= 0.8 * course["steps"]]
     (pace,) = rows("gan/pace", recipe="course")
-    fast = rows("gan/fast")
+    fast = rows("gan/bf16")
     distances, seconds = ([row[name] for row in fast] for name in ("frechet_distance", "seconds"))
     (steps,) = {row["steps"] for row in fast}
     return [
