@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from launched import files_of
 from safetensors.torch import load_file, save_file
 
