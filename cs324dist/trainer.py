@@ -226,8 +226,9 @@ class Trainer:
             UserError: it is damaged, or another task's.
         """
         state = read_checkpoint(checkpoint, self.task)
-        if state.loss_scale and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(dict(state.loss_scale))
+        if state.loss_scale and (scaler := self.accelerator.scaler) is not None:
+            interval = scaler.get_growth_interval()  # torch takes no float, as numbers in a checkpoint are
+            scaler.load_state_dict({**state.loss_scale, "growth_interval": interval})
         return state
 
 
