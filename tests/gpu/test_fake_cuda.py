@@ -4,18 +4,14 @@ fake_cuda.py does it, in a process of its own. It says nothing about numbers; th
 """
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 HERE = Path(__file__).parent
-COMPILER = os.environ.get("CXX") or shutil.which("c++")
 CASES = ("lstm", "lstm curriculum", "lstm equations", "lstm course", "lstm long", "lstm equations, rmsprop",
          "rnn", "rnn, adam", "gan", "gan course", "gan epochs", "gan local", "classifier", "mlp")  # fmt: skip
 EXACT = ("lstm exact", "classifier exact")
@@ -49,19 +45,11 @@ Found = dict[str, list[str]]
 
 
 @pytest.fixture(scope="module")
-def on_fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Found]:
+def on_fake_cuda(guard: Path) -> Callable[..., Found]:
     """What fake_cuda.py finds."""
-    if torch.version.cuda or sys.platform != "linux":
-        pytest.skip("this torch has a CUDA of its own, or is not Linux's: a CPU build is needed")
-    if COMPILER is None:
-        pytest.skip("no C++ compiler: install one, as c++ or in CXX")
-    library, torch_folder = tmp_path_factory.mktemp("guard") / "guard.so", Path(torch.__file__).parent
-    options = ["-std=c++20", "-shared", "-fPIC", f"-I{torch_folder}/include", f"-L{torch_folder}/lib"]
-    options += [f"-Wl,-rpath,{torch_folder}/lib", HERE / "guard.cpp", "-o", library, "-lc10", "-ltorch_cpu"]
-    subprocess.run([COMPILER, *options], check=True)
 
     def run(*arguments: str) -> Found:
-        command = [sys.executable, HERE / "fake_cuda.py", library, *arguments]
+        command = [sys.executable, HERE / "fake_cuda.py", guard, *arguments]
         done = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(done.stdout)
