@@ -68,6 +68,10 @@ class ClassifierTask(Task[ClassifierConfig]):
         """The name of a run's default folder."""
         return f"classifier-{config.dataset}-{config.preset}-{config.seed}"
 
+    def graph_key(self) -> tuple[()]:
+        """Nothing more."""
+        return ()
+
     def loss(self, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """Cross-entropy of the classes."""
         items = self.order.items(batch)
