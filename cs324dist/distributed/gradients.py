@@ -50,7 +50,8 @@ class DDPGradients:
     def compute(self, networks: Networks, loss_of: LossOf, seed_of: SeedOf, batches: Batches) -> None:
         """Leave the mean gradient over all processes in `grad` of the networks' parameters."""
         for batch in batches.values():
-            torch.manual_seed(seed_of(batch))
+            if batch.clock is None:  # a replay draws from what is seeded before it
+                torch.manual_seed(seed_of(batch))
             loss = self._reducers[networks](loss_of, batch)
             (self._scaler.scale(loss) if self._scaler else loss).backward()
 

@@ -1,6 +1,6 @@
 """What a task is: networks, optimizers, a loss. The trainer does the rest."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, runtime_checkable
 
@@ -85,6 +85,13 @@ class Task(Generic[ConfigT]):
         """Take step `step`, counted from 0: by default one update of the only optimizers there are."""
         (name,) = self.optimizers
         trainer.update(name, self.loss)
+
+    def graph_key(self) -> Hashable:
+        """What updates depend on beside their batch and tensors that stay where they are; None: on more.
+
+        With `--cuda-graph` each update is captured once for each answer, and from then on replayed.
+        """
+        return None
 
     def loss(self, batch: MicroBatch) -> tuple[Mean, Metrics]:
         """The loss of a micro-batch, and metrics to log: means over its samples, or (sum, weight)."""

@@ -74,6 +74,10 @@ class ClassifierTask(Task[ClassifierConfig]):
         """The activations, and their gradients."""
         return 1 << 18
 
+    def graph_key(self) -> tuple[()]:
+        """Nothing more."""
+        return ()
+
     def loss(self, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """Cross-entropy of the classes."""
         items = self.order.items(batch)

@@ -157,6 +157,10 @@ class GANTask(Task[GANConfig]):
         else:
             trainer.measure(self.discriminator_loss)
 
+    def graph_key(self) -> tuple[()]:
+        """Nothing more."""
+        return ()
+
     def generator_loss(self, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """Binary cross-entropy of the fakes being taken for real (Goodfellow et al. 2014)."""
         fake = self.generator(self.latents.normals(batch.samples, self.config.latent_dim))

@@ -55,7 +55,7 @@ def test_one_process_finds_what_a_plain_loop_finds():
     assert any(not torch.equal(found[name], backwards[name]) for name in found)  # the order matters here
 
 
-@pytest.mark.parametrize("processes", [2, 3, 5, 13, 16])
+@pytest.mark.parametrize("processes", [2, 3, 5, 13, 16, 64])
 def test_any_number_of_processes_finds_the_same(processes):
     expected = plain_loop(pieces_of(COUNT, PIECE))
     for found in on_ranks(processes, lambda sum_over: sum_over(measure, COUNT, PIECE)):

@@ -5,8 +5,9 @@ from dataclasses import replace
 import torch
 from accelerate import Accelerator
 
+from cs324dist.distributed.stop import StopRequest
 from cs324dist.tasks.lstm import LSTMTask
-from cs324dist.trainer import SkippedSteps, Trainer
+from cs324dist.trainer import SkippedSteps, Trainer, run_task
 
 
 def accelerator(**scaler) -> Accelerator:
@@ -51,3 +52,16 @@ def test_gradients_are_clipped_and_applied_as_without_a_scale():
         loss = trainer.read_metrics()["train/loss"]
         ends.append((loss, [parameter.tolist() for parameter in task.model.parameters()]))
     assert ends[0] == ends[1]
+
+
+def test_a_run_goes_on_with_the_scale_that_it_had(tmp_path):
+    scales = []
+    for steps in (4, 6):
+        config = replace(
+            LSTMTask.presets["smoke"], preset="smoke", steps=steps, wandb="disabled", run_dir=tmp_path
+        )
+        scaled = accelerator(init_scale=8.0, growth_interval=2)
+        with StopRequest(1) as stop:
+            assert run_task(LSTMTask, config, scaled, stop)
+        scales.append(scaled.scaler.get_scale())
+    assert scales == [8.0 * 2**2, 8.0 * 2**3]

@@ -1,0 +1,82 @@
+"""What the package adds to DDP, on 64 ranks with real numbers: the bits of one process.
+
+The ranks are threads; torch's LocalTensor runs Python once for all ranks, and here it asks which it is.
+"""
+
+import copy
+
+import pytest
+import torch
+from ranks import Rank, as_ranks
+from torch import nn
+
+from cs324dist.data.streams import MicroBatch, Stream, seeded, share
+from cs324dist.distributed.batch_norm import convert_sync_batchnorm
+from cs324dist.distributed.gradients import ExactGradients
+from cs324dist.distributed.stop import StopRequest
+
+COUNT, SAMPLES = 64, 128  # micro-batches of two samples each
+WIDTH = 384  # so that one layer has factors
+PROCESSES = [1, 3, 64]
+
+
+@pytest.fixture(autouse=True)
+def threads_as_they_were():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+with seeded(0, "weights"):
+    NETWORK = nn.Sequential(nn.Linear(4, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh())
+
+
+def loss(layers: nn.Module, samples: torch.Tensor) -> torch.Tensor:
+    """The mean over samples; the wide layer is used again for samples 10 and 11 alone, a micro-batch."""
+    hidden = layers(3 + Stream(0, "inputs").normals(samples, 4).to(layers[0].weight.dtype))
+    chosen = (samples >= 10) & (samples < 12)
+    again = layers[2](hidden[chosen]).square().sum() if chosen.any() else 0.0
+    return (hidden.square().sum() + again) / len(samples)
+
+
+def gradients(rank: Rank) -> list[torch.Tensor]:
+    """The gradients of this rank's network, and what BatchNorm keeps."""
+    layers = copy.deepcopy(NETWORK)
+    convert_sync_batchnorm(layers)
+    own = share(rank.process_index, rank.num_processes, COUNT)
+    exact = ExactGradients([layers], COUNT, len(own), rank, meet=True)
+    batches = {index: MicroBatch(0, SAMPLES, index, COUNT) for index in own}
+    exact.compute((layers,), lambda batch: loss(layers, batch.samples), lambda _: 0, batches)
+    return [parameter.grad for parameter in layers.parameters()] + list(layers.buffers())
+
+
+@pytest.fixture(scope="module")
+def of_one_process() -> list[torch.Tensor]:
+    return gradients(Rank(0, 1))
+
+
+def test_one_process_finds_what_a_plain_loop_finds(of_one_process):
+    layers = copy.deepcopy(NETWORK).double()
+    loss(layers, torch.arange(SAMPLES)).backward()
+    expected = [parameter.grad for parameter in layers.parameters()] + list(layers.buffers())
+    for found, wanted in zip(of_one_process, expected, strict=True):
+        torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("processes", PROCESSES)
+def test_gradients_have_the_same_bits_on_any_number_of_processes(of_one_process, processes):
+    for found in as_ranks(processes, gradients):
+        assert all(map(torch.equal, found, of_one_process))
+
+
+@pytest.mark.parametrize("processes", PROCESSES)
+def test_all_stop_after_the_step_in_which_one_was_asked_to(processes):
+    def votes(rank: Rank) -> list[bool]:
+        stop, found = StopRequest(processes), []
+        stop._group = "a group"
+        for step in range(5):
+            stop._signals += step == 2 and rank.process_index == processes // 2
+            found.append(stop.agreed())
+        return found
+
+    assert as_ranks(processes, votes) == [[False, False, False, True, True]] * processes
