@@ -72,10 +72,13 @@ REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "fuzz.json"
 TensorFile = runpy.run_path(str(REPOSITORY / "launch" / "sample.py"), run_name="sample")["TensorFile"]
 
-COMMON = "--steps 6 --batch-size 8 --checkpoint-every 2 --log-every 1 --evaluate-every 6 --wandb disabled"
+COMMON = (
+    "--steps 6 --batch-size 8 --checkpoint-every 2 --log-every 1 --evaluate-every 6 --schedule constant "
+    "--wandb disabled"
+)
 OPTIONS = {
     "lstm": f"{COMMON} --length 6 --hidden-size 8",
-    "gan": f"{COMMON} --dataset fake --latent-dim 8 --schedule constant",
+    "gan": f"{COMMON} --dataset fake --latent-dim 8",
 }
 STATES = ({}, {"length": 4}, {"length": 5}, {"length": 6})  # that the tasks can be in
 STEPS = (2, 4, 6)  # of the three checkpoints

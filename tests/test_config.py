@@ -50,12 +50,13 @@ MUTABLE_OPTIONS = {
     "wandb_project",
     "tensorboard",
     "profile_steps",
+    "cuda_graph",
     "dry_run",
     "data_root",
     "kernel",
 }
 FIELDS = [(task, field.name) for task, presets in PRESETS.items() for field in fields(presets["fast"])]
-MOST_OPTIONS = 32
+MOST_OPTIONS = 33
 STEPS = "give a whole number, at least 1 and at most 1e+09"
 LAUNCHER = "is an option of accelerate launch: give it before the name of the script"
 COMMANDS = {"sample.py": ["grid", "tensor", "interpolate"], "train.py": ["examples/mlp.py:MLPTask"]}
@@ -224,7 +225,8 @@ class TestOptions:
 
     @pytest.mark.parametrize("task", TASKS)
     def test_every_option_that_has_a_rule_can_be_wrong_and_all_are_named_together(self, task):
-        free_text = {"run_dir", "data_root", "dry_run", "keep_best", "wandb_project", "tensorboard"}
+        free_text = {"run_dir", "data_root", "keep_best", "wandb_project"}
+        free_text |= {"cuda_graph", "dry_run", "tensorboard"}  # flags
         names = [field.name for field in fields(PRESETS[task]["fast"]) if field.name not in free_text]
         wrong = {name: "nonsense" if isinstance(default(task, name), str) else "-1" for name in names}
         lines = refused(TASKS[task], *(f"{option(name)}={value}" for name, value in wrong.items()))
@@ -632,6 +634,7 @@ class TestHelp:
                     "--wandb-project",
                     "--tensorboard",
                     "--profile-steps",
+                    "--cuda-graph",
                     "--dry-run",
                 ),
             },
