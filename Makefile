@@ -83,8 +83,8 @@ docs: .venv/installed  ## build the site of docs/ in build/site, and check its l
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo build/site/index.html
 
-docs-check: .venv/installed  ## run every command of README.md and docs/ that needs no GPU, cluster or login (minutes)
-	$(BIN)/python docs/check.py
+docs-check: .venv/installed  ## run the commands of README.md and docs/ (minutes; PAGES=README.md: of one page)
+	$(BIN)/python docs/check.py $(PAGES)
 
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check .
