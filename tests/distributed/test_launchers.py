@@ -161,7 +161,8 @@ def test_compiled_models_train_alike_and_may_be_continued_uncompiled(launch, tmp
     smoke = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--schedule", "constant")
     smoke += ("--log-every", "1", "--wandb", "disabled")
     compiled, plain = tmp_path / "compiled", tmp_path / "plain"
-    options = ("--config_file", "accelerate_configs/cpu.yaml", "--dynamo_backend", "inductor")
+    options = ("--config_file", "accelerate_configs/cpu.yaml", "--mixed_precision", "no")
+    options += ("--dynamo_backend", "inductor")
     launch(*smoke, "--steps", "10", "--run-dir", compiled, launcher="accelerate", options=options)
     launch(*smoke, "--steps", "10", "--run-dir", plain)
     for name in ("train/generator_loss", "train/discriminator_loss"):

@@ -29,7 +29,7 @@ def waits(case: str, precision: str) -> list[str]:
         found.append("a value is read: cs324dist/tasks/lstm.py, step: if decides")
     if precision == "fp16" and case in NOT_FUSED:
         # Whether a gradient overflowed: torch has no other way to leave the step of such an optimizer out.
-        found.append("a value is read: grad_scaler.py: cs324dist/trainer.py, update: scaler.step")
+        found.append("a value is read: grad_scaler.py: cs324dist/trainer.py, _update: scaler.step")
     return found
 
 
