@@ -136,7 +136,7 @@ class Config:
     """Headings of the help page and the options below them; all others are below `recipe`."""
 
     default_precision: ClassVar[Literal["no", "bf16"]] = "no"
-    """Mixed precision where the launcher is given none. bf16: if the machine has instructions for it."""
+    """Mixed precision where the launcher is given none. bf16: if the machine is faster in it."""
 
     memory_options: ClassVar[tuple[str, ...]] = ("batch_size",)
     """Options that are suggested when memory runs out."""

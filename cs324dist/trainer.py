@@ -23,7 +23,7 @@ from cs324dist.distributed.batch_norm import convert_sync_batchnorm, freeze_canc
 from cs324dist.distributed.failures import ProcessLost, translate_errors
 from cs324dist.distributed.gradients import Batches, DDPGradients, ExactGradients, SeedOf
 from cs324dist.distributed.micro_batches import add_in_order, gather_rows
-from cs324dist.distributed.process import on_main_process, start_accelerator
+from cs324dist.distributed.process import is_faster_in_bf16, on_main_process, start_accelerator
 from cs324dist.distributed.stop import StopRequest
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import (
@@ -43,7 +43,7 @@ from cs324dist.runs.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from cs324dist.runs.environment import Environment, environment
+from cs324dist.runs.environment import Environment, Precision, environment
 from cs324dist.runs.files import clear
 from cs324dist.runs.lease import Superseded
 from cs324dist.runs.optimizers import each, optimizers_of, with_full_state
@@ -487,9 +487,8 @@ def main(task: str | type[Task[Any]], description: str | None) -> None:
     if config.dry_run:
         print(json.dumps(as_json(config), indent=2))
         return
-    accelerator = start_accelerator(
-        config.batch_size, config.micro_batches, config.peer_timeout, config.default_precision
-    )
+    precision: Precision = config.default_precision if is_faster_in_bf16() else "no"
+    accelerator = start_accelerator(config.batch_size, config.micro_batches, config.peer_timeout, precision)
     with StopRequest(accelerator.num_processes, config.peer_timeout) as stop:
         try:
             with translate_errors(config):

@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from cs324dist import PARENT
 from cs324dist.distributed.launcher import asked_precision, check_environment, check_gpus, check_launcher
 from cs324dist.errors import ReportedError, RunFailed, UserError, warn
-from cs324dist.runs.environment import Precision, has_gpu
+from cs324dist.runs.environment import Precision, has_gpu, processor
 
 Answer = TypeVar("Answer")
 
@@ -37,7 +37,7 @@ def start_accelerator(
         batch_size: of the global batch, which the processes share; None if there is none.
         micro_batches: its equal parts; None for one per process.
         peer_timeout: seconds after which a collective fails.
-        precision: taken where the user asks for none; bf16 only where this machine has instructions for it.
+        precision: taken where the user asks for none.
 
     Raises:
         UserError: fp16 on a CPU, more processes than GPUs or fewer than the launcher or Slurm was asked for,
@@ -58,10 +58,10 @@ def start_accelerator(
     rejoin_after_restart("nccl" if on_gpu else "gloo", timeout)
     accelerator = Accelerator(
         cpu=not on_gpu,
-        mixed_precision=asked or (precision if precision == "bf16" and _computes_in_bf16(on_gpu) else "no"),
+        mixed_precision=asked or ("no" if precision == "fp16" and not on_gpu else precision),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
-    if asked == "bf16" and accelerator.is_main_process and not _computes_in_bf16(on_gpu):
+    if asked == "bf16" and accelerator.is_main_process and not _has_bf16(on_gpu):
         what, other = ("GPU", "fp16") if on_gpu else ("processor", "no")
         warn(f"this {what} emulates bf16, which is slow: give --mixed_precision {other}")
     world_size = accelerator.num_processes
@@ -80,11 +80,17 @@ def start_accelerator(
     return accelerator
 
 
-def _computes_in_bf16(on_gpu: bool) -> bool:
-    """Whether there are instructions for bf16, so that it is faster than float32."""
+def _has_bf16(on_gpu: bool) -> bool:
+    """Whether there are instructions for bf16."""
     if on_gpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()
+
+
+def is_faster_in_bf16() -> bool:
+    """Whether this machine trains faster in bf16 than in float32; see docs/performance.md for processors."""
+    on_gpu = has_gpu()
+    return _has_bf16(on_gpu) and (on_gpu or torch.cpu._is_amx_tile_supported() or "AMD" in processor())
 
 
 def rejoin_after_restart(backend: str, timeout: timedelta) -> None:

@@ -51,7 +51,7 @@ def environment(processes: int = 1, precision: Precision = "no", compiled: str |
         python=platform.python_version(),
         packages={name: importlib.metadata.version(name) for name in packages},
         commit=_commit(),
-        device=torch.cuda.get_device_name() if gpu else _processor(),
+        device=torch.cuda.get_device_name() if gpu else processor(),
         cuda=f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if gpu else None,
         threads=torch.get_num_threads(),
         processes=processes,
@@ -78,7 +78,8 @@ def _git(*arguments: str) -> str | None:
     return answer.stdout.strip() or None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
         if line.startswith("model name"):

@@ -58,25 +58,40 @@ class Reached(Exception):
 
 
 @pytest.mark.parametrize(
-    ("asked", "preferred", "has_bf16", "taken"),
+    ("asked", "preferred", "taken"),
     [
-        (None, "bf16", True, "bf16"),
-        (None, "bf16", False, "no"),
-        (None, "no", True, "no"),
-        (None, "fp16", True, "no"),  # an audit of a run that was made on a GPU
-        ("no", "bf16", True, "no"),
-        ("bf16", "no", False, "bf16"),
+        (None, "bf16", "bf16"),
+        (None, "no", "no"),
+        (None, "fp16", "no"),  # an audit of a run that was made on a GPU
+        ("no", "bf16", "no"),
+        ("bf16", "no", "bf16"),
     ],
 )
-def test_what_is_taken(monkeypatch, asked, preferred, has_bf16, taken):
+def test_what_is_taken(monkeypatch, asked, preferred, taken):
     def reached(*, mixed_precision, **_):
         raise Reached(mixed_precision)
 
     monkeypatch.setattr(process, "asked_precision", lambda: asked)
-    monkeypatch.setattr(process, "_computes_in_bf16", lambda on_gpu: has_bf16)
     monkeypatch.setattr(process, "Accelerator", reached)
     with pytest.raises(Reached, match=f"^{taken}$"):
         process.start_accelerator(precision=preferred)
+
+
+@pytest.mark.parametrize(
+    ("name", "avx512_bf16", "amx", "faster"),
+    [
+        ("Intel(R) Xeon(R) Processor", True, True, True),
+        ("Intel(R) Xeon(R) Processor", True, False, False),  # slower, in fact
+        ("Intel(R) Xeon(R) Processor", False, False, False),
+        ("AMD EPYC 9R14", True, False, True),
+        ("AMD EPYC 7763", False, False, False),
+    ],
+)
+def test_which_processors_are_faster_in_bf16(monkeypatch, name, avx512_bf16, amx, faster):
+    monkeypatch.setattr(process, "processor", lambda: name)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert process.is_faster_in_bf16() == faster
 
 
 GAN = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--steps", "1", "--wandb", "disabled")
@@ -100,5 +115,5 @@ def test_the_gan_takes_bf16_where_there_is_bf16_and_nothing_else_was_asked_for(
         *script, "--run-dir", tmp_path / "run", launcher=launcher, options=options, environment=environment
     )
     prefers = script is GAN and not options
-    taken = "bf16" if prefers and torch.cpu._is_avx512_bf16_supported() else "no"
+    taken = "bf16" if prefers and process.is_faster_in_bf16() else "no"
     assert f"precision: {taken}\n" in done.stderr
