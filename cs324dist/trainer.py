@@ -487,7 +487,10 @@ def main(task: str | type[Task[Any]], description: str | None) -> None:
     if config.dry_run:
         print(json.dumps(as_json(config), indent=2))
         return
+    made_in = RunDir(config.folder).latest_environment()
     precision: Precision = config.default_precision if is_faster_in_bf16() else "no"
+    if made_in:  # on other machines, or on fewer, a run goes on in its own precision
+        precision = made_in.precision
     accelerator = start_accelerator(config.batch_size, config.micro_batches, config.peer_timeout, precision)
     with StopRequest(accelerator.num_processes, config.peer_timeout) as stop:
         try:

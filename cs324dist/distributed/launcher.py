@@ -48,15 +48,10 @@ def check_gpus(gpus: int) -> None:
 
 
 def asked_precision() -> str | None:
-    """The precision that the user asked for; None where nobody did, on one machine.
-
-    accelerate launch itself asks for "no" then. Machines might differ in what they have.
-    """
-    asked, several = os.environ.get("ACCELERATE_MIXED_PRECISION"), _nodes_used() > 1
-    if asked != "no":
-        return asked or ("no" if several else None)
-    launched = _accelerate_launch()
-    if several or launched is None:
+    """The precision that the user asked for; None where nobody did: accelerate launch asks for "no" then."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION") or None
+    launched = _accelerate_launch() if asked == "no" else None
+    if launched is None:
         return asked
     options, config = launched
     return asked if options.mixed_precision or (config and config.mixed_precision) else None
@@ -104,7 +99,8 @@ def _accelerate_launch() -> tuple[argparse.Namespace, Any] | None:
     return asked, load_config_from_file(str(file)) if file else None
 
 
-def _nodes_used() -> int:
+def nodes_used() -> int:
+    """Machines that train together."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     return world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
@@ -113,7 +109,7 @@ def _check_slurm(world_size: int) -> None:
     """Refuse to train apart on each node of a Slurm job, or in each task of a step."""
     nodes = int(os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_JOB_NUM_NODES") or 1)
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or nodes)
-    if world_size < tasks or _nodes_used() < nodes:
+    if world_size < tasks or nodes_used() < nodes:
         raise UserError(
             f"Slurm started {tasks} tasks on {nodes} nodes, and here {world_size} would train alone: "
             f"submit slurm/gan.sbatch or slurm/lstm.sbatch, or start one with srun --nodes 1 --ntasks 1"

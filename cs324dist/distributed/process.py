@@ -18,7 +18,13 @@ from accelerate.utils import broadcast_object_list
 from torch.distributed.rendezvous import rendezvous
 
 from cs324dist import PARENT
-from cs324dist.distributed.launcher import asked_precision, check_environment, check_gpus, check_launcher
+from cs324dist.distributed.launcher import (
+    asked_precision,
+    check_environment,
+    check_gpus,
+    check_launcher,
+    nodes_used,
+)
 from cs324dist.errors import ReportedError, RunFailed, UserError, warn
 from cs324dist.runs.environment import Precision, has_gpu, processor
 
@@ -56,9 +62,10 @@ def start_accelerator(
     # The vote to stop, over gloo, must time out first: when NCCL does, its watchdog aborts without a word.
     timeout = timedelta(seconds=peer_timeout + (60 if on_gpu else 0))
     rejoin_after_restart("nccl" if on_gpu else "gloo", timeout)
+    possible = ("bf16", "fp16") if on_gpu else ("bf16",)
     accelerator = Accelerator(
         cpu=not on_gpu,
-        mixed_precision=asked or ("no" if precision == "fp16" and not on_gpu else precision),
+        mixed_precision=asked or (precision if precision in possible else "no"),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
     if asked == "bf16" and accelerator.is_main_process and not _has_bf16(on_gpu):
@@ -88,9 +95,13 @@ def _has_bf16(on_gpu: bool) -> bool:
 
 
 def is_faster_in_bf16() -> bool:
-    """Whether this machine trains faster in bf16 than in float32; see docs/performance.md for processors."""
+    """Whether bf16 is faster than float32 here; see docs/performance.md. Several machines may differ: no."""
     on_gpu = has_gpu()
-    return _has_bf16(on_gpu) and (on_gpu or torch.cpu._is_amx_tile_supported() or "AMD" in processor())
+    return (
+        nodes_used() == 1
+        and _has_bf16(on_gpu)
+        and (on_gpu or torch.cpu._is_amx_tile_supported() or "AMD" in processor())
+    )
 
 
 def rejoin_after_restart(backend: str, timeout: timedelta) -> None:

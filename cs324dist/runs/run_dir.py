@@ -182,7 +182,7 @@ class RunDir:
             raise self._read_only
         self.check_owned()
         self._started = True
-        before = self._latest_environment()
+        before = self.latest_environment()
         for name, value in vars(environment).items():
             if name in ("threads", "processes") and record.config.get("micro_batches"):
                 continue
@@ -202,8 +202,11 @@ class RunDir:
             raise self.unwritable(error) from None
         self.write_status("running", step)
 
-    def _latest_environment(self) -> Environment | None:
-        owners = (owner_of(self.path, number) for number in range(self.generation - 1, 0, -1))
+    def latest_environment(self) -> Environment | None:
+        """What the last steps of the run were taken in; None if there is none yet."""
+        stems = (path.stem for path in (self.path / "owners").glob("*.json"))
+        numbers = sorted((int(stem) for stem in stems if re.fullmatch("[1-9][0-9]{0,8}", stem)), reverse=True)
+        owners = (owner_of(self.path, number) for number in numbers)
         return next((owner.environment for owner in owners if owner and owner.environment), None)
 
     def unwritable(self, error: OSError) -> UserError:

@@ -43,14 +43,21 @@ def test_what_was_asked_for(monkeypatch, tmp_path, command, environment, asked):
     assert asked_precision() == asked
 
 
-@pytest.mark.parametrize("environment", [None, "no"])
-def test_machines_that_may_differ_choose_nothing_themselves(monkeypatch, environment):
+def test_machines_that_may_differ_choose_nothing_themselves(monkeypatch):
+    monkeypatch.setattr(process, "_has_bf16", lambda on_gpu: True)
+    monkeypatch.setattr(process, "processor", lambda: "AMD")
+    assert process.is_faster_in_bf16()
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    if environment is not None:
-        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment)
-    assert asked_precision() == "no"
+    assert not process.is_faster_in_bf16()
+
+
+def test_a_run_goes_on_in_its_own_precision_where_nothing_else_is_asked_for(launch, tmp_path):
+    run = (*GAN[:-3], "1", "--schedule", "constant", "--wandb", "disabled", "--run-dir", tmp_path / "run")
+    launch(*run, environment={"ACCELERATE_MIXED_PRECISION": "bf16"})
+    for steps, asked, taken in (("2", "", "bf16"), ("3", "no", "no"), ("4", "", "no")):
+        done = launch(*run, "--steps", steps, environment={"ACCELERATE_MIXED_PRECISION": asked})
+        assert f"precision: {taken}\n" in done.stderr
 
 
 class Reached(Exception):
@@ -63,6 +70,7 @@ class Reached(Exception):
         (None, "bf16", "bf16"),
         (None, "no", "no"),
         (None, "fp16", "no"),  # an audit of a run that was made on a GPU
+        (None, "fp8", "no"),  # as a folder may say
         ("no", "bf16", "no"),
         ("bf16", "no", "bf16"),
     ],
