@@ -120,8 +120,8 @@ class RunDir:
                 raise UserError(f"{self.path / name} is no folder: it is damaged, or not of this project")
             if (self.path / name).is_symlink():
                 raise UserError(f"{self.path / name} is a link: a run writes only into its own folder")
-        if not self.exists:
-            found = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+        found = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+        if not self.exists:  # looked at after the names: another process may start it in between
             if self.path.is_file() or any(not re.fullmatch(LEFTOVERS, name) for name in found - FOLDERS):
                 raise UserError(f"--run-dir {self} is not a run folder: give an empty or a new one")
             return

@@ -344,6 +344,17 @@ class TestWhoseFolder:
             assert f"--run-dir {path} is not a run folder" in str(caught.value)
         assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
+    def test_a_run_that_another_process_starts_meanwhile_is_not_called_something_else(
+        self, tmp_path, monkeypatch
+    ):
+        def looked_at_just_before_it_starts(run):
+            found = (run.path / "config.json").exists()
+            (run.path / "config.json").write_text("{}")
+            return found
+
+        monkeypatch.setattr(RunDir, "exists", property(looked_at_just_before_it_starts))
+        RunDir(tmp_path).check_fits("gan", CONFIG)
+
     @pytest.mark.parametrize(
         "config",
         [
