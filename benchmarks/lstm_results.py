@@ -25,7 +25,7 @@ from common import REPOSITORY, Row, run_parts, trainer_of
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cs324dist.data.palindromes import DIGITS, all_palindromes, encode, free_digits, palindromes
+from cs324dist.data.palindromes import DIGITS, all_palindromes, free_digits, palindromes
 from cs324dist.data.streams import Stream
 from cs324dist.models.lstm import LSTM
 from cs324dist.report.reading import read_run
@@ -108,11 +108,11 @@ def trained(length: int) -> nn.Module:
 
 
 @torch.no_grad()
-def count(model: nn.Module, length: int, batches: Batches, encoding: str = FAST.encoding) -> Row:
+def count(model: nn.Module, length: int, batches: Batches) -> Row:
     """How many palindromes the model gets right, of how many."""
     right = trials = 0
     for digits, last in tqdm(batches, f"length {length}", disable=None):
-        right += int((model(encode(digits, encoding)).argmax(dim=1) == last).sum())
+        right += int((model(digits).argmax(dim=1) == last).sum())
         trials += len(last)
     return {"length": length, "right": right, "trials": trials}
 
@@ -134,7 +134,7 @@ def course() -> list[Row]:
         most = 2500 if (model, length) == ("lstm", 50) else COURSE.steps
         row = {"model": model, "length": length, "data": data, **train(trainer, most, least=COURSE.steps)}
         if (model, length) == ("lstm", 10):  # lengths beyond 7 are only sampled otherwise
-            counted = count(task.model.eval(), length, all_of(length), COURSE.encoding)
+            counted = count(task.model.eval(), length, all_of(length))
             row["all"] = [counted["right"], counted["trials"]]
         rows.append(row)
     return rows
@@ -242,10 +242,10 @@ def held() -> list[Row]:
     """What the states of that model do over the length, for 100 palindromes."""
     model = trained(1000).requires_grad_(False)
     digits, _ = palindromes(UNSEEN, torch.arange(100), 20_000)
-    x, first = encode(digits, FAST.encoding), digits[:, 0]
+    first = digits[0]
     state, before, rows = None, 0, []
     for steps in (10, 100, 1000, 10_000, 20_000):
-        _, state = model.scan(x[before:steps], state)
+        _, state = model.scan(digits[before:steps], state)
         h, c = state
         centres = torch.stack([h[first == digit].mean(0) for digit in range(DIGITS)])
         within, between = (h - centres[first]).norm(dim=1).mean().item(), torch.pdist(centres).min().item()

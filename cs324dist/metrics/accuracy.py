@@ -6,7 +6,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cs324dist.data.images import LabelledImages, to_unit_range
-from cs324dist.data.palindromes import DIGITS, all_palindromes, encode, free_digits, palindromes
+from cs324dist.data.palindromes import DIGITS, all_palindromes, free_digits, palindromes
 from cs324dist.data.streams import Stream
 from cs324dist.distributed.sum_over import SumOver
 
@@ -18,9 +18,7 @@ DIGITS_AT_ONCE = 250_000  # of a forward pass, in which an RNN keeps about 1 KiB
 LEAST_AT_ONCE = 50  # palindromes of a forward pass: fewer take as long, however long they are
 
 
-def palindrome_accuracy(
-    predict: Predict, encoding: str, length: int, stream: Stream, sum_over: SumOver
-) -> float:
+def palindrome_accuracy(predict: Predict, length: int, stream: Stream, sum_over: SumOver) -> float:
     """The share of palindromes whose last digit is predicted.
 
     Of all there are, if they are at most 10 000; else of 10 000 of `stream`, 1 000 beyond length 2 000.
@@ -31,7 +29,7 @@ def palindrome_accuracy(
     def answer(indices: Int64[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
         is_all = trials == all_there_are
         digits, last = all_palindromes(length, indices) if is_all else palindromes(stream, indices, length)
-        return predict(encode(digits, encoding)), last
+        return predict(digits), last
 
     return _share_right(answer, trials, sum_over, max(LEAST_AT_ONCE, DIGITS_AT_ONCE // length))
 

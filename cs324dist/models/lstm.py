@@ -1,10 +1,11 @@
 """The LSTM of Part I of the course report, implemented from its equations."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+Inputs = Float[Tensor, "time batch input"] | UInt8[Tensor, "time batch"]
 State = tuple[Float[Tensor, "batch hidden"], Float[Tensor, "batch hidden"]]
 SAMPLE_STEPS_AT_ONCE = 1 << 18  # samples times steps with gates in memory: about 2 GB at hidden size 128
 GATES = ("i", "f", "g", "o")  # in torch's order, so that its kernel takes the weights as they are
@@ -19,6 +20,8 @@ class LSTM(nn.Module):
         o_t = σ(W_ox x_t + W_oh h_{t-1} + b_o)
 
     The four gates' weights are stacked in `W_x`, `W_h`, `b`; `gate("g")` gives W_gx, W_gh, b_g as views.
+
+    Digits are read as one-hot vectors of `input_size` components; where that is 1, as they are.
 
     Args:
         input_size: components of x_t.
@@ -40,25 +43,24 @@ class LSTM(nn.Module):
         self.output = nn.Linear(hidden_size, classes)  # W_ph, b_p
         self.initialise_as_linear()
 
-    def forward(self, x: Float[Tensor, "time batch input"]) -> Float[Tensor, "batch classes"]:
+    def forward(self, x: Inputs) -> Float[Tensor, "batch classes"]:
         """Logits after the last time step.
 
         Long sequences are computed in parts. Only the states between parts are kept, and the backward pass
-        computes each part again, so only the input's memory grows with the length. The gradient is exact.
+        computes each part again: memory grows by a byte for each digit of the input. The gradient is exact.
         """
         parts = x.split(max(1, SAMPLE_STEPS_AT_ONCE // max(1, x.shape[1])))
         if len(parts) == 1:
             hidden, _ = self.scan(x)
             return self.output(hidden[-1])
-        h = c = x.new_zeros(x.shape[1], self.W_h.shape[1])
+        h = c = self.W_h.new_zeros(x.shape[1], self.W_h.shape[1])
         for part in parts:
             h, c = checkpoint(self._last_state, part, h, c, use_reentrant=False, preserve_rng_state=False)
         return self.output(h)
 
-    def scan(
-        self, x: Float[Tensor, "time batch input"], state: State | None = None
-    ) -> tuple[Float[Tensor, "time batch hidden"], State]:
+    def scan(self, x: Inputs, state: State | None = None) -> tuple[Float[Tensor, "time batch hidden"], State]:
         """All hidden states, and the last state (h, c), starting from `state` or zeros."""
+        x = encode(x, self.W_x)
         h, c = state or (x.new_zeros(x.shape[1], self.W_h.shape[1]),) * 2
         return (self._scan_fused if self.kernel == "fused" else self._scan_equations)(x, h, c)
 
@@ -112,3 +114,13 @@ class LSTM(nn.Module):
         self.b.zero_()
         b_f.uniform_(1, max(2, length)).log_()
         b_i.copy_(-b_f)
+
+
+def encode(x: Inputs, weight: Float[Tensor, "outputs input"]) -> Float[Tensor, "time batch input"]:
+    """Digits as inputs of a layer with this weight; inputs stay as they are."""
+    if x.is_floating_point():
+        return x
+    if weight.shape[1] == 1:
+        return x[..., None].to(weight.dtype)
+    onehot = weight.new_zeros(*x.shape, weight.shape[1])
+    return onehot.scatter_(-1, x[..., None].long(), 1.0)

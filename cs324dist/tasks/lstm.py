@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cs324dist.config import MUTABLE, BatchSize, Config, Count, Positive
-from cs324dist.data.palindromes import DIGITS, encode, palindromes
+from cs324dist.data.palindromes import DIGITS, palindromes
 from cs324dist.data.streams import MicroBatch, Stream, seeded
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import UserError, printable
 from cs324dist.metrics.accuracy import accuracy, count_correct, palindrome_accuracy
-from cs324dist.models.lstm import LSTM
+from cs324dist.models.lstm import LSTM, SAMPLE_STEPS_AT_ONCE
 from cs324dist.models.rnn import RNN
 from cs324dist.schedules import ScheduleName
 from cs324dist.tasks.base import Evaluation, Metrics, Task, Updater
@@ -127,8 +127,11 @@ class LSTMTask(Task[LSTMConfig]):
 
     @classmethod
     def bytes_per_sample(cls, config: LSTMConfig) -> int:
-        """What the backward pass keeps of each time step: gates, states and inputs."""
-        return 4 * config.length * (12 * config.hidden_size + 20)
+        """Two bytes a digit; the gates, states and inputs of the time steps that are in memory at once."""
+        at_once = config.length
+        if config.model == "lstm":
+            at_once = min(at_once, max(1, SAMPLE_STEPS_AT_ONCE // config.batch_size))
+        return 2 * config.length + 4 * at_once * (12 * config.hidden_size + 20)
 
     def step(self, step: int, trainer: Updater) -> None:
         """One update, and every second time the curriculum's decision."""
@@ -144,7 +147,7 @@ class LSTMTask(Task[LSTMConfig]):
     def loss(self, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """Cross-entropy of the last digit."""
         digits, last = palindromes(self.data, batch.samples, self.length)
-        logits = self.model(encode(digits, self.config.encoding))
+        logits = self.model(digits)
         loss = F.cross_entropy(logits, last)
         self.right[batch.index] = count_correct(logits, last)
         return loss, {"loss": loss, "accuracy": accuracy(logits, last)}
@@ -152,7 +155,7 @@ class LSTMTask(Task[LSTMConfig]):
     def evaluate(self, sum_over: SumOver) -> Evaluation:
         """Accuracy at the full length; see `palindrome_accuracy`."""
         stream = Stream(self.config.seed, "palindromes/evaluation")
-        found = palindrome_accuracy(self.model, self.config.encoding, self.config.length, stream, sum_over)
+        found = palindrome_accuracy(self.model, self.config.length, stream, sum_over)
         return Evaluation({"accuracy": found})
 
     def state_dict(self) -> dict[str, Any]:

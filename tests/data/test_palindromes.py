@@ -1,5 +1,4 @@
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -7,13 +6,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cs324dist.data.palindromes import all_palindromes, encode, free_digits, palindromes
+from cs324dist.data.palindromes import all_palindromes, free_digits, palindromes
 from cs324dist.data.streams import Stream
 
 
 def written_out(digits: torch.Tensor, last: torch.Tensor) -> list[str]:
     """Each palindrome, sample and target, as a string."""
-    return ["".join(map(str, [*row, end])) for row, end in zip(digits.tolist(), last.tolist(), strict=True)]
+    return ["".join(map(str, [*row, end])) for row, end in zip(digits.T.tolist(), last.tolist(), strict=True)]
 
 
 def palindromes_of(digits: int) -> list[str]:
@@ -27,7 +26,7 @@ def palindromes_of(digits: int) -> list[str]:
 @example(0, 2)
 def test_sample_and_target_read_the_same_backwards(seed: int, length: int) -> None:
     digits, last = palindromes(Stream(seed, "x"), torch.arange(20), length)
-    assert digits.shape == (20, length)
+    assert digits.shape == (length, 20)
     for text in written_out(digits, last):
         assert len(text) == length + 1  # every entry is one decimal digit
         assert text == text[::-1]
@@ -52,23 +51,17 @@ def test_all_palindromes_are_drawn_equally_often(length: int) -> None:
     assert stats.chisquare(counts).pvalue > 0.001
 
 
+def test_drawn_in_parts_they_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    digits, last = palindromes(Stream(0, "x"), torch.arange(20), 9)
+    for at_once in (1, 7, 5 * 20):
+        monkeypatch.setattr("cs324dist.data.palindromes.DRAWN_AT_ONCE", at_once)
+        in_parts = palindromes(Stream(0, "x"), torch.arange(20), 9)
+        assert torch.equal(in_parts[0], digits)
+        assert torch.equal(in_parts[1], last)
+
+
 def test_the_digit_to_remember_is_uniform_at_any_length() -> None:
     for length in (1, 10, 51):
         digits, last = palindromes(Stream(0, "x"), torch.arange(20_000), length)
-        assert torch.equal(digits[:, 0], last)
+        assert torch.equal(digits[0], last.to(torch.uint8))
         assert stats.chisquare(last.bincount(minlength=10).numpy()).pvalue > 0.001
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_scalar_input_is_the_digit_and_a_onehot_one_has_a_one_at_it(
-    dtype: torch.dtype, set_default_dtype: Callable[[torch.dtype], None]
-) -> None:
-    set_default_dtype(dtype)
-    digits = torch.tensor([[3, 0, 9], [1, 4, 1]])
-    scalar, onehot = encode(digits, "scalar"), encode(digits, "onehot")
-    assert (scalar.shape, scalar.dtype) == ((3, 2, 1), dtype)
-    assert (onehot.shape, onehot.dtype) == ((3, 2, 10), dtype)
-    for sample, time in itertools.product(range(2), range(3)):
-        digit = digits[sample, time]
-        assert scalar[time, sample].tolist() == [digit]
-        assert onehot[time, sample].tolist() == [float(d == digit) for d in range(10)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cs324dist.data.images import load_images
-from cs324dist.data.palindromes import encode, palindromes
+from cs324dist.data.palindromes import palindromes
 from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream
 from cs324dist.models.gan import Discriminator, Generator
 from cs324dist.models.lstm import LSTM
@@ -49,7 +49,6 @@ def test_two_nodes_with_two_processes_each_take_the_path_of_one(follow, launch_o
 
 @pytest.mark.parametrize("preset", ["fast", "course"])
 def test_the_lstm_takes_the_path_of_a_plain_loop(follow, float64, preset):
-    encoding = {"fast": "onehot", "course": "scalar"}[preset]
     start = untrained("lstm", preset)["lstm"]
     model = LSTM(start["W_x"].shape[1], kernel="equations")
     model.load_state_dict(start)
@@ -60,7 +59,7 @@ def test_the_lstm_takes_the_path_of_a_plain_loop(follow, float64, preset):
     for batch in batches(BATCH):
         digits, last = palindromes(Stream(0, "palindromes/train"), batch.samples, LENGTH)
         optimizer.zero_grad()
-        F.cross_entropy(model(encode(digits, encoding)), last).backward()
+        F.cross_entropy(model(digits), last).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), largest, foreach=False)
         if preset == "fast":
             optimizer.param_groups[0]["lr"] = 4e-2 * min(1, 2 * (1 - batch.step / STEPS))

@@ -32,6 +32,24 @@ def torch_s(model: LSTM) -> nn.LSTM:
     return theirs
 
 
+@pytest.mark.parametrize("model", [LSTM, RNN])
+class TestDigits:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_they_are_read_as_vectors_with_a_one_at_the_digit(
+        self, model: type[LSTM | RNN], dtype: torch.dtype
+    ) -> None:
+        digits = torch.tensor([[3, 1], [0, 4], [9, 1]], dtype=torch.uint8)
+        vectors = [[[float(place == digit) for place in range(10)] for digit in row] for row in digits]
+        network = model(10, 5).to(dtype)
+        assert torch.equal(network(digits), network(torch.tensor(vectors, dtype=dtype)))
+
+    def test_of_one_component_they_are_read_as_they_are(self, model: type[LSTM | RNN]) -> None:
+        digits = torch.tensor([[3, 1], [0, 4], [9, 1]], dtype=torch.uint8)
+        numbers = torch.tensor([[[3.0], [1.0]], [[0.0], [4.0]], [[9.0], [1.0]]])
+        network = model(1, 5)
+        assert torch.equal(network(digits), network(numbers))
+
+
 class TestLSTM:
     @KERNELS
     @pytest.mark.parametrize(("time", "batch", "input_size", "hidden_size"), [(9, 4, 10, 16), (1, 1, 1, 1)])
