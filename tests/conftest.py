@@ -1,10 +1,12 @@
 """Fixtures of more than one test module."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import pytest
 import torch
@@ -70,11 +72,42 @@ def launch_environment() -> dict[str, str]:
     }
 
 
+class LaunchServer:
+    """Runs scripts in forks of a process that has imported what they import; see `launch_server.py`."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        command = [sys.executable, REPOSITORY / "tests" / "launch_server.py"]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdin=pipe, stdout=pipe, text=True
+        )
+
+    def run(self, command: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+        assert self._process.stdin
+        assert self._process.stdout
+        with NamedTemporaryFile("r") as stdout, NamedTemporaryFile("r") as stderr:
+            order = {"command": command, "stdout": stdout.name, "stderr": stderr.name}
+            print(json.dumps({**order, "environment": environment}), file=self._process.stdin, flush=True)
+            code = int(self._process.stdout.readline())
+            return subprocess.CompletedProcess(command, code, stdout.read(), stderr.read())
+
+    def end(self) -> None:
+        self._process.communicate()
+
+
 @pytest.fixture(scope="session")
-def launch(launch_environment: dict[str, str]) -> Launch:
+def launch_server(launch_environment: dict[str, str]) -> Iterator[LaunchServer]:
+    server = LaunchServer(launch_environment)
+    yield server
+    server.end()
+
+
+@pytest.fixture(scope="session")
+def launch(launch_environment: dict[str, str], launch_server: LaunchServer) -> Launch:
     """Run a script of the repository as a user does, through a launcher, and wait for it.
 
-    `launcher` is "python", "torchrun" or "accelerate"; `options` are the launcher's.
+    `launcher` is "python", "torchrun" or "accelerate"; `options` are the launcher's. What Python runs is
+    forked from a process that has imported it, unless `environment` changes what an import reads.
     """
 
     def run(
@@ -84,21 +117,26 @@ def launch(launch_environment: dict[str, str]) -> Launch:
         environment: dict[str, str] | None = None,
         check: bool = True,
     ) -> "subprocess.CompletedProcess[str]":
-        done = subprocess.run(
-            [*LAUNCHERS[launcher], *options, *map(str, command)],
-            cwd=REPOSITORY,
-            env={**launch_environment, **(environment or {})},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+        words, changed = [*options, *map(str, command)], environment or {}
+        if launcher == "python" and words[0] != "-c" and not READ_AT_IMPORT & changed.keys():
+            done = launch_server.run(words, launch_environment | changed)
+        else:
+            done = subprocess.run(
+                [*LAUNCHERS[launcher], *words],
+                cwd=REPOSITORY,
+                env=launch_environment | changed,
+                capture_output=True,
+                text=True,
+                timeout=240,
+                check=False,
+            )
         assert not check or done.returncode == 0, done.stderr[-4000:]
         return done
 
     return run
 
 
+READ_AT_IMPORT = {"HF_HOME", "HOME", "OMP_NUM_THREADS", "PYTHONPATH"}
 LAUNCHERS = {
     "python": [sys.executable],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
