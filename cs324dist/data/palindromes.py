@@ -35,7 +35,6 @@ def free_digits(length: int) -> int:
 
 def complete(half: UInt8[Tensor, "batch free"], length: int) -> Samples:
     """Mirror the free digits, and split off the last digit as the target."""
-    half = half.T
-    mirrored = half.flip(0)[(length + 1) % 2 :]
-    whole = torch.cat([half, mirrored])
-    return whole[:-1], whole[-1].long()
+    mirrored = half.flip(1)[:, (length + 1) % 2 :]
+    whole = torch.cat([half, mirrored], dim=1)
+    return whole[:, :-1].T, whole[:, -1].long()
