@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import random
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from cs324dist.config import Config, from_json
 from cs324dist.data.images import check_fetched
 from cs324dist.distributed.failures import translate_errors
 from cs324dist.distributed.process import on_main_process, start_accelerator
-from cs324dist.errors import RunFailed, UserError, say, warn
+from cs324dist.errors import RunFailed, UserError, printable, say, warn
 from cs324dist.runs.checkpoints import (
     TrainerState,
     generation_of,
@@ -199,10 +200,11 @@ def _choose(
             warn(f"{interval} were made with {name} {value}, now {getattr(here, name)}: bits may differ")
     if not comparable:
         made = intervals[-1].environment
+        python = f"torchrun --nproc_per_node {made.processes}" if made.processes > 1 else "python"
         raise UserError(
             *reasons,
             f"to repeat them: CS324DIST_THREADS={made.threads} ACCELERATE_MIXED_PRECISION={made.precision} "
-            f"torchrun --nproc_per_node {made.processes} -m cs324dist.launch.audit {run}",
+            f"{python} -m cs324dist.launch.audit {printable(shlex.join(sys.argv[1:]))}",
         )
     for reason in reasons:
         say(reason)

@@ -48,8 +48,8 @@ from cs324dist.runs.files import clear
 from cs324dist.runs.lease import Superseded
 from cs324dist.runs.optimizers import each, optimizers_of, with_full_state
 from cs324dist.runs.run_dir import RunDir, RunRecord
-from cs324dist.tasks import find_task
-from cs324dist.tasks.base import Loss, Mean, Metrics, Task
+from cs324dist.tasks import check_task, find_task
+from cs324dist.tasks.base import Evaluation, Loss, Mean, Metrics, Task
 from cs324dist.trackers import Trackers
 
 Recorded = dict[str, dict[int, tuple[Tensor, Tensor]]]
@@ -170,11 +170,11 @@ class Trainer:
         weights: dict[int, Tensor] = {}
 
         def loss_of(batch: MicroBatch) -> Tensor:
-            value, metrics = loss(batch)
+            value, metrics = checked(loss(batch))
             self._record(recorded, batch, metrics)
             if isinstance(value, Tensor):
                 return value
-            weights[batch.index] = self._weight(value)
+            weights[batch.index] = self._number(value[1])
             return value[0]
 
         self._gradients.compute(networks, loss_of, seed_of, batches)
@@ -199,7 +199,7 @@ class Trainer:
 
         def recorded(batch: MicroBatch) -> None:
             with torch.no_grad():
-                self._record(self._metrics, batch, loss(batch)[1])
+                self._record(self._metrics, batch, checked(loss(batch))[1])
 
         if self._is_logged:
             self._gradients.map(recorded, self._batches())
@@ -210,15 +210,15 @@ class Trainer:
 
     def _record(self, recorded: Recorded, batch: MicroBatch, metrics: Metrics) -> None:
         for name, value in metrics.items():
-            total = value if isinstance(value, Tensor) else value[0]
-            pair = total.detach().double(), self._weight(value)
+            total, weight = value if isinstance(value, tuple) else (value, 1.0)
+            pair = self._number(total), self._number(weight)
             recorded.setdefault(f"train/{name}", {})[batch.index] = pair
 
-    def _weight(self, value: Mean) -> Float64[Tensor, ""]:
-        weight, device = 1.0 if isinstance(value, Tensor) else value[1], self.accelerator.device
-        if isinstance(weight, Tensor):
-            return weight.detach().to(device, torch.float64)
-        return torch.full((), weight, dtype=torch.float64, device=device)  # a copy would wait for the device
+    def _number(self, value: Tensor | float) -> Float64[Tensor, ""]:
+        device = self.accelerator.device
+        if isinstance(value, Tensor):
+            return value.detach().to(device, torch.float64)
+        return torch.full((), value, dtype=torch.float64, device=device)  # a copy would wait for the device
 
     def read_metrics(self) -> dict[str, float]:
         """The metrics of the last step, averaged over its micro-batches; waits for the device."""
@@ -272,6 +272,20 @@ class Trainer:
             interval = scaler.get_growth_interval()  # torch takes no float, as numbers in a checkpoint are
             scaler.load_state_dict({**state.loss_scale, "growth_interval": interval})
         return state
+
+
+def checked(found: tuple[Mean, Metrics]) -> tuple[Mean, Metrics]:
+    """What a task's loss has returned.
+
+    Raises:
+        UserError: it is not a loss and metrics.
+    """
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
+        raise UserError("a loss has to return two things, the loss and a dict of metrics: return loss, {}")
+    loss = found[0] if isinstance(found[0], Tensor) else found[0][0]
+    if loss.dim():
+        raise UserError(f"a loss has to be one number, and has shape {tuple(loss.shape)}: return its mean")
+    return found
 
 
 class SkippedSteps:
@@ -389,6 +403,8 @@ class Run:
         """Evaluate and log; False if a signal interrupted it."""
         with trackers.paused(), self.trainer.evaluating():
             evaluation = self.task.evaluate(self.trainer.sum_over(self.stop.until_stopped))
+            if not isinstance(evaluation, Evaluation):
+                raise UserError("evaluate has to return an Evaluation, such as Evaluation({'accuracy': 0.5})")
             if is_complete := not self.stop.interrupted():
                 trackers.log_evaluation(completed, evaluation)
                 self._check_keep_best(evaluation.metrics)
@@ -483,6 +499,7 @@ def main(task: str | type[Task[Any]], description: str | None) -> None:
         description: shown by `--help`.
     """
     task_type = find_task(task) if isinstance(task, str) else task
+    check_task(task_type)
     config = from_command_line(task_type.presets, description or "", task_type.run_name)
     if config.dry_run:
         print(json.dumps(as_json(config), indent=2))
@@ -516,6 +533,8 @@ def run_task(task_type: type[Task[Any]], config: Config, accelerator: Accelerato
     on_main = partial(on_main_process, accelerator)
     with run_dir.claimed(lambda: run_dir.check_fits(task_type.name, config), on_main):
         task = task_type(config, accelerator.device)
+        if not hasattr(task, "config"):
+            raise UserError(f"{task_type.__name__} has to call super().__init__(config, device) first")
         check_names(task.networks)
         trainer = Trainer(task, accelerator)
         run = Run(trainer, run_dir, stop)

@@ -4,6 +4,7 @@ Reading is strict: every tensor must be there and no other, each of the right sh
 claims to hold is compared with what is expected before any of it is read.
 """
 
+import inspect
 import json
 import os
 import re
@@ -188,8 +189,13 @@ def load_model(folder: str | Path, expected: type[Model]) -> Model:
         # Shapes without memory, whatever sizes the file claims; torch warns of zero.
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             tensors = read_tensors(weights, model_tensors(expected(**arguments)))
-    except UserError:
-        raise
+    except UserError as error:
+        if arguments or not inspect.signature(expected).parameters:
+            raise
+        hint = (
+            f"{folder} does not say how to build a {name}: give the network `config`, a dict of its arguments"
+        )
+        raise UserError(*error.lines, hint) from None
     except Exception:  # whatever its constructor raises
         raise UserError(
             f"{folder / 'config.json'} has arguments that {name} does not take: "

@@ -3,9 +3,11 @@
 import importlib
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cs324dist.config import Config, as_json, from_json
 from cs324dist.errors import UserError
 from cs324dist.tasks.base import Task
 
@@ -19,7 +21,7 @@ TASKS = {
 def find_task(name: str) -> type[Task[Any]]:
     """The task called `name`: one of `TASKS`, or `path/to/file.py:Class`, or `package.module:Class`.
 
-    The code in the file or module runs.
+    The code in the file or module runs. It can import what lies beside the file, or in the current folder.
 
     Raises:
         UserError: there is no such task.
@@ -29,18 +31,37 @@ def find_task(name: str) -> type[Task[Any]]:
         raise UserError(
             f"task {name!r} is unknown: give {', '.join(TASKS)}, path/file.py:Class, or package.module:Class"
         )
+    file = Path(module_name) if module_name.endswith(".py") else None
+    folder = str(file.resolve().parent if file else Path.cwd())
+    if name not in TASKS and folder not in sys.path:
+        sys.path.insert(0, folder)  # as Python does for a script
     try:
-        module = (
-            _from_file(Path(module_name))
-            if module_name.endswith(".py")
-            else importlib.import_module(module_name)
-        )
+        module = _from_file(file) if file else importlib.import_module(module_name)
         task = getattr(module, class_name)
     except (ImportError, OSError, AttributeError) as error:
         raise UserError(f"task {name!r} cannot be imported: {error}") from None
     if not (isinstance(task, type) and issubclass(task, Task)):
         raise UserError(f"task {name!r} is not a subclass of cs324dist.Task")
+    check_task(task)
     return task
+
+
+def check_task(task: type[Task[Any]]) -> None:
+    """Check that a task has a name, and presets with allowed values.
+
+    Raises:
+        UserError: it has not.
+    """
+    of = task.__name__
+    if not isinstance(getattr(task, "name", None), str):
+        raise UserError(f"{of} has no name: write name = {of.lower()!r} in the class")
+    presets = getattr(task, "presets", None)
+    if not isinstance(presets, Mapping) or not presets:
+        raise UserError(f'{of} has no presets: write presets = {{"fast": YourConfig()}} in the class')
+    for name, preset in presets.items():
+        if not isinstance(preset, Config):
+            raise UserError(f"{of}.presets[{name!r}] is a {type(preset).__name__}: give a cs324dist.Config")
+        from_json(type(preset), as_json(preset), f"{of}.presets[{name!r}]")
 
 
 def _from_file(path: Path) -> Any:

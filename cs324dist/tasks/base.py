@@ -17,7 +17,7 @@ Mean = Float[Tensor, ""] | tuple[Float[Tensor, ""], Shaped[Tensor, ""] | float]
 """The mean over the samples of a micro-batch; or a sum and its weight, such as the number of tokens, of which
 the mean over the global batch is the sum of the sums over the sum of the weights."""
 
-Metrics = Mapping[str, Mean]
+Metrics = Mapping[str, Mean | float]
 Loss = Callable[[MicroBatch], tuple[Mean, Metrics]]
 Picture = UInt8[Tensor, "channels height width"]
 

@@ -210,6 +210,14 @@ def test_a_config_of_other_sizes_than_the_tensors_is_refused(tmp_path):
     assert_refused(written(tmp_path, {"hidden_size": 8}), "model.safetensors: ")
 
 
+def test_of_a_model_that_does_not_say_how_it_is_built_it_is_said(tmp_path):
+    save_model(tmp_path, torch.nn.Sequential(torch.nn.Linear(2, 3)))
+    with pytest.raises(UserError) as caught:
+        load_model(tmp_path, torch.nn.Sequential)
+    assert "holds 2 tensors too many" in caught.value.lines[0]
+    assert "give the network `config`, a dict of its constructor's arguments" in caught.value.lines[1]
+
+
 def test_a_model_of_another_class_is_refused_even_where_the_arguments_are_alike(tmp_path):
     save_model(tmp_path, RNN(3, 4, 5))
     assert_refused(tmp_path, "class 'RNN', expected 'LSTM'")

@@ -1,0 +1,105 @@
+"""The first mistakes of who writes a task: one line each, that says what to do."""
+
+import pytest
+
+TASK = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from beside import DATA
+from cs324dist import Config, Evaluation, Positive, Task, main
+
+
+@dataclass(frozen=True)
+class OwnConfig(Config):
+    learning_rate: Positive = 1e-2
+
+
+class Own(Task[OwnConfig]):
+    name = "own"
+    presets = {"fast": OwnConfig(steps=2, evaluate_every=2, wandb="disabled")}
+
+    def __init__(self, config, device):
+        super().__init__(config, device)
+        self.networks = {"net": nn.Linear(2, 1).to(device)}
+        self.optimizers = {"net": torch.optim.SGD(self.networks["net"].parameters(), config.learning_rate)}
+
+    def loss(self, batch):
+        loss = self.networks["net"](DATA[batch.samples % 8]).mean()
+        return loss, {"loss": loss}
+
+    def evaluate(self, sum_over):
+        return Evaluation({"accuracy": 0.5})
+
+
+if __name__ == "__main__":
+    main(Own, __doc__)
+"""
+MISTAKES = {
+    "no name": ('name = "own"', "", 'Own has no name: write name = \'own\' in the class'),
+    "no presets": (
+        'presets = {"fast": OwnConfig(', 'others = {"fast": OwnConfig(',
+        'Own has no presets: write presets = {"fast": YourConfig()} in the class'),
+    "a preset that is a dict": (
+        'OwnConfig(steps=2, evaluate_every=2, wandb="disabled")', '{"steps": 2}',
+        "Own.presets['fast'] is a dict: give a cs324dist.Config"),
+    "a default that is not allowed": ("Positive = 1e-2", "Positive = -1.0", "learning_rate is -1.0"),
+    "no call of super": (
+        "super().__init__(config, device)", "pass", "Own has to call super().__init__(config, device) first"),
+    "no metrics": (
+        'return loss, {"loss": loss}', "return loss",
+        "a loss has to return two things, the loss and a dict of metrics: return loss, {}"),
+    "a loss for each sample": (
+        ".mean()", "[:, 0]", "a loss has to be one number, and has shape (64,): return its mean"),
+    "a dict of an evaluation": (
+        'Evaluation({"accuracy": 0.5})', '{"accuracy": 0.5}',
+        "evaluate has to return an Evaluation, such as Evaluation({'accuracy': 0.5})"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def train(launch, tmp_path):
+    (tmp_path / "beside.py").write_text("import torch\nDATA = torch.ones(8, 2)\n")
+
+    def train(old: str = "", new: str = ""):
+        assert old in TASK
+        (tmp_path / "own_task.py").write_text(TASK.replace(old, new))
+        return launch(tmp_path / "own_task.py", "--run-dir", tmp_path / "run", check=False)
+
+    return train
+
+
+@pytest.mark.parametrize(("old", "new", "said"), MISTAKES.values(), ids=MISTAKES)
+def test_it_is_one_line(train, old, new, said):
+    done = train(old, new)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert said in line
+
+
+def test_without_one_it_trains(train):
+    done = train()
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_metric_may_be_a_number(train, tmp_path):
+    assert train('{"loss": loss}', '{"loss": loss, "half": 0.5, "item": loss.item()}').returncode == 0
+    assert '"train/half": 0.5' in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_an_audit_by_the_files_name_finds_what_lies_beside_it(train, launch, tmp_path):
+    train()
+    task = ("--task", f"{tmp_path}/own_task.py:Own")
+    done = launch("launch/audit.py", tmp_path / "run", *task, "--from-start")
+    assert done.stdout == "steps 0 to 2: equal to the last bit\n"
+
+
+def test_how_an_audit_is_repeated_names_every_option_that_was_given(train, launch, tmp_path):
+    train()
+    words = [str(tmp_path / "run"), "--task", f"{tmp_path}/own_task.py:Own", "--from-start"]
+    done = launch("launch/audit.py", *words, environment={"CS324DIST_THREADS": "2"}, check=False)
+    expected = "CS324DIST_THREADS=1 ACCELERATE_MIXED_PRECISION=no python -m cs324dist.launch.audit"
+    assert done.stderr.splitlines()[-1] == f"error: to repeat them: {' '.join([expected, *words])}"
