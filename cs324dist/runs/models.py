@@ -192,9 +192,7 @@ def load_model(folder: str | Path, expected: type[Model]) -> Model:
     except UserError as error:
         if arguments or not inspect.signature(expected).parameters:
             raise
-        hint = (
-            f"{folder} does not say how to build a {name}: give the network `config`, a dict of its arguments"
-        )
+        hint = f"{folder} does not say how to build a {name}: give the network `config`, a dict of its constructor's arguments"
         raise UserError(*error.lines, hint) from None
     except Exception:  # whatever its constructor raises
         raise UserError(
