@@ -192,8 +192,11 @@ def load_model(folder: str | Path, expected: type[Model]) -> Model:
     except UserError as error:
         if arguments or not inspect.signature(expected).parameters:
             raise
-        hint = f"{folder} does not say how to build a {name}: give the network `config`, a dict of its constructor's arguments"
-        raise UserError(*error.lines, hint) from None
+        raise UserError(
+            *error.lines,
+            f"{folder} does not say how to build a {name}: "
+            f"give the network `config`, a dict of its constructor's arguments",
+        ) from None
     except Exception:  # whatever its constructor raises
         raise UserError(
             f"{folder / 'config.json'} has arguments that {name} does not take: "
