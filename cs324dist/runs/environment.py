@@ -31,7 +31,7 @@ class Environment:
     """The checkout's commit, with `-dirty` if files differ from it; None for an installed package."""
 
     device: str
-    """Name of the GPU, or of the processor."""
+    """Name of the GPU, or of the processor and its vector instructions."""
 
     cuda: str | None
     """Versions of CUDA and cuDNN; None on a CPU."""
@@ -79,9 +79,11 @@ def _git(*arguments: str) -> str | None:
 
 
 def processor() -> str:
-    """The name of the processor."""
+    """The name of the processor, and the vector instructions it offers: a virtual machine hides some."""
     cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    instructions = torch.backends.cpu.get_cpu_capability()
+    if torch.cpu._is_amx_tile_supported():
+        instructions += ", AMX"
+    return f"{next(names, platform.processor() or platform.machine())} ({instructions})"

@@ -7,7 +7,7 @@ import torch
 
 from cs324dist.config import as_json, from_json
 from cs324dist.runs import environment as module
-from cs324dist.runs.environment import Environment, environment, has_gpu
+from cs324dist.runs.environment import Environment, environment, has_gpu, processor
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,11 @@ def test_the_commit_is_the_packages_own(monkeypatch, tmp_path):
     assert environment().commit == git("rev-parse", "HEAD").strip()
     installed.write_text("changed")
     assert environment().commit == git("rev-parse", "HEAD").strip() + "-dirty"
+
+
+def test_processors_of_one_name_with_and_without_amx_are_told_apart(monkeypatch):
+    names = []
+    for has_amx in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
+        names.append(processor())
+    assert names[0] == names[1].removesuffix(")") + ", AMX)"
