@@ -75,7 +75,7 @@ class ClassifierTask(Task[ClassifierConfig]):
         return 1 << 18
 
     def graph_key(self) -> tuple[()]:
-        """Nothing more."""
+        """Its updates are always the same operations."""
         return ()
 
     def loss(self, batch: MicroBatch) -> tuple[Tensor, Metrics]:

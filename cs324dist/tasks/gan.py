@@ -158,7 +158,7 @@ class GANTask(Task[GANConfig]):
             trainer.measure(self.discriminator_loss)
 
     def graph_key(self) -> tuple[()]:
-        """Nothing more."""
+        """Its updates are always the same operations."""
         return ()
 
     def generator_loss(self, batch: MicroBatch) -> tuple[Tensor, Metrics]:
