@@ -47,7 +47,7 @@ coverage: .venv/installed  ## everything once more, and which lines of the packa
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under 96
 
-same-bits: .venv/installed  ## every task on 1 to 8 processes, killed and not: the same bits (under 25 minutes on 2 cores)
+same-bits: .venv/installed  ## every task on 1 to 8 processes, killed and not: the same bits (25 to 40 minutes on 2 cores)
 	$(BIN)/python tests/same_bits.py
 
 bench: .venv/installed  ## speed, against what users would write (under 10 minutes on 2 cores)

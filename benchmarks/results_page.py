@@ -48,6 +48,30 @@ def spread_of(rows: Iterable[Row], name: str, digits: int = 0) -> str:
     return spread([row[name] for row in rows if row[name] is not None], digits)
 
 
+def met(row: Row) -> bool:
+    """Whether the median of a comparison is what its goal asks for: at least, or at most, so much."""
+    bound, _, limit = row["goal"].rpartition(" ")
+    median = statistics.median(row["ratios"])
+    return median >= float(limit) if bound == "at least" else median <= float(limit)
+
+
+def yes(is_so: bool) -> str:
+    return "yes" if is_so else "**no**"
+
+
+def effect(row: Row) -> str:
+    """What leaving a measure out does to the time of a step; nothing, where the rounds do not agree."""
+    if min(row["ratios"]) > 1:
+        return "slower"
+    return "faster" if max(row["ratios"]) < 1 else "no difference could be measured"
+
+
+def percents_more(rows: Iterable[Row]) -> str:
+    """How much more time the first of each comparison takes: the least median to the greatest."""
+    more = [100 * (statistics.median(row["ratios"]) - 1) for row in rows]
+    return f"{min(more):.0f} to {max(more):.0f} %"
+
+
 def machines(*results: dict[str, Any]) -> str:
     """What results were made on: the environments of their runs, if stored, or else their own."""
     lines = set()
@@ -180,7 +204,8 @@ class StepModel:
         return self.fixed + self.per_sample * samples + (self.moved if processes > 1 else 0)
 
 
-FUNCTIONS = (number, percent, share, spread, spread_of, machines, grouped, where, solved, median_steps,
+FUNCTIONS = (number, percent, share, spread, spread_of, met, yes, effect,
+             percents_more, machines, grouped, where, solved, median_steps,
              accuracy, accuracies, wrong, error_rate, steps_to_fit, floors, sure, digits, last_fifth,
              overtaken, readers, StepModel, history, statistics.median)  # fmt: skip
 

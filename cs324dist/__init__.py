@@ -1,4 +1,4 @@
-"""Train the same on any number of processes: a loop, three tasks, and tasks of your own."""
+"""Train the same on one process or many: a loop, three tasks, and tasks of your own."""
 
 import importlib
 import os

@@ -25,6 +25,7 @@ PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/*.md"))]
 BLOCK = re.compile(r"^(?:<!-- not run: ([^\n]+) -->\n)?```(bash|console|python)\n(.*?)^```$", re.M | re.S)
 WHOLE_PAGE = re.compile(r"^<!-- not run on this page: (.+) -->$", re.MULTILINE)
 LIMIT = 600  # seconds of a block
+PACKAGE = ".package"  # a folder with the copy's package alone: files of the reader's are not installed
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def failure_of(block: Block, folder: Path, limit: float = LIMIT) -> str:
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(folder),
+        "PYTHONPATH": str(folder / PACKAGE),
         "WANDB_MODE": "offline",
     }
     with tempfile.TemporaryFile("w+") as said:
@@ -96,6 +97,8 @@ def copy_to(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if (REPOSITORY / name).exists():
             shutil.copy2(REPOSITORY / name, folder / name, follow_symlinks=False)
+    (folder / PACKAGE).mkdir()
+    (folder / PACKAGE / "cs324dist").symlink_to(folder / "cs324dist")
     if (REPOSITORY / "data").is_dir():
         (folder / "data").symlink_to(REPOSITORY / "data")
 

@@ -1,4 +1,4 @@
-"""A task of your own: a small MLP on a table of numbers. docs/your_own_task.md walks through it.
+"""A task of your own: a small MLP on a table of numbers. docs/your_own_task.md says how to write one.
 
 python examples/mlp.py
 

@@ -34,15 +34,17 @@ def run(tmp_path, launch_environment):
 
 def test_every_block_is_a_file():
     assert PAGE.read_text().count("```python") == len(BLOCKS)
-    files = ["my_data.py", "train.py", "my_task.py", "weighted.py", "test_my_task.py"]
-    assert [name for name, _ in BLOCKS] == files
+    files = ["my_data.py", "train.py", "my_task.py", "use.py", "use_weights.py", "weighted.py"]
+    assert [name for name, _ in BLOCKS] == [*files, "test_my_task.py"]
 
 
 @pytest.mark.slow
 def test_the_script_runs_and_the_task_learns(run, tmp_path):
     run("train.py")
-    run("my_task.py", "--wandb", "disabled", "--run-dir", "run")
-    assert metrics(tmp_path / "run")[-1]["eval/accuracy"] > 0.8
+    run("my_task.py", "--wandb", "disabled", "--run-dir", "runs/mine")
+    assert metrics(tmp_path / "runs" / "mine")[-1]["eval/accuracy"] > 0.8
+    run("use.py")
+    run("use_weights.py")
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ def test_blocks_share_a_folder_and_stop_at_what_fails_or_takes_too_long(tmp_path
 COPY = """```bash
 mkdir elsewhere  # whose Python does not find the package by the folder that it is in
 echo "import cs324dist; print(cs324dist.__path__[0])" > elsewhere/where.py
-test "$(python elsewhere/where.py)" = "$(realpath cs324dist)"
+test "$(realpath "$(python elsewhere/where.py)")" = "$(realpath cs324dist)"
 ```
 """
 

@@ -39,7 +39,7 @@ def test_a_comparison_is_on_the_page_as_soon_as_it_is_stored(
         (others, []),
         (
             [*others, row],
-            [f"| {what} | 1.20 | 1.10 to 1.40 | at most 1.25 | 96.0 | 80.0 |", f"| {what} | 1.20 |"],
+            [f"| {what} | 1.20 | 1.10 to 1.40 | at most 1.25 | yes | 96.0 | 80.0 |", f"| {what} | 1.20 |"],
         ),
     ):
         (stored / "speed.json").write_text(json.dumps({**speed, "rows": rows}))

@@ -36,7 +36,7 @@ _one_at_a_time = threading.Lock()
 def loader(
     dataset: Any, seed: int, name: str, *, workers: int = 0, collate: Collate = default_collate
 ) -> "Loader":
-    """What a task asks for the samples of its micro-batches: `self.data.batch(batch)`.
+    """Loads the samples of a task's micro-batches: `self.data.batch(batch)`.
 
     The order is that of `ShuffledEpochs(seed, name, len(dataset))`. While `dataset[item]` runs, the
     generators of torch, numpy and random are seeded from (seed, name, sample): augmentation does not depend

@@ -66,7 +66,7 @@ class MicroBatch:
     count: int = 1
     device: torch.device = CPU
     clock: Clock | None = None
-    """Has the step as well, where the work on it is to be replayed."""
+    """Holds the step on the device, for CUDA graphs; None without them."""
 
     @cached_property
     def samples(self) -> Indices:

@@ -34,7 +34,7 @@ class Evaluation:
 
 @runtime_checkable
 class Updater(Protocol):
-    """What a step may ask of the trainer."""
+    """What a step can ask the trainer to do."""
 
     def update(self, name: str, loss: Loss) -> None:
         """Take one step of the optimizers `name` with the gradient of `loss` over the global batch.
@@ -50,7 +50,10 @@ class Updater(Protocol):
 
 
 class Task(Generic[ConfigT]):
-    """A model to train. Subclass it, fill `networks` and `optimizers`, and define `loss` and `evaluate`."""
+    """A model to train. Subclass it, fill `networks` and `optimizers`, and define `loss`.
+
+    Every other method is optional.
+    """
 
     name: ClassVar[str]
     """What its runs are called."""
@@ -62,8 +65,9 @@ class Task(Generic[ConfigT]):
     """Whether BatchNorm's statistics span the global batch."""
 
     sizes: ClassVar[Mapping[str, tuple[type[nn.Module], str, str]]] = {}
-    """Of networks by name: the class, an argument in its `config`, and the option that gives it. Audit checks
-    them before it builds what a folder asks for; one of the networks must be there."""
+    """For audit, by a network's name: its class, an argument in its `config`, and the option that sets it,
+    such as `{"net": (Net, "hidden", "hidden_size")}`. Before audit builds a network, it checks that the
+    argument in the checkpoint equals the option. A checkpoint must hold at least one of these networks."""
 
     def __init__(self, config: ConfigT, device: torch.device) -> None:
         """Build the networks, their optimizers, and the data on `device`."""
@@ -78,7 +82,10 @@ class Task(Generic[ConfigT]):
 
     @classmethod
     def bytes_per_sample(cls, config: ConfigT) -> int:
-        """About the memory that a step takes for each sample, which audit bounds; 0: no bound."""
+        """About how many bytes of memory a step takes for each sample.
+
+        Audit refuses a step that would take more than its `--memory`. 0: audit does not check.
+        """
         return 0
 
     def step(self, step: int, trainer: Updater) -> None:
@@ -87,18 +94,22 @@ class Task(Generic[ConfigT]):
         trainer.update(name, self.loss)
 
     def graph_key(self) -> Hashable:
-        """What updates depend on beside their batch and tensors that stay where they are; None: on more.
+        """A key: updates with the same key may replay the same CUDA graph. None: never capture.
 
-        With `--cuda-graph` each update is captured once for each answer, and from then on replayed.
+        The key holds whatever an update depends on besides its batch and tensors that stay in place, such as
+        the length that a curriculum has reached. Where it is None, `--cuda-graph` is refused.
         """
         return None
 
     def loss(self, batch: MicroBatch) -> tuple[Mean, Metrics]:
-        """The loss of a micro-batch, and metrics to log: means over its samples, or (sum, weight)."""
+        """The loss of a micro-batch, and metrics to log: means over its samples, or pairs (sum, weight)."""
         raise NotImplementedError
 
     def evaluate(self, sum_over: SumOver) -> Evaluation:
-        """Measure the networks, which are in eval mode and compute in full precision, without gradients."""
+        """Measure the networks; by default, nothing is measured.
+
+        They are in eval mode and compute in full precision, without gradients.
+        """
         return Evaluation({})
 
     def is_done(self, evaluations: Sequence[Mapping[str, float]]) -> bool:
@@ -114,7 +125,7 @@ class Task(Generic[ConfigT]):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave.
+        """Restore what `state_dict` returned.
 
         Raises:
             UserError, KeyError, TypeError, ValueError: it is not a state of this task.
