@@ -321,9 +321,11 @@ class Run:
         newest = self.on_main(self.run.newest_checkpoint)
         if newest is None:
             self.on_main(self._check_that_it_can_be_saved)
+            self.on_main(lambda: self._check_keep_best(0))
             return TrainerState(0)
         state = self.trainer.restore(newest)
         self.on_main(lambda: self.run.check_metrics(state.metrics_lines))
+        self.on_main(lambda: self._check_keep_best(state.step))
         self._task_is_done = self._ask_whether_done(state.step)
         return state
 
@@ -360,6 +362,7 @@ class Run:
                 if not self._evaluate(trackers, start.step):
                     return start.step
                 self.save(start.step)
+                self.on_main(lambda: self._check_keep_best(start.step, evaluated=True))
             completed = start.step
             while not self.is_over(completed):
                 completed += 1
@@ -372,15 +375,16 @@ class Run:
                     for name, value in values.items():
                         if not math.isfinite(value):
                             raise self._diverged(f"{name} is {value} after step {completed}")
-                owed = config.is_due(completed, config.evaluate_every) and not self._evaluate(
-                    trackers, completed
-                )
+                evaluated = config.is_due(completed, config.evaluate_every)
+                owed = evaluated and not self._evaluate(trackers, completed)
                 stopping = self.stop.agreed() or owed
                 due = config.is_due(completed, config.checkpoint_every) or self._task_is_done
-                due |= bool(config.keep_best) and config.is_due(completed, config.evaluate_every)
+                due |= bool(config.keep_best) and evaluated
                 if stopping or due:
                     with trackers.paused():
                         self.save(completed, evaluation_owed=owed)
+                if evaluated and not owed:  # saved by now: nothing is lost
+                    self.on_main(partial(self._check_keep_best, completed, evaluated=True))
                 if stopping and (owed or not self.is_over(completed)):
                     return completed
         return None
@@ -391,15 +395,25 @@ class Run:
             evaluation = self.task.evaluate(self.trainer.sum_over(self.stop.until_stopped))
             if is_complete := not self.stop.interrupted():
                 trackers.log_evaluation(completed, evaluation)
-                self._check_keep_best(evaluation.metrics)
                 self._task_is_done = self._ask_whether_done(completed)
         return is_complete
 
-    def _check_keep_best(self, metrics: Mapping[str, float]) -> None:
-        wanted, measured = self.config.keep_best.removesuffix(":min"), [f"eval/{name}" for name in metrics]
-        if wanted and wanted not in measured:
-            found = f"give one of {', '.join(measured)}" if measured else "the task measures nothing"
-            raise UserError(f"--keep-best {wanted} is no metric of an evaluation: {found}")
+    def _check_keep_best(self, completed: int, *, evaluated: bool = False) -> None:
+        """Check that it is a metric of the last evaluation; before the first one, that it can be one."""
+        wanted = self.config.keep_best.removesuffix(":min")
+        measured = [f"eval/{name}" for row in self.run.read_evaluations(completed)[-1:] for name in row]
+        if not wanted or wanted in measured:
+            return
+        if measured:
+            todo = f"give one of {', '.join(measured)}"
+        elif evaluated:
+            todo = "the task measures nothing, leave it out"
+        elif not wanted.startswith("eval/"):
+            todo = f"give a name that begins with eval/, such as eval/{wanted}"
+        else:
+            return
+        text = f"--keep-best {wanted} is no metric of an evaluation: {todo}"
+        raise RunFailed(f"{text}; {self._last_good()}") if evaluated else UserError(text)
 
     def save(self, completed: int, *, evaluation_owed: bool = False) -> None:
         """Write a checkpoint: every process enters, the main process writes, all wait.
