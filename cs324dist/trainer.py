@@ -1,5 +1,7 @@
 """Training: the one place that knows backward passes, reduction, clipping, schedules, saving and stopping."""
 
+import dataclasses
+import inspect
 import json
 import math
 import sys
@@ -16,18 +18,25 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from cs324dist.command_line import from_command_line
-from cs324dist.config import Config, as_json
+from cs324dist.config import Config, as_json, conflicts
 from cs324dist.data.counter_rng import stream_keys
 from cs324dist.data.streams import MicroBatch, share
 from cs324dist.distributed.batch_norm import convert_sync_batchnorm, freeze_cancelled_biases, spans_the_batch
 from cs324dist.distributed.failures import ProcessLost, translate_errors
 from cs324dist.distributed.gradients import Batches, DDPGradients, ExactGradients, SeedOf
+from cs324dist.distributed.launcher import asked_precision
 from cs324dist.distributed.micro_batches import add_in_order, gather_rows
-from cs324dist.distributed.process import is_faster_in_bf16, on_main_process, start_accelerator
+from cs324dist.distributed.process import (
+    check_batch,
+    is_faster_in_bf16,
+    on_main_process,
+    start_accelerator,
+)
 from cs324dist.distributed.stop import StopRequest
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import (
     EXIT_STOPPED,
+    WORLD_SIZE,
     ReportedError,
     RunFailed,
     UserError,
@@ -497,8 +506,12 @@ def main(task: str | type[Task[Any]], description: str | None) -> None:
         description: shown by `--help`.
     """
     task_type = find_task(task) if isinstance(task, str) else task
-    config = from_command_line(task_type.presets, description or "", task_type.run_name)
+    config = from_command_line(task_type.presets, description or _doc_of(task_type), task_type.run_name)
     if config.dry_run:
+        asked_precision()
+        check_batch(config.batch_size, config.micro_batches, WORLD_SIZE)
+        with suppress(OSError):  # a run would try again
+            RunDir(config.folder).check_fits(task_type.name, config)
         print(json.dumps(as_json(config), indent=2))
         return
     made_in = RunDir(config.folder).latest_environment()
@@ -516,6 +529,13 @@ def main(task: str | type[Task[Any]], description: str | None) -> None:
             raise
         Trackers.close(accelerator)
     exit_process(0 if done else EXIT_STOPPED)
+
+
+def _doc_of(task_type: type[Task[Any]]) -> str:
+    """The docstring of its options, unless it is the one that dataclasses make up."""
+    of_options = type(next(iter(task_type.presets.values())))
+    doc = inspect.cleandoc(of_options.__doc__ or "")
+    return "" if doc.startswith(f"{of_options.__name__}(") else doc
 
 
 def run_task(task_type: type[Task[Any]], config: Config, accelerator: Accelerator, stop: StopRequest) -> bool:
@@ -536,19 +556,31 @@ def run_task(task_type: type[Task[Any]], config: Config, accelerator: Accelerato
         start = run.resume()
         if run.is_over(start.step) and not start.evaluation_owed:
             on_main(lambda: run_dir.finish(start.step, config.keep_last, config.keep_best))
-            done = start.step < config.steps
-            more = "its task is done" if done else "for more, give --steps or another --run-dir"
+            can_be_more = not conflicts(dataclasses.replace(config, steps=2 * config.steps), config)
+            more = f"for more, give {'--steps or ' * can_be_more}another --run-dir"
+            if start.step < config.steps:
+                more = "its task is done"
             run.say(f"{run_dir} is finished, {start.step} steps: {more}")
             return True
+        if accelerator.is_main_process:
+            warn_of_untrained(task)
         stop.listen()
         record = run_record(task_type, config)
         on_main(lambda: run_dir.start(record, trainer.environment(), start.step, start.metrics_lines))
         run.say(
             f"{run_dir}: {'continuing from' if start.step else 'starting at'} step {start.step} "
             f"of {config.steps}, processes: {accelerator.num_processes}, device: {accelerator.device.type}, "
-            f"precision: {accelerator.mixed_precision}"
+            f"precision: {'float32' if accelerator.mixed_precision == 'no' else accelerator.mixed_precision}"
         )
         return run.train_and_record(start)
+
+
+def warn_of_untrained(task: Task[Any]) -> None:
+    """Warn of parameters that nothing trains, although they are not frozen."""
+    trained = {p for _, one in each(task.optimizers) for group in one.param_groups for p in group["params"]}
+    for name, network in task.networks.items():
+        if left := sum(p.requires_grad and p not in trained for p in network.parameters()):
+            warn(f"{left} parameters of {name!r} are in no optimizer")
 
 
 def run_record(task_type: type[Task[Any]], config: Config) -> RunRecord:
