@@ -82,7 +82,9 @@ def parse_command(
     """The options of the command that the first of `arguments` names; see `parse`."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ("",)
     if command in commands:
-        return parse(commands[command], inspect.cleandoc(commands[command].__doc__ or ""), rest)
+        chosen = commands[command]
+        description = inspect.cleandoc(chosen.__doc__ or "")
+        return chosen(**_parsed(hints_of(chosen), chosen, description, None, rest, command))
     if command in ("-h", "--help"):
         parser = argparse.ArgumentParser(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -96,10 +98,15 @@ def parse_command(
 
 
 def _parsed(
-    hints: Mapping[str, Any], options_type: Any, description: str, defaults: Any, arguments: Sequence[str]
+    hints: Mapping[str, Any],
+    options_type: Any,
+    description: str,
+    defaults: Any,
+    arguments: Sequence[str],
+    command: str = "",
 ) -> dict[str, Any]:
     """The values that were given, by field."""
-    parser = _Parser(hints, options_type, description, defaults)
+    parser = _Parser(hints, options_type, description, defaults, command)
     given, rest = parser.parse_known_args(arguments)
     values, problems = {}, list(parser.unknown(rest))
     for name, words in vars(given).items():
@@ -146,22 +153,29 @@ def _allowed(hint: Any, with_kind: bool) -> str:
     if "description" in schema:
         return str(schema["description"])
     _, kind = NAMES.get(schema.get("type", ""), ("", "a value of its type"))
-    range_ = " and ".join(f"{words} {schema[end]:g}" for end, words in ENDS.items() if end in schema)
+    range_ = " and ".join(f"{words} {_number(schema[end])}" for end, words in ENDS.items() if end in schema)
     return f"{kind}, {range_}" if range_ and with_kind else range_ or kind
+
+
+def _number(value: int | float) -> str:
+    """A number, if it is whole with all its digits."""
+    return f"{int(value):,}".replace(",", " ") if value == int(value) else f"{value:g}"
 
 
 class _Parser(argparse.ArgumentParser):
     """Collects the words given for each field; what does not parse is a line of a `UserError`."""
 
-    def __init__(self, hints: Mapping[str, Any], options_type: Any, description: str, defaults: Any) -> None:
+    def __init__(
+        self, hints: Mapping[str, Any], options_type: Any, description: str, defaults: Any, command: str
+    ) -> None:
         super().__init__(
-            usage="%(prog)s [options]",
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
         self.names: dict[str, str] = {}
+        usage = ["%(prog)s", *command.split()]
         headings = getattr(options_type, "groups", {})
         groups = {
             title: self.add_argument_group(title)
@@ -186,10 +200,12 @@ class _Parser(argparse.ArgumentParser):
                 words["nargs"] = "+" if schema.get("type") == "array" else None
             if POSITIONAL in marked[name]:
                 self.names[name] = name
+                usage.append(name.upper())
                 groups[title].add_argument(name, **words | {"metavar": name.upper()})
             else:
                 self.names[name] = option(f"no_{name}" if is_flag and default else name)
                 groups[title].add_argument(self.names[name], dest=name, **words)
+        self.usage = " ".join([*usage, "[options]"])
 
     def unknown(self, words: Sequence[str]) -> Iterator[str]:
         """A line for each word that is no option, with the nearest that is."""
@@ -215,7 +231,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _help(doc: str, default: Any) -> str:
     default = default.value if isinstance(default, enum.Enum) else default
-    if default is None or default is dataclasses.MISSING or isinstance(default, bool):
+    if default is None or default is dataclasses.MISSING or isinstance(default, bool) or default in ("", ()):
         return doc
     return f"{doc} (default: {default:.4g})" if isinstance(default, float) else f"{doc} (default: {default})"
 

@@ -1,5 +1,7 @@
 """Training: the one place that knows backward passes, reduction, clipping, schedules, saving and stopping."""
 
+import dataclasses
+import inspect
 import json
 import math
 import sys
@@ -16,18 +18,25 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from cs324dist.command_line import from_command_line
-from cs324dist.config import Config, as_json
+from cs324dist.config import Config, as_json, conflicts
 from cs324dist.data.counter_rng import stream_keys
 from cs324dist.data.streams import MicroBatch, share
 from cs324dist.distributed.batch_norm import convert_sync_batchnorm, freeze_cancelled_biases, spans_the_batch
 from cs324dist.distributed.failures import ProcessLost, translate_errors
 from cs324dist.distributed.gradients import Batches, DDPGradients, ExactGradients, SeedOf
+from cs324dist.distributed.launcher import asked_precision
 from cs324dist.distributed.micro_batches import add_in_order, gather_rows
-from cs324dist.distributed.process import is_faster_in_bf16, on_main_process, start_accelerator
+from cs324dist.distributed.process import (
+    check_batch,
+    is_faster_in_bf16,
+    on_main_process,
+    start_accelerator,
+)
 from cs324dist.distributed.stop import StopRequest
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import (
     EXIT_STOPPED,
+    WORLD_SIZE,
     ReportedError,
     RunFailed,
     UserError,
@@ -335,9 +344,11 @@ class Run:
         newest = self.on_main(self.run.newest_checkpoint)
         if newest is None:
             self.on_main(self._check_that_it_can_be_saved)
+            self.on_main(lambda: self._check_keep_best(0))
             return TrainerState(0)
         state = self.trainer.restore(newest)
         self.on_main(lambda: self.run.check_metrics(state.metrics_lines))
+        self.on_main(lambda: self._check_keep_best(state.step))
         self._task_is_done = self._ask_whether_done(state.step)
         return state
 
@@ -374,6 +385,7 @@ class Run:
                 if not self._evaluate(trackers, start.step):
                     return start.step
                 self.save(start.step)
+                self.on_main(lambda: self._check_keep_best(start.step, evaluated=True))
             completed = start.step
             while not self.is_over(completed):
                 completed += 1
@@ -386,15 +398,16 @@ class Run:
                     for name, value in values.items():
                         if not math.isfinite(value):
                             raise self._diverged(f"{name} is {value} after step {completed}")
-                owed = config.is_due(completed, config.evaluate_every) and not self._evaluate(
-                    trackers, completed
-                )
+                evaluated = config.is_due(completed, config.evaluate_every)
+                owed = evaluated and not self._evaluate(trackers, completed)
                 stopping = self.stop.agreed() or owed
                 due = config.is_due(completed, config.checkpoint_every) or self._task_is_done
-                due |= bool(config.keep_best) and config.is_due(completed, config.evaluate_every)
+                due |= bool(config.keep_best) and evaluated
                 if stopping or due:
                     with trackers.paused():
                         self.save(completed, evaluation_owed=owed)
+                if evaluated and not owed:  # saved by now: nothing is lost
+                    self.on_main(partial(self._check_keep_best, completed, evaluated=True))
                 if stopping and (owed or not self.is_over(completed)):
                     return completed
         return None
@@ -407,15 +420,25 @@ class Run:
                 raise UserError("evaluate has to return an Evaluation, such as Evaluation({'accuracy': 0.5})")
             if is_complete := not self.stop.interrupted():
                 trackers.log_evaluation(completed, evaluation)
-                self._check_keep_best(evaluation.metrics)
                 self._task_is_done = self._ask_whether_done(completed)
         return is_complete
 
-    def _check_keep_best(self, metrics: Mapping[str, float]) -> None:
-        wanted, measured = self.config.keep_best.removesuffix(":min"), [f"eval/{name}" for name in metrics]
-        if wanted and wanted not in measured:
-            found = f"give one of {', '.join(measured)}" if measured else "the task measures nothing"
-            raise UserError(f"--keep-best {wanted} is no metric of an evaluation: {found}")
+    def _check_keep_best(self, completed: int, *, evaluated: bool = False) -> None:
+        """Check that it is a metric of the last evaluation; before the first one, that it can be one."""
+        wanted = self.config.keep_best.removesuffix(":min")
+        measured = [f"eval/{name}" for row in self.run.read_evaluations(completed)[-1:] for name in row]
+        if not wanted or wanted in measured:
+            return
+        if measured:
+            todo = f"give one of {', '.join(measured)}"
+        elif evaluated:
+            todo = "the task measures nothing, leave it out"
+        elif not wanted.startswith("eval/"):
+            todo = f"give a name that begins with eval/, such as eval/{wanted}"
+        else:
+            return
+        text = f"--keep-best {wanted} is no metric of an evaluation: {todo}"
+        raise RunFailed(f"{text}; {self._last_good()}") if evaluated else UserError(text)
 
     def save(self, completed: int, *, evaluation_owed: bool = False) -> None:
         """Write a checkpoint: every process enters, the main process writes, all wait.
@@ -500,8 +523,12 @@ def main(task: str | type[Task[Any]], description: str | None) -> None:
     """
     task_type = find_task(task) if isinstance(task, str) else task
     check_task(task_type)
-    config = from_command_line(task_type.presets, description or "", task_type.run_name)
+    config = from_command_line(task_type.presets, description or _doc_of(task_type), task_type.run_name)
     if config.dry_run:
+        asked_precision()
+        check_batch(config.batch_size, config.micro_batches, WORLD_SIZE)
+        with suppress(OSError):  # a run would try again
+            RunDir(config.folder).check_fits(task_type.name, config)
         print(json.dumps(as_json(config), indent=2))
         return
     made_in = RunDir(config.folder).latest_environment()
@@ -519,6 +546,13 @@ def main(task: str | type[Task[Any]], description: str | None) -> None:
             raise
         Trackers.close(accelerator)
     exit_process(0 if done else EXIT_STOPPED)
+
+
+def _doc_of(task_type: type[Task[Any]]) -> str:
+    """The docstring of its options, unless it is the one that dataclasses make up."""
+    of_options = type(next(iter(task_type.presets.values())))
+    doc = inspect.cleandoc(of_options.__doc__ or "")
+    return "" if doc.startswith(f"{of_options.__name__}(") else doc
 
 
 def run_task(task_type: type[Task[Any]], config: Config, accelerator: Accelerator, stop: StopRequest) -> bool:
@@ -541,19 +575,31 @@ def run_task(task_type: type[Task[Any]], config: Config, accelerator: Accelerato
         start = run.resume()
         if run.is_over(start.step) and not start.evaluation_owed:
             on_main(lambda: run_dir.finish(start.step, config.keep_last, config.keep_best))
-            done = start.step < config.steps
-            more = "its task is done" if done else "for more, give --steps or another --run-dir"
+            can_be_more = not conflicts(dataclasses.replace(config, steps=2 * config.steps), config)
+            more = f"for more, give {'--steps or ' * can_be_more}another --run-dir"
+            if start.step < config.steps:
+                more = "its task is done"
             run.say(f"{run_dir} is finished, {start.step} steps: {more}")
             return True
+        if accelerator.is_main_process:
+            warn_of_untrained(task)
         stop.listen()
         record = run_record(task_type, config)
         on_main(lambda: run_dir.start(record, trainer.environment(), start.step, start.metrics_lines))
         run.say(
             f"{run_dir}: {'continuing from' if start.step else 'starting at'} step {start.step} "
             f"of {config.steps}, processes: {accelerator.num_processes}, device: {accelerator.device.type}, "
-            f"precision: {accelerator.mixed_precision}"
+            f"precision: {'float32' if accelerator.mixed_precision == 'no' else accelerator.mixed_precision}"
         )
         return run.train_and_record(start)
+
+
+def warn_of_untrained(task: Task[Any]) -> None:
+    """Warn of parameters that nothing trains, although they are not frozen."""
+    trained = {p for _, one in each(task.optimizers) for group in one.param_groups for p in group["params"]}
+    for name, network in task.networks.items():
+        if left := sum(p.requires_grad and p not in trained for p in network.parameters()):
+            warn(f"{left} parameters of {name!r} are in no optimizer")
 
 
 def run_record(task_type: type[Task[Any]], config: Config) -> RunRecord:

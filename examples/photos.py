@@ -93,6 +93,9 @@ class PhotosTask(Task[PhotosConfig]):
     def __init__(self, config: PhotosConfig, device: torch.device) -> None:
         super().__init__(config, device)
         files = sorted(file for file in config.data.glob("*/*") if file.is_file())
+        if not files:
+            problem = "holds no photos" if config.data.is_dir() else "is no folder"
+            raise UserError(f"--data {config.data} {problem}: give one that has a folder for each class")
         classes = sorted({file.parent.name for file in files})
         held_out = files[::HELD_OUT]
         train = Photos(sorted({*files} - {*held_out}), classes, TRAIN)

@@ -45,4 +45,10 @@ def main(folder: Path, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1200)
+    match sys.argv[1:]:
+        case [folder] if not folder.startswith("-"):
+            main(Path(folder), 1200)
+        case [folder, count] if count.isdecimal():
+            main(Path(folder), int(count))
+        case _:
+            sys.exit("error: give a folder, and a number of photos if not 1200: shapes.py FOLDER [COUNT]")

@@ -83,7 +83,7 @@ def card(options: Export, found: Path, model: str) -> str:
         eval_results=[EvalResult(kind, on, data, *metric) for metric in metrics] or None,
     )
     measured = "\n".join(f"    {name} {value:.6g}" for name, value in metrics)
-    recipe = "\n".join(f"    {option} {value}" for option, value, _ in settings(run))
+    recipe = "\n".join(f"    {option} {value}".rstrip() for option, value, _ in settings(run))
     return f"""---
 {front.to_yaml()}
 ---
@@ -94,12 +94,7 @@ Network `{found.name}` of task `{run.task}`, after {step} steps. Data: {data}. L
 {"![Samples](grid.png)" * (model == "Generator")}
 
 ```python
-from cs324dist import load_model
-from huggingface_hub import snapshot_download
-from {f"cs324dist.models.{MODULES[model]}" if model in MODULES else "your_own_file"} import {model}
-
-folder = snapshot_download("{options.push or f"USER/{name}"}", local_dir="{name}")
-network = load_model(folder, {model})  # in eval mode, on the CPU
+{usage(found, model, options.push or f"USER/{name}", name)}
 ```
 
 The evaluation at this step:
@@ -112,6 +107,24 @@ The command that repeats the run, and all its options:
 
 {recipe}
 """
+
+
+def usage(found: Path, model: str, repository: str, name: str) -> str:
+    """The lines that load the network."""
+    if model in MODULES or read_json(found / "config.json").keys() > {"class"}:
+        place = f"cs324dist.models.{MODULES[model]}" if model in MODULES else "your_own_file"
+        imports = ["from cs324dist import load_model", f"from {place} import {model}"]
+        loaded = [f"network = load_model(folder, {model})  # in eval mode, on the CPU"]
+    else:  # nothing says the arguments of its constructor
+        imports = ["from safetensors.torch import load_file"]
+        loaded = [
+            f"network = ...  # the {model} that the task makes",
+            f'network.load_state_dict(load_file(f"{{folder}}/{WEIGHTS}"))',
+            "network.eval()",
+        ]
+    imports.insert(1, "from huggingface_hub import snapshot_download")
+    download = f'folder = snapshot_download("{repository}", local_dir="{name}")'
+    return "\n".join([*imports, "", download, *loaded])
 
 
 def push(folder: Path, repository: str) -> None:

@@ -31,7 +31,7 @@ if __name__ == "__main__":
         check_writable(options.out)
         try:
             for line in write_report(options.runs, options.out):
-                warn(f"{line}: left out")
+                warn(line)
         except OSError as error:
             raise UserError(f"{options.out} cannot be written: {error.strerror}") from None
         print(options.out)

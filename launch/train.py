@@ -11,6 +11,9 @@ from cs324dist import main
 from cs324dist.errors import UserError, errors_as_exit_codes
 
 if __name__ == "__main__":
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__)
+        sys.exit()
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         with errors_as_exit_codes():
             raise UserError("a task is missing: give path/to/file.py:Class or package.module:Class first")

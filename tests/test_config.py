@@ -30,7 +30,7 @@ from cs324dist.config import (
 from cs324dist.errors import UserError
 from cs324dist.tasks import find_task
 from cs324dist.tasks.base import Task
-from cs324dist.trainer import run_record
+from cs324dist.trainer import main, run_record
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.py"))
@@ -57,7 +57,7 @@ MUTABLE_OPTIONS = {
 }
 FIELDS = [(task, field.name) for task, presets in PRESETS.items() for field in fields(presets["fast"])]
 MOST_OPTIONS = 33
-STEPS = "give a whole number, at least 1 and at most 1e+09"
+STEPS = "give a whole number, at least 1 and at most 1 000 000 000"
 LAUNCHER = "is an option of accelerate launch: give it before the name of the script"
 COMMANDS = {"sample.py": ["grid", "tensor", "interpolate"], "train.py": ["examples/mlp.py:MLPTask"]}
 PAGES = [(script, command) for script in SCRIPTS for command in COMMANDS.get(script, [""])]
@@ -127,11 +127,11 @@ class TestRanges:
     @pytest.mark.parametrize(
         ("kind", "words", "allowed", "not_allowed"),
         [
-            (Count, "at least 1 and at most 1e+09", [1, 10**9], [0, -1, 10**9 + 1]),
+            (Count, "at least 1 and at most 1 000 000 000", [1, 10**9], [0, -1, 10**9 + 1]),
             (Options.__annotations__["digit"], "at least 0 and at most 9", [0, 9], [-1, 10]),
             (
                 Positive,
-                "more than 0 and at most 1e+09",
+                "more than 0 and at most 1 000 000 000",
                 [1e-300, 1e9],
                 [0.0, -1e-9, 1.1e9, math.inf, math.nan],
             ),
@@ -170,7 +170,7 @@ class TestOptions:
         with pytest.raises(UserError) as caught:
             parse(Options, "", words)
         assert caught.value.lines == (
-            "--count 0 is not allowed: give at least 1 and at most 1e+09",
+            "--count 0 is not allowed: give at least 1 and at most 1 000 000 000",
             "--share 1.0 is not allowed: give at least 0 and less than 1",
             "--kind green is not allowed: give one of red, blue",
             "--digit 10 is not allowed: give at least 0 and at most 9",
@@ -193,8 +193,8 @@ class TestOptions:
         [
             ("--steps abc", "--steps abc is not allowed: " + STEPS),
             ("--steps 1e4", "--steps 1e4 is not allowed: " + STEPS),
-            ("--length 4.5", "--length 4.5 is not allowed: " + STEPS.replace("9", "7")),
-            ("--curriculum x", "--curriculum x is not allowed: give a number, at least 1 and at most 1e+09"),
+            ("--length 4.5", "--length 4.5 is not allowed: " + STEPS.replace("1 000 000 000", "10 000 000")),
+            ("--curriculum x", "--curriculum x is not allowed: " + STEPS.replace("whole ", "")),
             ("--steps", "--steps needs a value"),
             ("--preset", "--preset needs a value"),
             ("--steps --seed 1", "--steps needs a value"),
@@ -265,6 +265,16 @@ class Mixed(Config):
     """Whether in another order."""
 
     nested: Nested = Nested()
+
+
+@dataclass(frozen=True)
+class Undescribed(Config):
+    size: Count = 1
+
+
+class UndescribedTask(Task[Undescribed]):
+    name = "undescribed"
+    presets: ClassVar = {"default": Undescribed()}
 
 
 class MixedTask(Task[Mixed]):
@@ -520,7 +530,7 @@ class TestPresets:
     def test_an_unknown_preset_is_named_with_everything_else_that_is_wrong(self):
         assert refused(TASKS["gan"], "--preset", "slow", "--steps", "0", "--beta2", "1.0") == (
             "--preset slow is not allowed: give one of fast, best, course, smoke",
-            "--steps 0 is not allowed: give at least 1 and at most 1e+09",
+            "--steps 0 is not allowed: give at least 1 and at most 1 000 000 000",
             "--beta2 1.0 is not allowed: give at least 0 and less than 1",
         )
 
@@ -710,7 +720,8 @@ class TestHelp:
             ("sample.py RUN", "RUN is not a command: give grid, tensor, interpolate, and then the run"),
             ("sample.py grid", "missing: RUN"),
             ("sample.py grid RUN --row 3", "--row is unknown: did you mean --rows?"),
-            ("evaluate.py RUN --count 10", "--count 10 is not allowed: give at least 1000 and at most 1e+09"),
+            ("evaluate.py RUN --count 10", "--count 10 is not allowed: give at least 1 000 and at most "
+                                           "1 000 000 000"),
             ("train.py", "a task is missing: give path/to/file.py:Class or package.module:Class first"),
             ("train.py mlp", "task 'mlp' is unknown: give lstm, gan, classifier, path/file.py:Class, or "
                              "package.module:Class"),
@@ -720,6 +731,38 @@ class TestHelp:
         assert start(*command.split()) == 2
         said = capsys.readouterr()
         assert (said.out, said.err) == ("", f"error: {line}\n")
+
+    @pytest.mark.parametrize(
+        ("command", "usage"),
+        [
+            ("report.py", "report.py RUNS [options]"),
+            ("sample.py grid", "sample.py grid RUN [options]"),
+            ("lstm.py", "lstm.py [options]"),
+        ],
+    )
+    def test_the_usage_names_what_is_required(self, start, capsys, command, usage):
+        assert start(*command.split(), "--help") == 0
+        page = capsys.readouterr().out
+        assert page.startswith(f"usage: {usage}\n")
+        assert "(default: )" not in page
+
+    def test_how_a_task_of_ones_own_is_trained(self, start, capsys):
+        assert start("train.py", "--help") == 0
+        said = capsys.readouterr()
+        assert "python launch/train.py path/to/file.py:Class --steps 100" in said.out
+        assert said.err == ""
+
+    @pytest.mark.parametrize(
+        ("task", "description"), [(MixedTask, "Options of all kinds."), (UndescribedTask, "")]
+    )
+    def test_a_script_without_a_docstring_is_described_by_its_options(
+        self, monkeypatch, capsys, task, description
+    ):
+        monkeypatch.setattr(sys, "argv", ["mine.py", "--help"])
+        with pytest.raises(SystemExit):
+            main(task, None)
+        _, _, page = capsys.readouterr().out.partition("[options]\n\n")
+        assert page.startswith(f"{description}\n\noptions:\n" if description else "options:\n")
 
     def test_the_commands_of_sample_are_listed(self, start, capsys):
         assert start("sample.py", "--help") == 0

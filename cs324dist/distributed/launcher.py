@@ -48,8 +48,17 @@ def check_gpus(gpus: int) -> None:
 
 
 def asked_precision() -> str | None:
-    """The precision that the user asked for; None where nobody did: accelerate launch asks for "no" then."""
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION") or None
+    """The precision that the user asked for; None where nobody did: accelerate launch asks for "no" then.
+
+    Raises:
+        UserError: it is not one that this toolkit trains in.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() or None
+    if asked not in (None, "no", "bf16", "fp16"):
+        raise UserError(
+            f"{asked} as --mixed_precision or ACCELERATE_MIXED_PRECISION is not allowed: "
+            f"give one of no, bf16, fp16"
+        )
     launched = _accelerate_launch() if asked == "no" else None
     if launched is None:
         return asked

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import sys
 import warnings
@@ -25,7 +26,7 @@ from cs324dist.distributed.launcher import (
     check_launcher,
     nodes_used,
 )
-from cs324dist.errors import ReportedError, RunFailed, UserError, warn
+from cs324dist.errors import RANK, ReportedError, RunFailed, UserError, warn
 from cs324dist.runs.environment import Precision, has_gpu, processor
 
 Answer = TypeVar("Answer")
@@ -73,18 +74,23 @@ def start_accelerator(
         warn(f"this {what} emulates bf16, which is slow: give --mixed_precision {other}")
     world_size = accelerator.num_processes
     check_launcher(world_size, accelerator.is_main_process)
-    parts = micro_batches or world_size
+    check_batch(batch_size, micro_batches, world_size)
+    if micro_batches and accelerator.mixed_precision == "fp16":
+        raise UserError("--micro-batches would depend on fp16's loss scaling: give --mixed_precision bf16")
+    return accelerator
+
+
+def check_batch(batch_size: int | None, micro_batches: int | None, processes: int) -> None:
+    """Refuse a batch that the processes cannot share equally."""
+    parts = micro_batches or processes
     title = "--micro-batches" if micro_batches else "the number of processes"
     if batch_size is not None and batch_size % parts:
         raise UserError(
             f"--batch-size {batch_size} is not divisible by {title}, {parts}: "
             f"give a multiple, such as {-(-batch_size // parts) * parts}"
         )
-    if parts < world_size:
-        raise UserError(f"--micro-batches {parts} is less than {world_size} processes: give at least as many")
-    if micro_batches and accelerator.mixed_precision == "fp16":
-        raise UserError("--micro-batches would depend on fp16's loss scaling: give --mixed_precision bf16")
-    return accelerator
+    if parts < processes:
+        raise UserError(f"--micro-batches {parts} is less than {processes} processes: give at least as many")
 
 
 def _has_bf16(on_gpu: bool) -> bool:
@@ -177,9 +183,13 @@ def _threads() -> int:
 
     OMP_NUM_THREADS cannot be asked: a launcher sets it to 1 where the user said nothing.
     """
-    if (asked := os.environ.get("CS324DIST_THREADS", "")).isdecimal() and int(asked) > 0:
-        return int(asked)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if asked := os.environ.get("CS324DIST_THREADS"):
+        if not re.fullmatch("0*[1-9][0-9]{0,3}", asked, re.ASCII):
+            raise UserError(f"CS324DIST_THREADS={asked} is not allowed: give a whole number from 1 to 9999")
+        if int(asked) > cores and RANK == "0":
+            warn(f"CS324DIST_THREADS={asked} is more than the {cores} cores, and many times slower")
+        return int(asked)
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 

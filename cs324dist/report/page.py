@@ -50,7 +50,7 @@ TEMPLATES.globals |= {"provenance": provenance, "number": number, "formatted": f
 
 
 def write_report(paths: tuple[Path, ...], out: Path) -> list[str]:
-    """Write the page of the runs among `paths`; returns a line for each path that is not one.
+    """Write the page of the runs among `paths`; returns a line for each path that is not one, or is damaged.
 
     Raises:
         UserError: none of them is a run.
@@ -60,7 +60,8 @@ def write_report(paths: tuple[Path, ...], out: Path) -> list[str]:
     page = render(runs)
     with replaced(out) as temporary:
         temporary.write_bytes(page.encode(errors="replace"))
-    return others
+    damaged = (run for run in runs if run.state_shown == "damaged")
+    return [*(f"{line}: left out" for line in others), *(run.problems[0] for run in damaged)]
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -90,7 +91,7 @@ def render(runs: Sequence[Run]) -> str:
 def headline(runs: Sequence[Run]) -> str:
     """How many runs there are, and in what state."""
     total = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
-    states = Counter(run.state for run in runs).most_common()
+    states = Counter(run.state_shown for run in runs).most_common()
     if len(states) == 1:
         return f"{total}, {'all ' if len(runs) > 1 else ''}{states[0][0]}"
     parts = [f"{count}\N{NO-BREAK SPACE}{state}" for state, count in states]

@@ -15,13 +15,18 @@ MINUTE = 60
 
 
 def settings(run: Run) -> list[tuple[str, str, str | None]]:
-    """Options, their values, and the preset's where that differs; those that differ come first."""
+    """Options, their values, and the preset's where that differs; those that differ come first.
+
+    A flag has no value, and is there only if it differs; what is empty too.
+    """
     changed = run.record.changed
-    found = [
-        (option(plain(name)), plain(_text(value)), plain(_text(changed[name])) if name in changed else None)
-        for name, value in run.record.config.items()
-        if name not in WITHOUT_EFFECT
-    ]
+    found = []
+    for name, value in run.record.config.items():
+        is_flag = isinstance(value, bool)
+        if name not in WITHOUT_EFFECT and (name in changed or not (is_flag or value in (None, ""))):
+            shown, *words = [option(plain(name)), plain(_text(value))] if not is_flag else _words(name, value)
+            usual = plain(_text(changed[name])) if name in changed else None
+            found.append((plain(shown), plain(" ".join(words)), usual))
     return sorted(found, key=lambda setting: setting[2] is None)
 
 

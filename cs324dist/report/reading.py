@@ -69,6 +69,11 @@ class Run:
         return plain(self.record.task)
 
     @property
+    def state_shown(self) -> str:
+        """Its state, if its options can be read."""
+        return self.state if self.options else "damaged"
+
+    @property
     def steps(self) -> int | None:
         """How many steps it is to take."""
         return self.options.steps if self.options else None

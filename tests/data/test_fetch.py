@@ -171,6 +171,13 @@ class TestSources:
         folder = fetch("fashion-mnist", tmp_path)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == small
 
+    def test_what_is_fetched_and_where_to_is_said_once(self, small, tmp_path, monkeypatch, capsys) -> None:
+        debian = put(tmp_path / "debian", gzipped(small))
+        monkeypatch.setattr(fetch_module, "_DEBIAN_FASHION_MNIST", debian)
+        for _ in range(2):
+            folder = fetch("fashion-mnist", tmp_path / "root")
+        assert capsys.readouterr().err == f"fetching fashion-mnist into {folder}\n"
+
     def test_a_bad_mirror_is_left_for_a_good_one(self, small, tmp_path, monkeypatch) -> None:
         import torchvision.datasets
 

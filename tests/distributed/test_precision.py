@@ -7,6 +7,7 @@ import torch
 
 from cs324dist.distributed import launcher, process
 from cs324dist.distributed.launcher import asked_precision
+from cs324dist.errors import UserError
 
 LAUNCH = ["python", "/somewhere/bin/accelerate", "launch"]
 CPU = ["--config_file", "accelerate_configs/cpu.yaml"]
@@ -43,6 +44,35 @@ def test_what_was_asked_for(monkeypatch, tmp_path, command, environment, asked):
     assert asked_precision() == asked
 
 
+@pytest.mark.parametrize("asked", ["fp8", "BF17"])
+def test_a_precision_that_there_is_not_is_refused_in_one_line(monkeypatch, asked):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    with pytest.raises(
+        UserError, match=f"^{asked.lower()} as .* is not allowed: give one of no, bf16, fp16$"
+    ):
+        asked_precision()
+
+
+@pytest.mark.parametrize("asked", ["abc", "0", "-1", "1.5", "99999", " 2"])
+def test_a_number_of_threads_that_there_is_not_is_refused(monkeypatch, asked):
+    monkeypatch.setenv("CS324DIST_THREADS", asked)
+    with pytest.raises(UserError) as refused:
+        process._threads()
+    assert refused.value.lines == (
+        f"CS324DIST_THREADS={asked} is not allowed: give a whole number from 1 to 9999",
+    )
+
+
+def test_threads_that_outnumber_the_cores_are_warned_of_once(monkeypatch, capsys):
+    monkeypatch.setattr(process.os, "sched_getaffinity", lambda _: {0, 1})
+    for asked, rank, warned in (("2", "0", False), ("3", "1", False), ("3", "0", True)):
+        monkeypatch.setenv("CS324DIST_THREADS", asked)
+        monkeypatch.setattr(process, "RANK", rank)
+        assert process._threads() == int(asked)
+        expected = "warning: CS324DIST_THREADS=3 is more than the 2 cores, and many times slower\n"
+        assert capsys.readouterr().err == expected * warned
+
+
 def test_machines_that_may_differ_choose_nothing_themselves(monkeypatch):
     monkeypatch.setattr(process, "_has_bf16", lambda on_gpu: True)
     monkeypatch.setattr(process, "processor", lambda: "AMD")
@@ -55,7 +85,7 @@ def test_machines_that_may_differ_choose_nothing_themselves(monkeypatch):
 def test_a_run_goes_on_in_its_own_precision_where_nothing_else_is_asked_for(launch, tmp_path):
     run = (*GAN[:-3], "1", "--schedule", "constant", "--wandb", "disabled", "--run-dir", tmp_path / "run")
     launch(*run, environment={"ACCELERATE_MIXED_PRECISION": "bf16"})
-    for steps, asked, taken in (("2", "", "bf16"), ("3", "no", "no"), ("4", "", "no")):
+    for steps, asked, taken in (("2", "", "bf16"), ("3", "no", "float32"), ("4", "", "float32")):
         done = launch(*run, "--steps", steps, environment={"ACCELERATE_MIXED_PRECISION": asked})
         assert f"precision: {taken}\n" in done.stderr
 
@@ -123,5 +153,5 @@ def test_the_gan_takes_bf16_where_there_is_bf16_and_nothing_else_was_asked_for(
         *script, "--run-dir", tmp_path / "run", launcher=launcher, options=options, environment=environment
     )
     prefers = script is GAN and not options
-    taken = "bf16" if prefers and process.is_faster_in_bf16() else "no"
+    taken = "bf16" if prefers and process.is_faster_in_bf16() else "float32"
     assert f"precision: {taken}\n" in done.stderr

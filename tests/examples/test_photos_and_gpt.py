@@ -127,3 +127,23 @@ def test_a_photo_that_cannot_be_read_is_named(launch, tmp_path):
     done = launch(*command, "--wandb", "disabled", check=False)
     assert done.returncode == 2
     assert f"error: {broken} cannot be read: cannot identify image file" in done.stderr
+
+
+@pytest.mark.parametrize("words", [(), ("--help",), ("shapes", "many"), ("shapes", "3", "4")])
+def test_shapes_says_how_it_is_called(launch, tmp_path, words):
+    script = REPOSITORY / "examples" / "shapes.py"
+    done = launch(
+        "-c", f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')", *words, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: give a folder, and a number of photos if not 1200: shapes.py FOLDER [COUNT]\n"
+    )
+
+
+@pytest.mark.parametrize(("folder", "problem"), [("nowhere", "is no folder"), ("", "holds no photos")])
+def test_photos_that_are_not_there_are_refused(launch, tmp_path, folder, problem):
+    run = ("--run-dir", tmp_path / "run", "--wandb", "disabled")
+    done = launch("examples/photos.py", "--data", tmp_path / folder, *run, check=False)
+    said = f"--data {tmp_path / folder} {problem}: give one that has a folder for each class"
+    assert (done.returncode, done.stderr) == (2, f"error: {said}\n")

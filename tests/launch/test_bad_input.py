@@ -44,8 +44,8 @@ def test_all_values_that_are_not_allowed_are_named_together(launch, tmp_path):
     assert_refused(
         launch("launch/gan.py", *wrong, "--run-dir", run, check=False),
         "--dataset cifar … give one of mnist, fashion-mnist, fake",
-        "--batch-size -64 … give at least 1 and at most 1e+06",
-        "--steps 0 … give at least 1 and at most 1e+09",
+        "--batch-size -64 … give at least 1 and at most 1 000 000",
+        "--steps 0 … give at least 1 and at most 1 000 000 000",
     )
     assert not run.exists()
 
@@ -53,7 +53,7 @@ def test_all_values_that_are_not_allowed_are_named_together(launch, tmp_path):
 def test_a_palindrome_of_no_digits(launch, tmp_path):
     run = tmp_path / "run"
     done = launch("launch/lstm.py", "--length", "0", "--run-dir", run, check=False)
-    assert_refused(done, "--length 0 … give at least 1 and at most 1e+07")
+    assert_refused(done, "--length 0 … give at least 1 and at most 10 000 000")
     assert not run.exists()
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -114,6 +115,30 @@ def test_a_generator_is_loaded_as_it_was_by_this_project_and_by_the_hubs_client(
     assert pictures[0] == pictures[1] == pictures[2]
     done = export("grid", out, "--digit", 7, "--out", tmp_path / "7.png", script="sample.py", check=False)
     assert "are surely a 7" in refused(done)  # it is untrained, and not refused for its folder
+
+
+def card_of(model: Path) -> str:
+    return (model / "README.md").read_text()
+
+
+def test_the_card_loads_a_network_that_says_no_arguments_by_its_weights(export, launch, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "model"
+    launch("tests/training/stopping.py", "--steps", "1", "--run-dir", run)
+    export(run, "--out", out)
+    code = card_of(out).partition("```python\n")[2].partition("```")[0]
+    assert "from your_own_file" not in code
+    code = re.sub(r"snapshot_download\(.*\)", repr(str(out)), code)
+    code = code.replace("...  # the Linear that the task makes", "torch.nn.Linear(1, 1, bias=False)")
+    loaded = {"torch": torch}
+    exec(code, loaded)
+    assert_equal(loaded["network"], run / "checkpoints" / "000000001-1" / "model")
+
+
+def test_the_card_lists_no_option_that_would_not_be_one(export, runs, tmp_path):
+    export(runs / "lstm", "--out", tmp_path / "model")
+    listed = [line.split() for line in card_of(tmp_path / "model").splitlines() if line.startswith("    --")]
+    assert ["--length", "4"] in listed
+    assert not [words for words in listed if len(words) == 1 or words[1] in ("false", "none")]
 
 
 def test_a_checkpoint_of_an_lstm(export, runs, tmp_path):

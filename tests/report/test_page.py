@@ -39,7 +39,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def page(runs: Path, tmp_path_factory) -> Page:
     out = tmp_path_factory.mktemp("page") / "report.html"
-    assert write_report(tuple(sorted(runs.iterdir())), out) == []
+    (damaged,) = write_report(tuple(sorted(runs.iterdir())), out)
+    assert "/config.json: steps is " in damaged
     return Page(out.read_text())
 
 
@@ -111,8 +112,15 @@ def test_the_options_that_differ_between_runs_are_a_table(tmp_path: Path) -> Non
 def test_a_run_whose_configuration_is_damaged(tmp_path: Path, content: str) -> None:
     path = make_gan(tmp_path / "run")
     (path / "config.json").write_text(content)
-    write_report((path,), tmp_path / "report.html")
-    assert Page((tmp_path / "report.html").read_text()).open == []
+    others = (make_lstm(tmp_path / "whole"), tmp_path)
+    missing, damaged = write_report((path, *others), tmp_path / "report.html")
+    assert missing == f"{tmp_path} is not a run folder: left out"
+    assert damaged.startswith(f"{path}/config.json")
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.open == []
+    text = " ".join(" ".join(page.texts).split())
+    assert "2 runs: 1 finished, 1 damaged" in text
+    assert "at most ?" not in text
 
 
 @pytest.mark.slow

@@ -42,6 +42,20 @@ def test_what_differs_from_the_preset_comes_first(tmp_path: Path) -> None:
     assert ("--hidden-size", "128", None) in settings
 
 
+def test_only_what_a_command_line_takes_is_listed(tmp_path: Path) -> None:
+    """Flags that are as the preset has them, and what is empty, are no words of one."""
+    run = read(make_lstm(tmp_path / "run"))
+    config = {"a": False, "b": True, "c": None, "d": "", "e": 0, "f": False, "g": True, "h": None}
+    changed = {"f": True, "g": False, "h": 2.5}
+    run = replace(run, record=replace(run.record, config=config, changed=changed))
+    assert provenance.settings(run) == [
+        ("--no-f", "", "true"),
+        ("--g", "", "false"),
+        ("--h", "none", "2.5"),
+        ("--e", "0", None),
+    ]
+
+
 def test_runs_are_told_apart_by_the_options_that_differ(tmp_path: Path) -> None:
     paths = [
         make_lstm(tmp_path / f"{seed}-{length}", length, seed=seed) for seed, length in ((1, 5), (2, 10))

@@ -1,7 +1,7 @@
 """--keep-best: the checkpoint with the best value of a metric stays, however old it is."""
 
 import pytest
-from launched import metrics
+from launched import metrics, status
 
 from cs324dist.runs.checkpoints import step_of
 
@@ -31,9 +31,28 @@ def test_without_it_only_the_newest_are(launch, tmp_path):
     assert checkpoints(tmp_path / "run") == [50]
 
 
-def test_a_metric_that_is_not_measured_is_refused_at_the_first_evaluation(launch, tmp_path):
-    done = launch(*STOPPING, "--keep-best", "eval/acuracy", "--run-dir", tmp_path / "run", check=False)
+def test_a_name_that_no_metric_of_an_evaluation_has_is_refused_before_the_first_step(launch, tmp_path):
+    done = launch(*STOPPING, "--keep-best", "score:min", "--run-dir", tmp_path / "run", check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == (
-        "error: --keep-best eval/acuracy is no metric of an evaluation: give one of eval/score, eval/step"
+    assert done.stderr == (
+        "error: --keep-best score is no metric of an evaluation: "
+        "give a name that begins with eval/, such as eval/score\n"
     )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_metric_that_is_not_measured_fails_the_run_after_a_checkpoint_which_another_name_continues(
+    launch, tmp_path
+):
+    run = tmp_path / "run"
+    command = (*STOPPING, "--run-dir", run, "--values", *map(str, VALUES), "--keep-best")
+    wrong = "--keep-best eval/acuracy is no metric of an evaluation: give one of eval/score, eval/step"
+    done = launch(*command, "eval/acuracy", check=False)
+    assert done.returncode == 1
+    said = f"{wrong}; the last good checkpoint is {run}/checkpoints/000000010-1"
+    assert done.stderr.splitlines()[-1] == f"error: {said}"
+    assert status(run) == {"state": "failed", "step": 10, "why": said}
+    done = launch(*command, "eval/acuracy", check=False)
+    assert (done.returncode, done.stderr) == (2, f"error: {wrong}\n")
+    assert "continuing from step 10 of 50" in launch(*command, "eval/score").stderr
+    assert checkpoints(run) == [30, 50]

@@ -59,6 +59,62 @@ def test_a_run_that_is_refused_before_its_first_step_leaves_no_trace(tmp_path, t
     assert list(tmp_path.rglob("*")) == [folder] * existed
 
 
+def run_in(folder, task=LSTMTask, **changes) -> bool:
+    config = replace(task.presets["smoke"], preset="smoke", run_dir=folder, wandb="disabled", **changes)
+    return run_task(task, config, Accelerator(cpu=True), StopRequest(1))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_a_finished_run_names_steps_only_where_they_can_be_more(tmp_path, capsys, schedule):
+    for _ in range(2):
+        assert run_in(tmp_path / "run", steps=2, schedule=schedule)
+    more = "--steps or another --run-dir" if schedule == "constant" else "another --run-dir"
+    assert capsys.readouterr().err.endswith(f"is finished, 2 steps: for more, give {more}\n")
+
+
+class ForgetsTheOutput(LSTMTask):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        first, *self.left = self.model.parameters()
+        self.optimizers = {"lstm": torch.optim.SGD([first], 0.1)}
+
+
+class Freezes(ForgetsTheOutput):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        for parameter in self.left:
+            parameter.requires_grad_(False)
+
+
+def test_parameters_that_nothing_trains_are_warned_of_unless_they_are_frozen(tmp_path, capsys):
+    said = {}
+    for task in (LSTMTask, ForgetsTheOutput, Freezes):
+        run_in(tmp_path / task.__name__, task, steps=1)
+        said[task] = capsys.readouterr().err
+    count = len([*LSTMTask(LSTMTask.presets["smoke"], torch.device("cpu")).model.parameters()]) - 1
+    assert f"warning: {count} parameters of 'lstm' are in no optimizer\n" in said[ForgetsTheOutput]
+    assert "optimizer" not in said[LSTMTask] + said[Freezes]
+    assert ", precision: float32\n" in said[LSTMTask]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--steps", "3", "--schedule", "linear"), "--steps 3 differs from the run's 2, which"),
+        (("--batch-size", "128", "--micro-batches", "3"), "--batch-size 128 is not divisible by --micro-"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(tmp_path, monkeypatch, capsys, words, said):
+    run_in(tmp_path, steps=2, schedule="linear")
+    before = sorted(tmp_path.rglob("*"))
+    command = ["train.py", "--preset", "smoke", "--run-dir", str(tmp_path), "--dry-run", *words]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(UserError, match=said):
+        main(LSTMTask, None)
+    assert capsys.readouterr().out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 class Fails(LSTMTask):
     def step(self, step, trainer):
         raise RuntimeError("a bug")
