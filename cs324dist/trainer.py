@@ -425,9 +425,10 @@ class Run:
 
     def _check_keep_best(self, completed: int, *, evaluated: bool = False) -> None:
         """Check that it is a metric of the last evaluation; before the first one, that it can be one."""
-        wanted = self.config.keep_best.removesuffix(":min")
+        if not (wanted := self.config.keep_best.removesuffix(":min")):
+            return
         measured = [f"eval/{name}" for row in self.run.read_evaluations(completed)[-1:] for name in row]
-        if not wanted or wanted in measured:
+        if wanted in measured:
             return
         if measured:
             todo = f"give one of {', '.join(measured)}"
