@@ -188,7 +188,7 @@ def tasks(check: Check) -> Iterator[Finding]:
 
 
 def determinism(check: Check) -> Iterator[Finding]:
-    """The same bits twice, after a resume and in an audit; with --micro-batches 4 they must be."""
+    """The same bits twice, after a resume and in an audit: required with --micro-batches 4."""
     steps = 4 if check.pretend else 200
     half = ("--checkpoint-every", str(steps // 2), "--schedule", "constant")
     for name, options in (("micro-batches", ("--micro-batches", "4")), ("ddp", ()))[: 2 - check.pretend]:

@@ -93,5 +93,5 @@ def test_the_picture_shows_what_is_said_of_it() -> None:
     assert (whole["curve"], whole["sha256"]) == (killed["curve"], killed["sha256"])
     one, two = ({row["step"]: row["loss"] for row in runs[f"ddp {n}"]["curve"]} for n in (1, 2))
     apart = [step for step in one if abs(one[step] - two[step]) > 0.1 * one[step]]
-    said = int(re.search(r"they\s+part after (\d+) steps", README)[1])
+    said = int(re.search(r"they\s+separate after (\d+) steps", README)[1])
     assert min(apart) == said + 1
