@@ -204,7 +204,7 @@ def _choose(
         raise UserError(
             *reasons,
             f"to repeat them: CS324DIST_THREADS={made.threads} ACCELERATE_MIXED_PRECISION={made.precision} "
-            f"{python} -m cs324dist.launch.audit {printable(shlex.join(sys.argv[1:]))}",
+            f"{python} -m cs324dist.launch.audit {printable(shlex.join(sys.argv[1:]), None)}",
         )
     for reason in reasons:
         say(reason)

@@ -406,7 +406,7 @@ class Run:
                 if stopping or due:
                     with trackers.paused():
                         self.save(completed, evaluation_owed=owed)
-                if evaluated and not owed:  # saved by now: nothing is lost
+                if config.keep_best and evaluated and not owed:  # saved by now: nothing is lost
                     self.on_main(partial(self._check_keep_best, completed, evaluated=True))
                 if stopping and (owed or not self.is_over(completed)):
                     return completed
