@@ -188,7 +188,7 @@ def _threads() -> int:
         if not re.fullmatch("0*[1-9][0-9]{0,3}", asked, re.ASCII):
             raise UserError(f"CS324DIST_THREADS={asked} is not allowed: give a whole number from 1 to 9999")
         if int(asked) > cores and RANK == "0":
-            warn(f"CS324DIST_THREADS={asked} is more than the {cores} cores, and many times slower")
+            warn(f"CS324DIST_THREADS={asked} is more than the {cores} cores: steps take many times longer")
         return int(asked)
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 

@@ -69,7 +69,7 @@ def test_threads_that_outnumber_the_cores_are_warned_of_once(monkeypatch, capsys
         monkeypatch.setenv("CS324DIST_THREADS", asked)
         monkeypatch.setattr(process, "RANK", rank)
         assert process._threads() == int(asked)
-        expected = "warning: CS324DIST_THREADS=3 is more than the 2 cores, and many times slower\n"
+        expected = "warning: CS324DIST_THREADS=3 is more than the 2 cores: steps take many times longer\n"
         assert capsys.readouterr().err == expected * warned
 
 
