@@ -49,6 +49,9 @@ class Chart:
     curves: Mapping[int, str]
     """SVG paths by the number of the run."""
 
+    restarts: Mapping[int, str]
+    """Vertical lines where a run went on from a checkpoint, likewise."""
+
     description: str
     header: list[str]
     table: list[list[str]]
@@ -95,6 +98,7 @@ def _chart(metric: Metric, runs: Runs, last: int) -> Chart:
         low=low,
         high=high,
         curves={index: path(run.series(metric.name), unit) for index, run in runs},
+        restarts={index: lines(run.starts, low, high) for index, run in runs},
         description=f"{metric.title} over {number(last)} steps. {'; '.join(ends)}.",
         header=["Step", *(run.name for _, run in runs)],
         table=_table(all_series, unit),
@@ -115,6 +119,12 @@ def path(series: Series, unit: str) -> str:
         else:
             strokes[-1].append(f"{step} {height(value, unit):.5g}")
     return "".join(f"M{'L'.join(points)}h0" for points in strokes if points)  # h0: a lone point is a dot
+
+
+def lines(steps: Iterable[int], low: float, high: float) -> str:
+    """Vertical lines at the steps but 0, far beyond both ends of an axis, which may become longer."""
+    far = 1000 * (high - low)
+    return "".join(f"M{step} {low - far:.5g}V{high + far:.5g}" for step in steps if step)
 
 
 def thinned(series: Series) -> Iterable[tuple[int, float | None]]:

@@ -84,6 +84,12 @@ class Run:
         logged = (step for series in self.metrics.values() for step in series)
         return max(self.step, *logged, 0) if self.state in ("running", "unclear") else self.step
 
+    @property
+    def starts(self) -> dict[int, int | None]:
+        """How many processes took it on from which step, as far as that was written down."""
+        known = (owner for owner in self.owners.values() if owner.from_step is not None)
+        return {o.from_step or 0: o.environment.processes if o.environment else None for o in known}
+
     def setting(self, name: str) -> str:
         """A setting as text."""
         return plain(self.record.config.get(name, "?"))

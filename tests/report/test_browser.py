@@ -173,7 +173,7 @@ class TestCurves:
         section = page.locator("#palindromes")
         box = section.locator("[type=checkbox]").nth(1)
         run = box.get_attribute("data-run")
-        curves = section.locator(f".curve[data-run='{run}']")
+        curves = section.locator(f".plot .curve[data-run='{run}']")
         assert [curve.is_visible() for curve in curves.all()] == [True, True]
         box.focus()
         page.keyboard.press("Space")
@@ -212,6 +212,28 @@ class TestCurves:
         assert plot.locator(".readout").count() == 0
         page.keyboard.press("End")
         assert plot.locator(".readout div").first.text_content() == "step 500"
+
+    def test_a_continued_run_says_where_and_by_how_many_processes(self, page):
+        section = page.locator("#palindromes")
+        name = next(name for name in curve_names(page, "#palindromes") if name.startswith("rnn"))
+        box = section.get_by_role("checkbox", name=name)
+        run = box.get_attribute("data-run")
+        lines = section.locator(f".restart[data-run='{run}']")
+        assert [line.is_visible() for line in lines.all()] == [True, True]
+        assert section.locator(".restart").count() == 2  # the other runs were never continued
+        plot = section.locator(".plot").first
+        plot.focus()
+        said = []
+        for steps in (1, 9, 1, 9, 1):  # to the steps 10, 100, 110, 200 and 210
+            for _ in range(steps):
+                page.keyboard.press("ArrowRight")
+            rows = plot.locator(".readout div").all_text_contents()
+            said.append(next(row for row in rows if name in row).removeprefix(name).split(")")[0])
+        assert said == [
+            f" ({n}" for n in ("1 process", "1 process", "3 processes", "3 processes", "1 process")
+        ]
+        box.uncheck()
+        assert [line.is_visible() for line in lines.all()] == [False, False]
 
     def test_all_charts_of_a_section_share_cursor_and_zoom(self, page):
         section = page.locator("#palindromes")

@@ -1,10 +1,9 @@
 import os
-import shutil
 import time
 from pathlib import Path
 
 import pytest
-from made_runs import ENDS_SCRIPT, HOSTILE, edit, make_gan, make_lstm, started
+from made_runs import ENDS_SCRIPT, HOSTILE, add_owner, edit, make_gan, make_lstm, started
 
 from cs324dist.errors import UserError
 from cs324dist.report import reading
@@ -45,12 +44,6 @@ def test_a_run_is_read(runs: Path) -> None:
     ]
     assert list(run.samples) == [100, 200, 300, 400]
     assert run.problems == []
-
-
-def add_owner(run: Path, number: int, **changes: object) -> None:
-    new = run / "owners" / f"{number}.json"
-    shutil.copy(run / "owners" / "1.json", new)
-    edit(new, **changes)
 
 
 def test_of_many_owners_the_last_are_shown_and_all_are_counted(tmp_path: Path) -> None:

@@ -19,6 +19,12 @@
         points: [...path.getAttribute("d").matchAll(/[ML]([^ ]+) ([^MLh]+)/g)].map((match) => [+match[1], +match[2]]),
       })),
     }));
+    // How many processes ran a run at a step; nothing for a run that was never continued.
+    const starts = new Map([...switches].map(([run, box]) => [run, Object.entries(JSON.parse(box.dataset.starts))]));
+    const processes = (run, step) => {
+      const count = starts.get(run).length > 1 && starts.get(run).filter(([from]) => +from < step).at(-1)?.[1];
+      return count ? ` (${count} process${count > 1 ? "es" : ""})` : "";
+    };
     const last = +group.querySelector(".chart").dataset.last;
     const spoken = group.querySelector(":scope > output");
     let view = [0, last], at = null;
@@ -79,7 +85,7 @@
           const value = chart.unit === "log" ? 10 ** point[1] : point[1];
           const swatch = switches.get(run).parentElement.querySelector("svg").cloneNode(true);
           const name = switches.get(run).parentElement.textContent.trim();
-          row.append(swatch, element("span", "", name), element("b", "", formatted(value, chart.unit)));
+          row.append(swatch, element("span", "", name + processes(run, point[0])), element("b", "", formatted(value, chart.unit)));
           readout.append(row);
           chart.marks.push(dot);
         }
