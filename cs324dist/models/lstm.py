@@ -7,7 +7,9 @@ from torch.utils.checkpoint import checkpoint
 
 Inputs = Float[Tensor, "time batch input"] | UInt8[Tensor, "time batch"]
 State = tuple[Float[Tensor, "batch hidden"], Float[Tensor, "batch hidden"]]
-SAMPLE_STEPS_AT_ONCE = 1 << 18  # samples times steps with gates in memory: about 2 GB at hidden size 128
+# Samples times steps:
+WHOLE = 1 << 17  # of the longest sequences that are computed whole: about 1.4 GB at hidden size 128
+PART = 1 << 15  # of a part of longer ones: near a processor's caches, which makes up for computing it twice
 GATES = ("i", "f", "g", "o")  # in torch's order, so that its kernel takes the weights as they are
 
 
@@ -47,14 +49,14 @@ class LSTM(nn.Module):
         """Logits after the last time step.
 
         Long sequences are computed in parts. Only the states between parts are kept, and the backward pass
-        computes each part again: memory grows by a byte for each digit of the input. The gradient is exact.
+        computes each part again. The gradient is exact.
         """
-        parts = x.split(max(1, SAMPLE_STEPS_AT_ONCE // max(1, x.shape[1])))
-        if len(parts) == 1:
+        steps, batch = x.shape[:2]
+        if steps == 1 or steps * batch <= WHOLE:
             hidden, _ = self.scan(x)
             return self.output(hidden[-1])
-        h = c = self.W_h.new_zeros(x.shape[1], self.W_h.shape[1])
-        for part in parts:
+        h = c = self.W_h.new_zeros(batch, self.W_h.shape[1])
+        for part in x.split(steps_of_a_part(batch)):
             h, c = checkpoint(self._last_state, part, h, c, use_reentrant=False, preserve_rng_state=False)
         return self.output(h)
 
@@ -114,6 +116,11 @@ class LSTM(nn.Module):
         self.b.zero_()
         b_f.uniform_(1, max(2, length)).log_()
         b_i.copy_(-b_f)
+
+
+def steps_of_a_part(batch: int) -> int:
+    """How many time steps of a long sequence are computed at once."""
+    return max(1, PART // batch)
 
 
 def encode(x: Inputs, weight: Float[Tensor, "outputs input"]) -> Float[Tensor, "time batch input"]:

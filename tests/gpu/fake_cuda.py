@@ -120,7 +120,7 @@ micro_batches.ThreadPoolExecutor = InTurn
 torch.cuda.CUDAGraph, torch.cuda.graph = mock.Mock, nullcontext
 graphs.WARM_UP = 1
 accuracy.TRIALS, accuracy.DIGITS_AT_ONCE = 100, 1000
-sys.modules[LSTM.__module__].SAMPLE_STEPS_AT_ONCE = 12 * 128  # 13 digits are long
+sys.modules[LSTM.__module__].WHOLE = sys.modules[LSTM.__module__].PART = 12 * 128  # 13 digits are long
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)  # one, as permutations and the classifier are kept
 
 
