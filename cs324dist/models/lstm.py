@@ -1,5 +1,7 @@
 """The LSTM of Part I of the course report, implemented from its equations."""
 
+import math
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
@@ -56,7 +58,7 @@ class LSTM(nn.Module):
             hidden, _ = self.scan(x)
             return self.output(hidden[-1])
         h = c = self.W_h.new_zeros(batch, self.W_h.shape[1])
-        for part in x.split(steps_of_a_part(batch)):
+        for part in x.split(steps_of_a_part(steps, batch)):
             h, c = checkpoint(self._last_state, part, h, c, use_reentrant=False, preserve_rng_state=False)
         return self.output(h)
 
@@ -118,9 +120,12 @@ class LSTM(nn.Module):
         b_i.copy_(-b_f)
 
 
-def steps_of_a_part(batch: int) -> int:
-    """How many time steps of a long sequence are computed at once."""
-    return max(1, PART // batch)
+def steps_of_a_part(steps: int, batch: int) -> int:
+    """How many time steps of a long sequence are computed at once.
+
+    At least as many as balance the memory: a step within a part keeps 12 vectors of hidden size, each part 2.
+    """
+    return max(1, PART // batch, math.isqrt(steps // 6))
 
 
 def encode(x: Inputs, weight: Float[Tensor, "outputs input"]) -> Float[Tensor, "time batch input"]:

@@ -133,7 +133,7 @@ class LSTMTask(Task[LSTMConfig]):
         """
         at_once, parts = config.length, 0
         if config.model == "lstm" and config.length * config.batch_size > WHOLE:
-            at_once = steps_of_a_part(config.batch_size)
+            at_once = steps_of_a_part(config.length, config.batch_size)
             parts = config.length // at_once
         return 2 * config.length + 4 * (
             at_once * (12 * config.hidden_size + 20) + parts * 2 * config.hidden_size
