@@ -81,16 +81,8 @@ def test_the_price_is_the_stored_one() -> None:
 
 def test_the_machine_and_the_versions_are_those_of_the_results() -> None:
     torch, accelerate = (re.search(rf"{name} ([\d.]+\d)", README)[1] for name in ("torch", "accelerate"))
-    for name in (
-        "lstm/course",
-        "lstm/fast",
-        "lstm/long",
-        "lstm/million",
-        "gan/course",
-        "gan/fast",
-        "gan/pace",
-        "killed_run",
-    ):
+    lstm, gan = ("course", "fast", "long", "million"), ("course", "fast", "pace")
+    for name in (*(f"lstm/{part}" for part in lstm), *(f"gan/{part}" for part in gan), "killed_run"):
         environment = stored(name)["environment"]
         assert environment["cores"] == 2, name  # "on two CPU cores"
         assert environment["packages"]["torch"].startswith(f"{torch}."), name

@@ -123,7 +123,8 @@ class LSTM(nn.Module):
 def steps_of_a_part(steps: int, batch: int) -> int:
     """How many time steps of a long sequence are computed at once.
 
-    At least as many as balance the memory: a step within a part keeps 12 vectors of hidden size, each part 2.
+    Few, as they then stay near the caches, but enough to balance the memory: a step within a part keeps 12
+    vectors of hidden size, and each part 2.
     """
     return max(1, PART // batch, math.isqrt(steps // 6))
 

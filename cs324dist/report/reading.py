@@ -86,9 +86,13 @@ class Run:
 
     @property
     def starts(self) -> dict[int, int | None]:
-        """How many processes took it on from which step, as far as that was written down."""
-        known = (owner for owner in self.owners.values() if owner.from_step is not None)
-        return {o.from_step or 0: o.environment.processes if o.environment else None for o in known}
+        """The steps it was started or continued from, and how many processes took the steps that follow."""
+        found: dict[int, int | None] = {}
+        for owner in self.owners.values():
+            if (first := owner.from_step) is not None:
+                found = {step: processes for step, processes in found.items() if step < first}
+                found[first] = owner.environment.processes if owner.environment else None
+        return found
 
     def setting(self, name: str) -> str:
         """A setting as text."""

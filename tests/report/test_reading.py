@@ -55,6 +55,13 @@ def test_of_many_owners_the_last_are_shown_and_all_are_counted(tmp_path: Path) -
     assert read.owners[150].host == "node150"
 
 
+def test_a_start_replaces_what_later_steps_were_started_by(tmp_path: Path) -> None:
+    run = make_lstm(tmp_path / "run")
+    for number, step, processes in ((2, 100, 3), (3, 200, 2), (4, 100, 4), (5, None, 9), (6, 150, 1)):
+        add_owner(run, number, from_step=step, environment={"processes": processes})
+    assert read_run(run, "run").starts == {0: 1, 100: 4, 150: 1}
+
+
 def test_the_environment_is_that_of_the_last_owner_that_has_one(tmp_path: Path) -> None:
     run = make_lstm(tmp_path / "run")
     add_owner(run, 2, environment={"threads": 77})
