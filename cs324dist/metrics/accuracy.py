@@ -15,7 +15,7 @@ TRIALS = 10_000
 TRIALS_WHEN_LONG = 1_000
 LONG = 2_000  # digits; beyond, 10 000 palindromes take minutes
 DIGITS_AT_ONCE = 250_000  # of a forward pass, in which an RNN keeps about 1 KiB per digit
-LEAST_AT_ONCE = 100  # palindromes of a forward pass, however long they are: 50 take seven tenths as long
+LEAST_AT_ONCE = 100  # palindromes of a forward pass, however long they are: 50 take three fifths of the time
 
 
 def palindrome_accuracy(predict: Predict, length: int, stream: Stream, sum_over: SumOver) -> float:
