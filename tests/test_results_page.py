@@ -42,7 +42,7 @@ def test_a_comparison_is_on_the_page_as_soon_as_it_is_stored(
             [f"| {what} | 1.20 | 1.10 to 1.40 | at most 1.25 | yes | 96.0 | 80.0 |", f"| {what} | 1.20 |"],
         ),
     ):
-        (stored / "speed.json").write_text(json.dumps({**speed, "rows": rows}))
+        (stored / "speed.json").write_text(json.dumps({**speed, "rows": rows, "history": []}))
         page = results_page.page("performance").splitlines()
         assert [line for line in page if line.startswith(f"| {what}")] == lines
 
