@@ -54,11 +54,12 @@ class LSTM(nn.Module):
         computes each part again. The gradient is exact.
         """
         steps, batch = x.shape[:2]
-        if steps == 1 or steps * batch <= WHOLE:
+        parts = x.split(steps_at_once(steps, batch))
+        if len(parts) == 1:
             hidden, _ = self.scan(x)
             return self.output(hidden[-1])
         h = c = self.W_h.new_zeros(batch, self.W_h.shape[1])
-        for part in x.split(steps_of_a_part(steps, batch)):
+        for part in parts:
             h, c = checkpoint(self._last_state, part, h, c, use_reentrant=False, preserve_rng_state=False)
         return self.output(h)
 
@@ -120,12 +121,14 @@ class LSTM(nn.Module):
         b_i.copy_(-b_f)
 
 
-def steps_of_a_part(steps: int, batch: int) -> int:
-    """How many time steps of a long sequence are computed at once.
+def steps_at_once(steps: int, batch: int) -> int:
+    """How many time steps are computed at once: all of them, or those of a part of a long sequence.
 
-    Few, as they then stay near the caches, but enough to balance the memory: a step within a part keeps 12
-    vectors of hidden size, and each part 2.
+    A part is short, so that it stays near the caches, but long enough to balance the memory: a step within a
+    part keeps 12 vectors of hidden size, and each part 2.
     """
+    if steps * batch <= WHOLE:
+        return steps
     return max(1, PART // batch, math.isqrt(steps // 6))
 
 

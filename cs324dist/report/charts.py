@@ -122,7 +122,7 @@ def path(series: Series, unit: str) -> str:
 
 
 def lines(steps: Iterable[int], low: float, high: float) -> str:
-    """Vertical lines at the steps but 0, far beyond both ends of an axis, which may become longer."""
+    """Vertical lines at these steps, except 0. They end far outside the axis, which the script may extend."""
     far = 1000 * (high - low)
     return "".join(f"M{step} {low - far:.5g}V{high + far:.5g}" for step in steps if step)
 

@@ -14,7 +14,7 @@ from cs324dist.data.streams import MicroBatch, Stream, seeded
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import UserError, printable
 from cs324dist.metrics.accuracy import accuracy, count_correct, palindrome_accuracy
-from cs324dist.models.lstm import LSTM, WHOLE, steps_of_a_part
+from cs324dist.models.lstm import LSTM, steps_at_once
 from cs324dist.models.rnn import RNN
 from cs324dist.schedules import ScheduleName
 from cs324dist.tasks.base import Evaluation, Metrics, Task, Updater
@@ -127,14 +127,9 @@ class LSTMTask(Task[LSTMConfig]):
 
     @classmethod
     def bytes_per_sample(cls, config: LSTMConfig) -> int:
-        """Two bytes a digit; the gates, states and inputs of the time steps that are in memory at once.
-
-        Of the LSTM's long sequences also the states between parts.
-        """
-        at_once, parts = config.length, 0
-        if config.model == "lstm" and config.length * config.batch_size > WHOLE:
-            at_once = steps_of_a_part(config.length, config.batch_size)
-            parts = config.length // at_once
+        """Two bytes a digit, what the steps that are computed at once keep, and the states between parts."""
+        at_once = steps_at_once(config.length, config.batch_size) if config.model == "lstm" else config.length
+        parts = config.length // at_once
         return 2 * config.length + 4 * (
             at_once * (12 * config.hidden_size + 20) + parts * 2 * config.hidden_size
         )
