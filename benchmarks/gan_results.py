@@ -1,12 +1,12 @@
 """The GAN's results: train, measure, and store what docs/results.md is written from.
 
-    python benchmarks/gan_results.py               # everything: about four hours on two cores
+    python benchmarks/gan_results.py               # everything: about five hours on two cores
     python benchmarks/gan_results.py course fast   # some of it
 
 Each part is runs of `launch/gan.py` in `runs/results/`, measured by `launch/evaluate.py`; a part that was
 stopped continues where it was. It writes `benchmarks/results/gan/PART.json`, and pictures to `docs/images/`;
-`python benchmarks/results_page.py` then writes the page. Parts `fast`, `bf16`, `quick` and `pace` hold
-times: nothing else may run then.
+`python benchmarks/results_page.py` then writes the page. Parts `fast`, `bf16`, `best`, `quick` and `pace`
+hold times: nothing else may run then.
 """
 
 import json
@@ -66,7 +66,7 @@ def measured(name: str, options: str = "", *evaluation: str | Path, precision: s
 
 
 def seeds(name: str, count: int, options: str, precision: str = "no") -> list[Row]:
-    """Runs of preset `fast` that differ in their seed."""
+    """Runs that differ in their seed."""
     return [
         {"trial": seed, **measured(f"{name}-{seed}", f"--seed {seed} {options}", precision=precision)}
         for seed in range(count)
@@ -106,6 +106,13 @@ def fast() -> list[Row]:
 def bf16() -> list[Row]:
     """Preset `fast` in bf16, five seeds."""
     return seeds("bf16", 5, "--evaluate-every 250", "bf16")
+
+
+def best() -> list[Row]:
+    """Preset `best` in float32, three seeds."""
+    rows = seeds("best", 3, "--preset best --evaluate-every 2500")
+    pictures("best-0", "gan-best", rows[0]["steps"])
+    return rows
 
 
 def quick() -> list[Row]:
@@ -179,4 +186,4 @@ def fashion() -> list[Row]:
 
 
 if __name__ == "__main__":
-    run_parts(__doc__, "gan", course, fast, bf16, quick, pace, ablation, memorised, fashion)
+    run_parts(__doc__, "gan", course, fast, bf16, best, quick, pace, ablation, memorised, fashion)

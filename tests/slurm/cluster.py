@@ -72,8 +72,9 @@ JobRequeue=1
 MinJobAge=3600
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 KillWait=5
-# A busy machine answers late; a node that is wrongly taken for dead costs a requeue.
-SlurmdTimeout=15
+# A busy machine answers late. A node that is wrongly taken for dead still runs the job when Slurm starts it
+# there again; then that start fails, Slurm holds the job and drains the node.
+SlurmdTimeout=30
 SlurmctldTimeout=10
 TCPTimeout=2
 # Not shorter: an RPC that fails is tried again after 60 s.
@@ -191,11 +192,13 @@ class Cluster:
         self._in(node, "ip", "link", "set", "eth0", "up")
 
     def restore(self) -> None:
-        """Power all nodes on, and wait until Slurm would use them."""
+        """Power all nodes on, and wait until Slurm would use them, also those that it has drained."""
         for node in self.nodes:
             if node not in self.machines:
                 self.power_on(node)
             self.heal(node)
+            if "drain" in self.call("sinfo", "-hN", "-n", node, "-o", "%T"):
+                self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
         self.wait_for_nodes()
 
     def wait_for_nodes(self) -> None:
@@ -207,6 +210,11 @@ class Cluster:
     def call(self, *command: str, cwd: Path = Path("/"), env: dict[str, str] | None = None) -> str:
         """Run a client of Slurm on the head; returns what it prints."""
         return self._in("head", "env", f"--chdir={cwd}", *command, env=env)
+
+    @property
+    def controller_log(self) -> str:
+        """What the controller has written."""
+        return (self.folder / "log" / "slurmctld.log").read_text()
 
     def processes(self, node: str, pattern: str) -> list[str]:
         """The ids, on that node, of the processes whose command line matches."""

@@ -74,7 +74,8 @@ class Job:
         try:
             wait_until(what, ready, PATIENCE)
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.facts}\n{self.output[-4000:]}") from None
+            said = f"{self.output[-4000:]}\nslurmctld.log:\n{self.cluster.controller_log[-8000:]}"
+            raise AssertionError(f"{error}\n{self.facts}\n{said}") from None
 
     def wait_for_step(self, step: int) -> None:
         self.wait_for(f"step {step}", lambda: self.logged_step >= step)
