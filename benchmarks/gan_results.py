@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from common import IMAGES, REPOSITORY, Row, run_parts, run_python
+from second_judge import opinions
 from torch import Tensor
 
 from cs324dist.data.images import load_images, to_unit_range
@@ -29,6 +30,7 @@ from cs324dist.sampling.generators import generate, latents
 from cs324dist.sampling.grids import grid, save_png
 
 RUNS = REPOSITORY / "runs" / "results"
+BEST = "--preset best --evaluate-every 2500"
 COMPARED = 1000  # samples whose nearest training images are looked for
 
 
@@ -110,9 +112,17 @@ def bf16() -> list[Row]:
 
 def best() -> list[Row]:
     """Preset `best` in float32, three seeds."""
-    rows = seeds("best", 3, "--preset best --evaluate-every 2500")
+    rows = seeds("best", 3, BEST)
     pictures("best-0", "gan-best", rows[0]["steps"])
     return rows
+
+
+def judged() -> list[Row]:
+    """The runs of part `best` as another classifier sees them."""
+    runs = [trained(f"best-{seed}", f"--seed {seed} {BEST}") for seed in range(3)]
+    generators = [load_generator(run) for run in runs]
+    samples = [generate(generator, latents(generator, 0, 10_000)) for generator in generators]
+    return opinions({f"samples, seed {seed}": images for seed, images in enumerate(samples)})
 
 
 def quick() -> list[Row]:
@@ -186,4 +196,4 @@ def fashion() -> list[Row]:
 
 
 if __name__ == "__main__":
-    run_parts(__doc__, "gan", course, fast, bf16, best, quick, pace, ablation, memorised, fashion)
+    run_parts(__doc__, "gan", course, fast, bf16, best, judged, quick, pace, ablation, memorised, fashion)

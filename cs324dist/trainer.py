@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from cs324dist.command_line import from_command_line
 from cs324dist.config import Config, as_json, conflicts
 from cs324dist.data.counter_rng import stream_keys
-from cs324dist.data.streams import MicroBatch, share
+from cs324dist.data.streams import MicroBatch, seed_torch, share
 from cs324dist.distributed.batch_norm import convert_sync_batchnorm, freeze_cancelled_biases, spans_the_batch
 from cs324dist.distributed.failures import ProcessLost, translate_errors
 from cs324dist.distributed.gradients import Batches, DDPGradients, ExactGradients, SeedOf
@@ -160,12 +160,12 @@ class Trainer:
                 else:
                     group["lr"] = group["initial_lr"] * factor
 
-        def seed_of(batch: MicroBatch) -> int:  # of what draws from torch's generator, such as dropout
+        def seed_of(batch: MicroBatch) -> int:  # of what draws from torch's generators, such as dropout
             return stream_keys(self.config.seed, f"step {batch.step}/{name}/{batch.index}")[0]
 
         work = partial(self._update, name, loss, batches, seed_of)
         if self._graphs:
-            torch.manual_seed(seed_of(batches[0]))
+            seed_torch(seed_of(batches[0]), self.accelerator.device)
             self._metrics |= self._graphs.run((name, self.task.graph_key()), work)
         else:
             self._metrics |= work()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from cs324dist.data.streams import MicroBatch
+from cs324dist.data.streams import MicroBatch, seed_torch, torch_states
 from cs324dist.distributed.exact_mean import ExactMean
 from cs324dist.distributed.factored_linear import (
     Factors,
@@ -51,7 +51,7 @@ class DDPGradients:
         """Leave the mean gradient over all processes in `grad` of the networks' parameters."""
         for batch in batches.values():
             if batch.clock is None:  # a replay draws from what is seeded before it
-                torch.manual_seed(seed_of(batch))
+                seed_torch(seed_of(batch), batch.device)
             loss = self._reducers[networks](loss_of, batch)
             (self._scaler.scale(loss) if self._scaler else loss).backward()
 
@@ -102,7 +102,7 @@ class ExactGradients:
         Linear layers inside `networks` take the short way where they are wide; see `factored_linear`.
         """
         self._factored = {weight for network in networks for weight in factor_linear_layers(network, count)}
-        self._count, self._meet = count, meet
+        self._count, self._meet, self._device = count, meet, accelerator.device
         self._cores = torch.get_num_threads()
         torch.set_num_threads(1)  # outside of `all_cores`, as sums depend on the number of threads
         on_gpu = accelerator.device.type == "cuda"
@@ -134,7 +134,7 @@ class ExactGradients:
     def compute(self, networks: Networks, loss_of: LossOf, seed_of: SeedOf, batches: Batches) -> None:
         """Leave the mean gradient over all micro-batches in `grad` of the networks' parameters.
 
-        torch's generator is one for all threads: losses that draw from it are computed one after the other.
+        torch's generators serve all threads: losses that draw from them are computed one after the other.
 
         Raises:
             RunFailed: a loss draws random numbers although its micro-batches must be computed at once.
@@ -143,20 +143,22 @@ class ExactGradients:
         at_once = self._meet or self._draws.get(networks) is False
 
         def gradients(batch: MicroBatch) -> tuple[tuple[Tensor | None, ...], Factors]:
-            state = None if at_once else torch.manual_seed(seed_of(batch)).get_state()
+            if not at_once:
+                seed_torch(seed_of(batch), batch.device)
+                seeded = torch_states(batch.device)
             with torch.autograd.set_multithreading_enabled(False):  # so that they can meet on a GPU
                 loss = loss_of(batch)
                 with recorded_factors() as factors:
                     found = torch.autograd.grad(loss, trained, allow_unused=True)
-            if state is not None:
-                drew = not torch.equal(state, torch.get_rng_state())
+            if not at_once:
+                drew = _differ(seeded, torch_states(batch.device))
                 self._draws[networks] = drew or self._draws.get(networks, False)
             return found, factors
 
-        before = torch.get_rng_state()
+        before = torch_states(self._device)
         workers = self._workers if at_once else self._one
         found = workers.map(gradients, batches, self._count, meet=self._meet)
-        if at_once and not torch.equal(before, torch.get_rng_state()):
+        if at_once and _differ(before, torch_states(self._device)):
             raise RunFailed(
                 "with --micro-batches, a loss may not draw from torch's generator in some steps only, nor "
                 "beside a BatchNorm: draw from a Stream, or leave --micro-batches out"
@@ -169,3 +171,7 @@ class ExactGradients:
         for parameter, mean in zip(trained, means, strict=True):
             product = products.get(parameter)
             parameter.grad = mean if product is None else product if mean is None else product + mean
+
+
+def _differ(states: list[Tensor], others: list[Tensor]) -> bool:
+    return not all(map(torch.equal, states, others))

@@ -7,7 +7,7 @@ from scipy import stats
 from test_counter_rng import word
 
 from cs324dist.data.counter_rng import random_normals, stream_keys
-from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream, seeded
+from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream, seed_torch, seeded, torch_states
 
 SEEDS = st.integers(0, 2**32)
 FEW = st.integers(0, 99)
@@ -179,3 +179,30 @@ def test_seeded_draws_are_the_same_each_time_and_leave_torch_s_generator_as_it_w
     assert torch.equal(torch.rand(4), expected)
     assert torch.equal(drawn[0], drawn[1])
     assert len({tuple(numbers.tolist()) for numbers in drawn}) == 3
+
+
+def test_torch_is_seeded_as_by_its_own_function() -> None:
+    seed_torch(7, torch.device("cpu"))
+    ours = torch.rand(3)
+    torch.manual_seed(7)
+    assert torch.equal(ours, torch.rand(3))
+
+
+def test_a_device_s_generator_is_seeded_and_looked_at_beside_the_cpu_s(monkeypatch) -> None:
+    class Device:
+        seed = 0
+
+        def manual_seed(self, seed: int) -> None:
+            self.seed = seed
+
+        def get_rng_state(self, device: torch.device) -> torch.Tensor:
+            assert device == cuda
+            return torch.tensor([self.seed], dtype=torch.uint8)
+
+    cuda, module = torch.device("cuda", 0), Device()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    seed_torch(7, cuda)
+    assert [state.tolist() for state in torch_states(cuda)[1:]] == [[7]]
+    before = torch_states(cuda)[0]
+    torch.rand(1)
+    assert not torch.equal(torch_states(cuda)[0], before)
