@@ -37,17 +37,24 @@ def lstm_of_many_digits(part: str, length: int) -> list[object]:
     return [length, steps, f"{row['seconds'] / 60:.1f}", row["trials"]]
 
 
+def gan_runs(part: str) -> list[object]:
+    runs = rows(f"gan/{part}")
+    distances, seconds = ([row[name] for row in runs] for name in ("frechet_distance", "seconds"))
+    (steps,) = {row["steps"] for row in runs}
+    return [
+        *(f"{statistics.mean(distances):.1f}", f"{statistics.stdev(distances):.1f}", steps),
+        *(f"{statistics.mean(seconds):.0f}", f"{statistics.stdev(seconds):.0f}"),
+    ]
+
+
 def gan() -> list[object]:
     (course,) = rows("gan/course", recipe="every second step")
     (pace,) = rows("gan/pace", recipe="course")
-    fast = rows("gan/bf16")
-    distances, seconds = ([row[name] for row in fast] for name in ("frechet_distance", "seconds"))
-    (steps,) = {row["steps"] for row in fast}
     return [
-        *(f"{fast[0]['floor']:.1f}", f"{course['frechet_distance']:.1f}", course["steps"]),
+        *(f"{course['floor']:.1f}", f"{course['frechet_distance']:.1f}", course["steps"]),
         f"{course['steps'] * pace['milliseconds'] / 1000:.0f}",
-        *(f"{statistics.mean(distances):.1f}", f"{statistics.stdev(distances):.1f}", steps),
-        *(f"{statistics.mean(seconds):.0f}", f"{statistics.stdev(seconds):.0f}"),
+        *gan_runs("bf16"),
+        *gan_runs("best"),
     ]
 
 
