@@ -1,4 +1,4 @@
-"""Losses that draw random numbers of torch, such as dropout, under --micro-batches."""
+"""Losses that draw from torch's generators, as dropout does, under --micro-batches."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def threads_as_they_were():
 
 
 class Step:
-    """The gradients of a layer, whose loss draws or not; and which micro-batches were seeded."""
+    """Computes the gradient of a layer; notes which micro-batches were seeded."""
 
     def __init__(self, *, meet: bool = False) -> None:
         self.layer, self.seeded = nn.Linear(8, 1), []
@@ -33,7 +33,9 @@ class Step:
             self.seeded.append(batch.index)
             return batch.index
 
-        loss_of = lambda batch: self.layer(draw()).sum()  # noqa: E731
+        def loss_of(batch: MicroBatch) -> torch.Tensor:
+            return self.layer(draw()).sum()
+
         self._gradients.compute((self.layer,), loss_of, seed_of, BATCHES)
         return self.layer.weight.grad
 
@@ -55,7 +57,7 @@ def test_each_micro_batch_draws_what_it_drew_before():
         torch.testing.assert_close(step(drawn)[0], torch.stack(expected).mean(dim=0))
 
 
-def test_who_draws_in_some_steps_only_is_told_so():
+def test_drawing_in_some_steps_only_is_refused():
     step = Step()
     step(constant)
     step(constant)
@@ -63,12 +65,12 @@ def test_who_draws_in_some_steps_only_is_told_so():
         step(drawn)
 
 
-def test_who_draws_where_micro_batches_meet_is_told_so():
+def test_drawing_where_micro_batches_meet_is_refused():
     with pytest.raises(RunFailed, match="draw from a Stream"):
         Step(meet=True)(drawn)
 
 
-def test_a_draw_on_the_device_is_a_draw(monkeypatch):
+def test_a_draw_from_the_device_s_generator_is_noticed(monkeypatch):
     """Dropout on a GPU leaves the CPU's generator as it was."""
     state = torch.zeros(1)
     monkeypatch.setattr(gradients, "torch_states", lambda device: [state.clone()])

@@ -72,8 +72,8 @@ JobRequeue=1
 MinJobAge=3600
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 KillWait=5
-# A busy machine answers late. A node that is wrongly taken for dead still runs the job when Slurm starts it
-# there again; then that start fails, Slurm holds the job and drains the node.
+# A busy machine answers late. If a node is wrongly declared dead, Slurm may start the job on it again while
+# it still runs there. That start fails; Slurm then holds the job and drains the node.
 SlurmdTimeout=30
 SlurmctldTimeout=10
 TCPTimeout=2
@@ -192,7 +192,7 @@ class Cluster:
         self._in(node, "ip", "link", "set", "eth0", "up")
 
     def restore(self) -> None:
-        """Power all nodes on, and wait until Slurm would use them, also those that it has drained."""
+        """Power all nodes on, resume those that are drained, and wait until Slurm would use them."""
         for node in self.nodes:
             if node not in self.machines:
                 self.power_on(node)
