@@ -5,8 +5,8 @@
 
 Each part is runs of `launch/gan.py` in `runs/results/`, measured by `launch/evaluate.py`; a part that was
 stopped continues where it was. It writes `benchmarks/results/gan/PART.json`, and pictures to `docs/images/`;
-`python benchmarks/results_page.py` then writes the page. Parts `fast`, `bf16`, `best`, `quick` and `pace`
-hold times: nothing else may run then.
+`python benchmarks/results_page.py` then writes the page. Parts `fast`, `bf16`, `best` and `pace` hold
+times: nothing else may run then.
 """
 
 import json
@@ -31,6 +31,7 @@ from cs324dist.sampling.grids import grid, save_png
 
 RUNS = REPOSITORY / "runs" / "results"
 BEST = "--preset best --evaluate-every 2500"
+BEST_SEEDS = 3
 COMPARED = 1000  # samples whose nearest training images are looked for
 
 
@@ -111,23 +112,18 @@ def bf16() -> list[Row]:
 
 
 def best() -> list[Row]:
-    """Preset `best` in float32, three seeds."""
-    rows = seeds("best", 3, BEST)
+    """Preset `best` in float32."""
+    rows = seeds("best", BEST_SEEDS, BEST)
     pictures("best-0", "gan-best", rows[0]["steps"])
     return rows
 
 
 def judged() -> list[Row]:
     """The runs of part `best` as another classifier sees them."""
-    runs = [trained(f"best-{seed}", f"--seed {seed} {BEST}") for seed in range(3)]
+    runs = [trained(f"best-{seed}", f"--seed {seed} {BEST}") for seed in range(BEST_SEEDS)]
     generators = [load_generator(run) for run in runs]
     samples = [generate(generator, latents(generator, 0, 10_000)) for generator in generators]
     return opinions({f"samples, seed {seed}": images for seed, images in enumerate(samples)})
-
-
-def quick() -> list[Row]:
-    """Preset `fast` over 1 000 steps in bf16, 20 seeds: as near as the course recipe ever comes."""
-    return seeds("quick", 20, "--steps 1000 --evaluate-every 1000", "bf16")
 
 
 def pace() -> list[Row]:
@@ -196,4 +192,4 @@ def fashion() -> list[Row]:
 
 
 if __name__ == "__main__":
-    run_parts(__doc__, "gan", course, fast, bf16, best, judged, quick, pace, ablation, memorised, fashion)
+    run_parts(__doc__, "gan", course, fast, bf16, best, judged, pace, ablation, memorised, fashion)

@@ -16,6 +16,8 @@ import jinja2
 from common import IMAGES, REPOSITORY, RESULTS, Row, load, where
 from gpu_check import PARTS
 from speed import history
+from speedrun import history as records
+from speedrun import last_fifth
 
 LENGTHS = (5, 10, 15, 20, 50)
 TRIALS = 10_000  # palindromes of an evaluation
@@ -147,11 +149,6 @@ def digits(runs: Sequence[Row]) -> str:
     return f"{min(shares):.1f} to {max(shares):.1f} %"
 
 
-def last_fifth(run: Row) -> list[float]:
-    """The distances in the last fifth of a run."""
-    return [distance for step, distance, _ in run["curve"] if step >= 0.8 * run["steps"]]
-
-
 def overtaken(course: Row, fast: Sequence[Row], pace: Sequence[Row]) -> Iterator[Row]:
     """When preset fast is as near as the course recipe in its last fifth, and within `LINE` floors."""
     seconds = {row["recipe"]: row["milliseconds"] / 1000 for row in pace}
@@ -207,7 +204,7 @@ class StepModel:
 FUNCTIONS = (number, percent, share, spread, spread_of, met, yes, effect,
              percents_more, machines, grouped, where, solved, median_steps,
              accuracy, accuracies, wrong, error_rate, steps_to_fit, floors, sure, digits, last_fifth,
-             overtaken, readers, StepModel, history, statistics.median)  # fmt: skip
+             overtaken, readers, StepModel, history, records, statistics.median)  # fmt: skip
 
 
 def page(name: str) -> str:

@@ -1,11 +1,11 @@
 """Convolutions that torch computes slowly on a CPU in float32, computed faster in training.
 
-Two kinds are slow. A transposed convolution to one channel takes three times as long as a matrix product whose
-results are added up as shifted images; the gradient of a convolution by its one-channel input is such a
-transposed convolution. And a transposed convolution with a bias takes half as long again as one without.
+A transposed convolution to one channel is faster as a matrix product and sums of shifted images; so is the
+gradient of a convolution by its one-channel input. A transposed convolution with a bias is faster if it is
+added afterwards. docs/log.md has the times.
 
 The layers have the parameters of torch's, and compute as torch's do in evaluation, on other devices and under
-autocast. docs/performance.md says what they bring.
+autocast.
 """
 
 from typing import Any
@@ -24,7 +24,9 @@ class OneChannelConv2d(nn.Conv2d):
     def __init__(self, out_channels: int, kernel_size: int) -> None:
         super().__init__(1, out_channels, kernel_size)
 
-    def forward(self, x: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch channels rows columns"]:
+    def forward(
+        self, x: Float[Tensor, "batch 1 height width"]
+    ) -> Float[Tensor, "batch channels rows columns"]:
         """The convolution of one-channel images."""
         if _torch_is_fast(self, x):
             return super().forward(x)
@@ -34,10 +36,12 @@ class OneChannelConv2d(nn.Conv2d):
 class ConvTranspose2d(nn.ConvTranspose2d):
     """`torch.nn.ConvTranspose2d` with a bias, without output padding, dilation or groups."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: int
+    ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding)
 
-    def forward(
+    def forward(  # type: ignore[override]  # torch's takes a size of the output as well
         self, x: Float[Tensor, "batch channels rows columns"]
     ) -> Float[Tensor, "batch out_channels height width"]:
         """The transposed convolution."""

@@ -31,7 +31,9 @@ def test_output_and_gradients_are_those_of_torch_s_layer(
 ) -> None:
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
-    found, expected = (list(output_and_gradients(layer.to(memory_format=layout), x)) for layer in (ours, theirs))
+    found, expected = (
+        list(output_and_gradients(layer.to(memory_format=layout), x)) for layer in (ours, theirs)
+    )
     assert len(found) == 4
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 

@@ -1,0 +1,58 @@
+"""How soon a GAN is as near to MNIST's test images as the course recipe is in its first 20 000 steps.
+
+    make speedrun
+
+docs/results.md has the rules and the records so far. It takes about 20 minutes on two cores; nothing else may
+run then. The result is stored in benchmarks/results/speedrun.json, with the one before as its history.
+"""
+
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from common import RESULTS, Row, command_line, load, run_python, store
+
+from cs324dist.report.reading import read_run
+
+RECIPE = "--steps 500"
+SEEDS = 20
+
+
+def last_fifth(run: Row) -> list[float]:
+    """The distances in the last fifth of a run."""
+    return [distance for step, distance, _ in run["curve"] if step >= 0.8 * run["steps"]]
+
+
+def attempt(seed: int) -> Row:
+    """One run, from the command to its end; its evaluation is part of it."""
+    with TemporaryDirectory() as folder:
+        run, began = Path(folder) / "run", time.monotonic()
+        options = (*RECIPE.split(), "--seed", seed, "--wandb", "disabled", "--run-dir", run)
+        run_python("launch/gan.py", *options)
+        seconds, made = time.monotonic() - began, read_run(run, "speedrun")
+    found = {name: made.last(f"eval/{name}") for name in ("frechet_distance", "sure")}
+    return {"seed": seed, "seconds": round(seconds, 1), "environment": asdict(made.environment), **found}
+
+
+def history(before: Row) -> list[Row]:
+    """The means of a stored result, after those that it has from earlier ones."""
+    means = {
+        name: statistics.mean(row[name] for row in before["rows"]) for name in ("seconds", "frechet_distance")
+    }
+    made_in = {name: before["rows"][0]["environment"][name] for name in ("commit", "device", "precision")}
+    told = {"recipe": before["recipe"], "runs": len(before["rows"])}
+    return [*before.get("history", ()), {**made_in, **told, **means}]
+
+
+if __name__ == "__main__":
+    command_line(__doc__).parse_args()
+    target = statistics.median(last_fifth(load("gan/course")["rows"][0]))
+    rows = [attempt(seed) for seed in range(SEEDS)]
+    result = {"recipe": RECIPE, "target": target, "rows": rows}
+    if (RESULTS / "speedrun.json").exists():
+        result["history"] = history(load("speedrun"))
+    store("speedrun", result)
+    for row in history(result)[-1:]:
+        print(f"{row['seconds']:.1f} s, distance {row['frechet_distance']:.2f}, target {target:.2f}")
