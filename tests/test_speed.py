@@ -7,6 +7,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import speedrun
 from speed import history, slower
 
 
@@ -28,3 +29,24 @@ def test_a_measurement_is_added_to_the_history_that_it_has():
     older = {"commit": "a" * 40, "device": "a processor", "ratios": {"step": 2.0}}
     now = {"environment": made_in, "rows": [{"what": "step", "ratios": [1.0, 3.0, 1.5]}], "history": [older]}
     assert history(now) == [older, {"commit": "b" * 40, "device": "a processor", "ratios": {"step": 1.5}}]
+
+
+def test_a_speedrun_is_added_as_means_to_the_records_that_it_has():
+    made_in = {"commit": "b" * 40, "device": "a processor", "precision": "no", "threads": 2}
+    rows = [
+        {"seconds": seconds, "frechet_distance": distance, "environment": made_in}
+        for seconds, distance in ((50.0, 28.0), (54.0, 29.0))
+    ]
+    older = {"commit": "a" * 40}
+    record = {
+        "commit": "b" * 40,
+        "device": "a processor",
+        "precision": "no",
+        "recipe": "--steps 9",
+        "runs": 2,
+    }
+    means = {"seconds": 52.0, "frechet_distance": 28.5}
+    assert speedrun.history({"recipe": "--steps 9", "rows": rows, "history": [older]}) == [
+        older,
+        record | means,
+    ]
