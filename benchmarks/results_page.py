@@ -16,8 +16,7 @@ import jinja2
 from common import IMAGES, REPOSITORY, RESULTS, Row, load, where
 from gpu_check import PARTS
 from speed import history
-from speedrun import history as records
-from speedrun import last_fifth
+from speedrun import last_fifth, records
 
 LENGTHS = (5, 10, 15, 20, 50)
 TRIALS = 10_000  # palindromes of an evaluation

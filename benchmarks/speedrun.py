@@ -36,7 +36,7 @@ def attempt(seed: int) -> Row:
     return {"seed": seed, "seconds": round(seconds, 1), "environment": asdict(made.environment), **found}
 
 
-def history(before: Row) -> list[Row]:
+def records(before: Row) -> list[Row]:
     """The means of a stored result, after those that it has from earlier ones."""
     means = {
         name: statistics.mean(row[name] for row in before["rows"]) for name in ("seconds", "frechet_distance")
@@ -52,7 +52,7 @@ if __name__ == "__main__":
     rows = [attempt(seed) for seed in range(SEEDS)]
     result = {"recipe": RECIPE, "target": target, "rows": rows}
     if (RESULTS / "speedrun.json").exists():
-        result["history"] = history(load("speedrun"))
+        result["history"] = records(load("speedrun"))
     store("speedrun", result)
-    for row in history(result)[-1:]:
+    for row in records(result)[-1:]:
         print(f"{row['seconds']:.1f} s, distance {row['frechet_distance']:.2f}, target {target:.2f}")

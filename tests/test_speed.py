@@ -46,7 +46,7 @@ def test_a_speedrun_is_added_as_means_to_the_records_that_it_has():
         "runs": 2,
     }
     means = {"seconds": 52.0, "frechet_distance": 28.5}
-    assert speedrun.history({"recipe": "--steps 9", "rows": rows, "history": [older]}) == [
+    assert speedrun.records({"recipe": "--steps 9", "rows": rows, "history": [older]}) == [
         older,
         record | means,
     ]
