@@ -54,5 +54,5 @@ if __name__ == "__main__":
     if (RESULTS / "speedrun.json").exists():
         result["history"] = records(load("speedrun"))
     store("speedrun", result)
-    for row in records(result)[-1:]:
-        print(f"{row['seconds']:.1f} s, distance {row['frechet_distance']:.2f}, target {target:.2f}")
+    last = records(result)[-1]
+    print(f"{last['seconds']:.1f} s, distance {last['frechet_distance']:.2f}, target {target:.2f}")
