@@ -82,6 +82,7 @@ package: .venv/installed  ## build the wheel, and run it in an environment of it
 	cd build && venv/bin/python -m cs324dist.launch.gan --preset smoke --dataset fake --wandb disabled --run-dir run
 	cd build && venv/bin/python -m cs324dist.launch.sample grid run --out grid.png
 	tests/outside_checkout.sh build/venv/bin
+	rm -rf build/venv build/run  # gigabytes, where torch brings CUDA
 
 docs: .venv/installed  ## build the site of docs/ in build/site, and check its links (REPOSITORY_URL=...: sources are linked)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

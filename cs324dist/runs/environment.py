@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 Precision = Literal["no", "fp16", "bf16", "fp8"]  # Accelerate's names
+WITHOUT_WHAT_RESULTS_CHANGE = (":(top,exclude)benchmarks/results", ":(top,exclude)docs")  # Git's notation
 
 
 def has_gpu() -> bool:
@@ -28,7 +29,8 @@ class Environment:
     """Versions of the packages that compute."""
 
     commit: str | None
-    """The checkout's commit, with `-dirty` if files differ from it; None for an installed package."""
+    """The checkout's commit, with `-dirty` if files differ from it that a run may depend on; None for an
+    installed package."""
 
     device: str
     """Name of the GPU, or of the processor and its vector instructions."""
@@ -63,7 +65,9 @@ def environment(processes: int = 1, precision: Precision = "no", compiled: str |
 def _commit() -> str | None:
     if not _git("ls-files", "--error-unmatch", Path(__file__).name):  # another project's checkout
         return None
-    return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    commit = _git("rev-parse", "HEAD")
+    changed = _git("diff", "--name-only", "HEAD", "--", *WITHOUT_WHAT_RESULTS_CHANGE)
+    return f"{commit}-dirty" if commit and changed else commit
 
 
 def _git(*arguments: str) -> str | None:

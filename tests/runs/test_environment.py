@@ -36,25 +36,49 @@ def test_it_says_what_bits_depend_on_and_comes_back_from_json():
     assert from_json(Environment, json.loads(json.dumps(as_json(found))), "owners/1.json") == found
 
 
-def test_the_commit_is_the_packages_own(monkeypatch, tmp_path):
+@pytest.fixture
+def git(tmp_path):
+    """Git's commands in a folder of their own."""
+
+    def run(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c", *arguments]
+        return subprocess.check_output(command, cwd=tmp_path, text=True).strip()
+
+    run("init")
+    return run
+
+
+def test_the_commit_is_the_packages_own(monkeypatch, tmp_path, git):
     """A package that is installed inside a checkout of something else has none."""
-
-    def git(*arguments: str) -> str:
-        who = ("-c", "user.name=A", "-c", "user.email=a@b.c")
-        command = ["git", *who, *arguments]
-        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-
     installed = tmp_path / "environment.py"
     installed.touch()
-    git("init")
     git("commit", "--allow-empty", "--message", "something else")
     monkeypatch.setattr(module, "__file__", str(installed))
     assert environment().commit is None
     git("add", ".")
     git("commit", "--message", "the package")
-    assert environment().commit == git("rev-parse", "HEAD").strip()
+    assert environment().commit == git("rev-parse", "HEAD")
     installed.write_text("changed")
-    assert environment().commit == git("rev-parse", "HEAD").strip() + "-dirty"
+    assert environment().commit == git("rev-parse", "HEAD") + "-dirty"
+    git("add", ".")
+    assert environment().commit == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_a_stored_measurement_leaves_the_commit_clean(monkeypatch, tmp_path, git):
+    package = tmp_path / "cs324dist" / "environment.py"
+    results = tmp_path / "benchmarks" / "results" / "speed.json"
+    page = tmp_path / "docs" / "results.md"
+    for file in (package, results, page):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    git("add", ".")
+    git("commit", "--message", "the package")
+    monkeypatch.setattr(module, "__file__", str(package))
+    for file in (results, page):
+        file.write_text("measured")
+        assert environment().commit == git("rev-parse", "HEAD")
+    package.write_text("changed")
+    assert environment().commit == git("rev-parse", "HEAD") + "-dirty"
 
 
 def test_processors_of_one_name_with_and_without_amx_are_told_apart(monkeypatch):
