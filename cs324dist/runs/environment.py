@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 Precision = Literal["no", "fp16", "bf16", "fp8"]  # Accelerate's names
-WITHOUT_WHAT_RESULTS_CHANGE = (":(top,exclude)benchmarks/results", ":(top,exclude)docs")  # Git's notation
+ALL_BUT_RESULTS = (":(top,exclude)benchmarks/results", ":(top,exclude)docs")  # in Git's notation
 
 
 def has_gpu() -> bool:
@@ -66,7 +66,7 @@ def _commit() -> str | None:
     if not _git("ls-files", "--error-unmatch", Path(__file__).name):  # another project's checkout
         return None
     commit = _git("rev-parse", "HEAD")
-    changed = _git("diff", "--name-only", "HEAD", "--", *WITHOUT_WHAT_RESULTS_CHANGE)
+    changed = _git("diff", "--name-only", "HEAD", "--", *ALL_BUT_RESULTS)
     return f"{commit}-dirty" if commit and changed else commit
 
 
