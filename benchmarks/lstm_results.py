@@ -42,6 +42,7 @@ FINAL_LENGTHS = (13, 50, 200, 1000, 4100, 10_000)
 SEEDS = range(5)
 FIXED = 2048  # palindromes of a fixed training set
 CURVE_EVERY = 25  # steps
+MOST_SURE = 1000  # digits, of a row of boxes that is not proven to go on
 SETTLING = 30  # steps watched after a curriculum has reached the full length
 TRY_EVERY = {"course": 20, "fast": 2}  # steps from one trial of a hopeful model to the next
 UNSEEN = Stream(0, "palindromes/generalisation")
@@ -268,6 +269,29 @@ def certain() -> list[Row]:
     return [count(trained(length), length, all_of(length)) for length in range(1, 13)]
 
 
+def proven() -> list[Row]:
+    """For how many first digits there is a proof for every length: trained as usual, and with boxes."""
+    sys.path.append(str(REPOSITORY / "examples"))
+    from proven import first_states, least, margins, next_states, prove
+
+    rows = []
+    for task, seed in product(("lstm", "examples/proven.py:ProvenTask"), SEEDS):
+        began = time.monotonic()
+        trainer = trainer_of(task, "fast", seed=seed)
+        for step in range(trainer.config.steps):
+            trainer.step(step, is_logged=False)
+        minutes, model = (time.monotonic() - began) / 60, trainer.task.model.eval().requires_grad_(False)
+        margin = prove(model)
+        box, sure = first_states(model), 0
+        while sure < MOST_SURE and (least(margins(model, box.h)) > 0).all():
+            box, sure = box | next_states(model, box), sure + 1
+        sampled = (palindromes(UNSEEN, some, 10_000) for some in torch.arange(1000).split(200))
+        row = {"boxes": task != "lstm", "seed": seed, "proven": int((margin > 0).sum()), "sure_digits": sure}
+        row |= {"margin": margin.min().item() if (margin > 0).all() else None, "minutes": round(minutes, 2)}
+        rows.append(row | count(model, 10_000, sampled))
+    return rows
+
+
 def timed_run(length: int, options: str, trials: int) -> Row:
     """Time, memory and accuracy of a whole run, as a user starts it."""
     command = f"launch/lstm.py --length {length} {options}"
@@ -318,6 +342,7 @@ PARTS = (
     generalisation,
     held,
     certain,
+    proven,
     long,
     million,
 )

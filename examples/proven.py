@@ -1,0 +1,224 @@
+"""An LSTM that is proven to name the first digit of every palindrome, of whatever length.
+
+python examples/proven.py
+
+The proof is an induction over the time steps. Each first digit has a box: an interval for each component of
+the hidden state and of the cells. The first step leads into the box of its digit. Whatever digit is read
+next, a step from the box ends in the box. And wherever in the box the state is, the digit's logit is the
+largest. The evaluation looks for such boxes by interval arithmetic, and counts the digits that have one.
+
+Training on palindromes alone does not lead to such a model. This task trains on the worst logits within the
+boxes as well (interval bound propagation, Gowal et al. 2018, https://arxiv.org/abs/1810.12715).
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cs324dist import Evaluation, MicroBatch, main
+from cs324dist.data.palindromes import palindromes
+from cs324dist.models.lstm import LSTM
+from cs324dist.tasks.lstm import LSTMConfig, LSTMTask
+
+FLOAT32 = 2.0**-24  # relative error of one operation
+FUNCTION = 16  # relative error of sigmoid and tanh, in errors of one operation; libraries promise 4
+MOST_STEPS = 5_000  # until no step leaves a box
+FLAT = 5.0  # a cell beyond it may as well be infinite: its tanh is 1, almost
+
+FADE = 0.3  # share of a cell that may be lost in a step of training: a digit has to be refreshed, not kept
+OPEN = 1.0  # of a forget gate, before its sigmoid; if it opens more, old states and their intervals stay
+SURE = 0.05  # cross-entropy of the worst logits below which the palindromes of training get longer
+
+
+class Interval(NamedTuple):
+    """All numbers from `low` to `high`, component by component."""
+
+    low: Tensor
+    high: Tensor
+
+    def __or__(self, other: "Interval") -> "Interval":
+        """The smallest interval around both."""
+        return Interval(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high))
+
+    def plus(self, other: "Interval") -> "Interval":
+        """All sums."""
+        return Interval(self.low + other.low, self.high + other.high)
+
+    def times(self, positive: "Interval") -> "Interval":
+        """All products with numbers above zero."""
+        low = torch.minimum(self.low * positive.low, self.low * positive.high)
+        return Interval(low, torch.maximum(self.high * positive.low, self.high * positive.high))
+
+    def widened(self, relative: float, absolute: Tensor | float = 0.0) -> "Interval":
+        """With room for an error on both sides."""
+        low = self.low - self.low.abs() * relative - absolute
+        return Interval(low, self.high + self.high.abs() * relative + absolute)
+
+    def sigmoid(self, error: float) -> "Interval":
+        """All values of the function."""
+        return Interval(self.low.sigmoid(), self.high.sigmoid()).widened(FUNCTION * error)
+
+    def tanh(self, error: float) -> "Interval":
+        """All values of the function."""
+        return Interval(self.low.tanh(), self.high.tanh()).widened(FUNCTION * error)
+
+
+class Box(NamedTuple):
+    """States, with a row for each first digit: [digit hidden]."""
+
+    h: Interval
+    c: Interval
+
+    def __or__(self, other: "Box") -> "Box":
+        """The smallest box around both."""
+        return Box(self.h | other.h, self.c | other.c)
+
+    def holds(self, other: "Box") -> Tensor:
+        """Whether all of the other box is in this one: [digit]."""
+        inside = [
+            (mine.low <= its.low) & (its.high <= mine.high) for mine, its in zip(self, other, strict=True)
+        ]
+        return torch.stack(inside).all(dim=0).all(dim=1)
+
+
+def first_states(model: LSTM, error: float = 0.0) -> Box:
+    """The states after the first digit."""
+    zeros = model.W_x.new_zeros(model.W_x.shape[1], model.W_h.shape[1])
+    nothing = Interval(zeros, zeros)
+    return _states(gates(model, nothing, Interval(model.W_x.T, model.W_x.T), error), nothing, error)
+
+
+def next_states(model: LSTM, box: Box, error: float = 0.0) -> Box:
+    """The states that any digit leads to from the box.
+
+    Args:
+        model: reads one-hot digits.
+        box: states before.
+        error: the relative error of one operation in the arithmetic that the model is computed with.
+    """
+    return _states(gates(model, box.h, any_digit(model), error), box.c, error)
+
+
+def any_digit(model: LSTM) -> Interval:
+    """What a digit adds to the gates: [4·hidden]."""
+    return Interval(model.W_x.amin(1), model.W_x.amax(1))
+
+
+def gates(model: LSTM, h: Interval, from_input: Interval, error: float = 0.0) -> list[Interval]:
+    """The gates i, f, g, o before their functions."""
+    W_x, W_h, b = model.W_x, model.W_h, model.b
+    middle, radius = (h.low + h.high) / 2, (h.high - h.low) / 2
+    from_middle, spread = middle @ W_h.T + b, radius @ W_h.abs().T
+    together = Interval(from_input.low + from_middle - spread, from_input.high + from_middle + spread)
+    largest = W_x.abs().amax(1) + (middle.abs() + radius) @ W_h.abs().T + b.abs()
+    together = together.widened(0.0, largest * _error_of_sum(W_x.shape[1] + W_h.shape[1] + 1, error))
+    return [Interval(*bounds) for bounds in zip(*(bound.chunk(4, dim=-1) for bound in together), strict=True)]
+
+
+def _states(gates: list[Interval], c: Interval, error: float) -> Box:
+    i, f, g, o = gates
+    written = g.tanh(error).times(i.sigmoid(error)).widened(2 * error)
+    kept = c.times(f.sigmoid(error)).widened(2 * error)
+    c = written.plus(kept).widened(2 * error)
+    return Box(c.tanh(error).times(o.sigmoid(error)).widened(2 * error), c)
+
+
+def _error_of_sum(terms: int, error: float) -> float:
+    """Of a sum of so many products, in any order: at most this, times the sum of their sizes; twice over."""
+    return 2 * terms * error
+
+
+def margins(model: LSTM, h: Interval, error: float = 0.0) -> Tensor:
+    """By how much the logit of each first digit is above that of each digit, at least: [digit digit]."""
+    weight, bias = model.output.weight, model.output.bias
+    middle, radius = (h.low + h.high) / 2, (h.high - h.low) / 2
+    logits = middle @ weight.T + bias
+    spread = torch.einsum("dh,dkh->dk", radius, (weight[:, None] - weight).abs())
+    largest = (middle.abs() + radius) @ weight.abs().T + bias.abs()
+    room = (largest.diagonal()[:, None] + largest) * _error_of_sum(weight.shape[1] + 1, error)
+    return logits.diagonal()[:, None] - logits - spread - room
+
+
+def least(margins: Tensor) -> Tensor:
+    """Of each digit's margins above the others: [digit]."""
+    return margins.clone().fill_diagonal_(torch.inf).amin(1)
+
+
+@torch.no_grad()
+def prove(model: LSTM, error: float = FLOAT32) -> Tensor:
+    """The least margin of each first digit, in all palindromes of all lengths; -inf without a proof: [digit].
+
+    Where it is above zero, the model is proven to name the digit, computed in float32 or better and with sums
+    in any order. The boxes are computed in float64, with twice the room that the errors of float32 need; its
+    own errors are 2^-29 of these.
+    """
+    model = copy.deepcopy(model).double()
+    box = first_states(model, error)
+    for _ in range(MOST_STEPS):
+        tried, after = box, next_states(model, box, error)
+        closed = tried.holds(after)
+        if closed.all():
+            break
+        h, (low, high) = tried | after
+        low, high = low.masked_fill(low < -FLAT, -torch.inf), high.masked_fill(high > FLAT, torch.inf)
+        box = Box(h, Interval(low, high))
+    return least(margins(model, tried.h, error)).where(closed, -torch.inf)
+
+
+@dataclass(frozen=True)
+class ProvenConfig(LSTMConfig):
+    """Train an LSTM on palindromes and prove that it is right on all of them."""
+
+
+class ProvenTask(LSTMTask):
+    """One step: palindromes, and boxes over as many steps."""
+
+    name = "proven"
+    presets: ClassVar = {
+        "fast": replace(
+            ProvenConfig(),
+            steps=300,
+            evaluate_every=100,
+            checkpoint_every=100,
+            length=20,
+            curriculum=1.2,
+            initialisation="linear",
+            learning_rate=1e-2,
+        )
+    }
+
+    def __init__(self, config: LSTMConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+        self.shortest = self.length = 1
+        with torch.no_grad():
+            self.model.W_h *= 0.1  # boxes stay small, at the start
+
+    def loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of the last digit and of the worst logits, and how far forget gates are too open."""
+        digits, last = palindromes(self.data, batch.samples, self.length)
+        loss = F.cross_entropy(self.model(digits), last)
+
+        box = first_states(self.model)
+        kept = Interval(box.c.low.new_tensor(1 - FADE), box.c.low.new_tensor(1))
+        for _ in range(self.length - 1):
+            box = box | next_states(self.model, Box(box.h, box.c.times(kept)))
+        above = margins(self.model, box.h)
+        worst = F.cross_entropy(-above, torch.arange(len(above), device=above.device))
+        _, f, _, _ = gates(self.model, box.h, any_digit(self.model))
+        too_open = (f.high - OPEN).relu().mean()
+
+        self.right[batch.index] = (worst < SURE) * len(batch.samples)
+        return loss + worst + 3 * too_open, {"loss": loss, "worst_case": worst, "too_open": too_open}
+
+    def evaluate(self, sum_over) -> Evaluation:
+        """Accuracy at the full length, and for how many first digits there is a proof for every length."""
+        proven = (prove(self.model) > 0).sum().item()
+        return Evaluation({**super().evaluate(sum_over).metrics, "proven": proven})
+
+
+if __name__ == "__main__":
+    main(ProvenTask, __doc__)

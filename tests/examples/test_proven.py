@@ -1,0 +1,136 @@
+"""Proofs of an LSTM: boxes hold all that it computes, and only what is right by construction is proven."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from launched import REPOSITORY, metrics
+
+from cs324dist.data.palindromes import DIGITS
+from cs324dist.models.lstm import LSTM
+
+
+@pytest.fixture(scope="module")
+def proven():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPOSITORY / "examples")
+        import proven
+
+        yield proven
+
+
+def latches(feedback: float) -> LSTM:
+    """A cell for each digit. It rises at its digit and falls at another; from then on it follows itself.
+
+    At the first step the state is zero, and the digit decides. Later, the input adds ±1 to the gate g of a
+    cell, and the cell's own output adds ±`feedback` · h.
+    """
+    model = LSTM(DIGITS, hidden_size=DIGITS)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        W_gx, W_gh, b_g = model.gate("g")
+        W_gx.copy_(2 * torch.eye(DIGITS))
+        b_g.fill_(-1)
+        W_gh.copy_(feedback * torch.eye(DIGITS))
+        for gate, bias in (("i", 8), ("f", 0), ("o", 8)):
+            model.gate(gate)[2].fill_(bias)
+        model.output.weight.copy_(torch.eye(DIGITS))
+    return model
+
+
+def test_an_lstm_that_is_right_by_construction_is_proven(proven):
+    # |h| is at least tanh(tanh(1)) after the first step, and the feedback outweighs the input from then on.
+    assert (proven.prove(latches(feedback=4)) > 0).all()
+
+
+def test_an_lstm_that_another_digit_can_overrule_is_not_proven(proven):
+    model = latches(feedback=1)
+    assert (proven.prove(model) <= 0).all()
+    digits = torch.tensor([[3]] + [[7]] * 20, dtype=torch.uint8)
+    assert model(digits).argmax() == 7
+
+
+def test_no_more_than_the_arithmetic_allows_is_proven(proven):
+    margins = [proven.prove(latches(4), error).min() for error in (0.0, proven.FLOAT32, 2.0**-12)]
+    assert margins[0] > margins[1] > margins[2] > 0
+    assert proven.prove(latches(4), error=2.0**-6).max() <= 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32), digit=st.integers(0, 9), scale=st.sampled_from([0.1, 1.0, 4.0]))
+def test_a_box_holds_every_state_that_a_digit_leads_to(proven, seed, digit, scale):
+    """Corners of a box are stepped in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    model = LSTM(DIGITS, hidden_size=5, kernel="equations").requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+    def interval(size: float):
+        ends = size * torch.randn(2, DIGITS, 5, generator=generator)
+        return proven.Interval(*ends.sort(dim=0).values)
+
+    box = proven.Box(interval(0.5), interval(2.0))
+    in_double = proven.Box(*(proven.Interval(x.low.double(), x.high.double()) for x in box))
+    after = proven.next_states(copy.deepcopy(model).double(), in_double, proven.FLOAT32)
+    for _ in range(20):
+        corner = [torch.where(torch.rand(x.low.shape, generator=generator) < 0.5, *x) for x in box]
+        digits = torch.full((1, DIGITS), digit, dtype=torch.uint8)
+        _, (h, c) = model.scan(digits, tuple(corner))
+        reached = proven.Box(*(proven.Interval(x.double(), x.double()) for x in (h, c)))
+        assert after.holds(reached).all()
+        logits = model.output(corner[0])
+        above = logits.diagonal()[:, None] - logits
+        assert (above >= proven.margins(model, box.h) - 1e-5 * logits.abs().max()).all()
+
+
+def test_there_is_room_for_the_rounding_of_float32(proven):
+    """What float32 makes of a point is in the interval around what float64 makes of it."""
+    torch.manual_seed(0)
+    model = LSTM(DIGITS, hidden_size=64).requires_grad_(False)
+    h, x = torch.rand(DIGITS, 64) - 0.5, torch.randn(1000)
+    sums = h @ model.W_h.T + model.W_x[:, 3] + model.b
+    logits = model.output(h)
+    precise = copy.deepcopy(model).double()
+    point = proven.Interval(h.double(), h.double())
+    digit = proven.Interval(precise.W_x[:, 3], precise.W_x[:, 3])
+    low, high = (
+        torch.cat(ends, dim=-1)
+        for ends in zip(*proven.gates(precise, point, digit, proven.FLOAT32), strict=True)
+    )
+    assert ((low <= sums) & (sums <= high)).all()
+    for function in ("sigmoid", "tanh"):
+        low, high = getattr(proven.Interval(x.double(), x.double()), function)(proven.FLOAT32)
+        found = getattr(x, function)()
+        assert ((low <= found) & (found <= high)).all()
+    above = logits.double().diagonal()[:, None] - logits.double()
+    assert (proven.margins(precise, point, proven.FLOAT32) <= above).all()
+
+
+def test_one_component_outside_is_outside(proven):
+    zeros, ones = torch.zeros(3, 2), torch.ones(3, 2)
+    box = proven.Box(proven.Interval(zeros, ones), proven.Interval(zeros, ones))
+    high = ones.clone()
+    high[1, 0] = 1.5
+    assert box.holds(box).tolist() == [True, True, True]
+    assert box.holds(proven.Box(proven.Interval(zeros, high), box.c)).tolist() == [True, False, True]
+    assert box.holds(proven.Box(box.h, proven.Interval(-high, ones))).tolist() == [False, False, False]
+
+
+def test_a_box_that_steps_still_leave_proves_nothing(proven, monkeypatch):
+    monkeypatch.setattr(proven, "MOST_STEPS", 1)
+    assert (proven.prove(latches(feedback=4)) == -torch.inf).all()
+
+
+def test_cells_that_count_the_steps_are_no_obstacle(proven):
+    model = latches(feedback=4)
+    with torch.no_grad():
+        model.gate("f")[2].fill_(40)  # open: nothing is forgotten
+    assert (proven.prove(model) > 0).all()
+
+
+def test_it_learns_to_be_proven(launch, tmp_path):
+    launch("examples/proven.py", "--run-dir", tmp_path / "run", "--wandb", "disabled")
+    assert metrics(tmp_path / "run")[-1]["eval/proven"] == DIGITS
