@@ -9,6 +9,7 @@ all palindromes there are where those are at most 10 000 (up to 7 digits), 10 00
 digits. Every second or twentieth step is tried, if its batch was entirely right.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -42,7 +43,7 @@ FINAL_LENGTHS = (13, 50, 200, 1000, 4100, 10_000)
 SEEDS = range(5)
 FIXED = 2048  # palindromes of a fixed training set
 CURVE_EVERY = 25  # steps
-MOST_SURE = 1000  # digits, of a row of boxes that is not proven to go on
+MOST_SURE = 1000  # digits that boxes are followed for
 SETTLING = 30  # steps watched after a curriculum has reached the full length
 TRY_EVERY = {"course": 20, "fast": 2}  # steps from one trial of a hopeful model to the next
 UNSEEN = Stream(0, "palindromes/generalisation")
@@ -272,7 +273,7 @@ def certain() -> list[Row]:
 def proven() -> list[Row]:
     """For how many first digits there is a proof for every length: trained as usual, and with boxes."""
     sys.path.append(str(REPOSITORY / "examples"))
-    from proven import first_states, least, margins, next_states, prove
+    from proven import FLOAT32, first_states, least, margins, next_states, prove
 
     rows = []
     for task, seed in product(("lstm", "examples/proven.py:ProvenTask"), SEEDS):
@@ -282,12 +283,16 @@ def proven() -> list[Row]:
             trainer.step(step, is_logged=False)
         minutes, model = (time.monotonic() - began) / 60, trainer.task.model.eval().requires_grad_(False)
         margin = prove(model)
-        box, sure = first_states(model), 0
-        while sure < MOST_SURE and (least(margins(model, box.h)) > 0).all():
-            box, sure = box | next_states(model, box), sure + 1
+        precise, sure = copy.deepcopy(model).double(), 0
+        box = first_states(precise, FLOAT32)
+        while sure < MOST_SURE and (least(margins(precise, box.h, FLOAT32)) > 0).all():
+            box, sure = box | next_states(precise, box, FLOAT32), sure + 1
+        row = {"boxes": task != "lstm", "seed": seed, "sure": sure, "minutes": round(minutes, 2)}
+        row |= {
+            "proven": int((margin > 0).sum()),
+            "margin": max(margin.min().item(), -1.0),
+        }  # JSON has no -inf
         sampled = (palindromes(UNSEEN, some, 10_000) for some in torch.arange(1000).split(200))
-        row = {"boxes": task != "lstm", "seed": seed, "proven": int((margin > 0).sum()), "sure_digits": sure}
-        row |= {"margin": margin.min().item() if (margin > 0).all() else None, "minutes": round(minutes, 2)}
         rows.append(row | count(model, 10_000, sampled))
     return rows
 

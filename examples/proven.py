@@ -1,4 +1,4 @@
-"""An LSTM that is proven to name the first digit of every palindrome, of whatever length.
+"""An LSTM that is proven to name the first digit of every palindrome, of any length.
 
 python examples/proven.py
 
@@ -7,31 +7,33 @@ the hidden state and of the cells. The first step leads into the box of its digi
 next, a step from the box ends in the box. And wherever in the box the state is, the digit's logit is the
 largest. The evaluation looks for such boxes by interval arithmetic, and counts the digits that have one.
 
-Training on palindromes alone does not lead to such a model. This task trains on the worst logits within the
-boxes as well (interval bound propagation, Gowal et al. 2018, https://arxiv.org/abs/1810.12715).
+For models trained on palindromes alone, it finds none. This task trains on the worst logits within the boxes,
+too (interval bound propagation, Gowal et al. 2018, https://arxiv.org/abs/1810.12715).
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cs324dist import Evaluation, MicroBatch, main
+from cs324dist import Evaluation, MicroBatch, UserError, main
 from cs324dist.data.palindromes import palindromes
 from cs324dist.models.lstm import LSTM
 from cs324dist.tasks.lstm import LSTMConfig, LSTMTask
 
 FLOAT32 = 2.0**-24  # relative error of one operation
-FUNCTION = 16  # relative error of sigmoid and tanh, in errors of one operation; libraries promise 4
-MOST_STEPS = 5_000  # until no step leaves a box
-FLAT = 5.0  # a cell beyond it may as well be infinite: its tanh is 1, almost
+FUNCTION = 16  # errors of one operation that there is room for in sigmoid and tanh; measured: below 5
+TINY = 2.0**-100  # absolute error that there is room for, as float32 has no relative precision near zero
+HUGE = 2.0**100  # no sum gets so large, far below float32's largest number
+MOST_STEPS = 5_000  # attempts to make boxes large enough
+FLAT = 5.0  # a cell's bound beyond it is made infinite; its tanh is almost 1 anyway
 
 FADE = 0.3  # share of a cell that may be lost in a step of training: a digit has to be refreshed, not kept
-OPEN = 1.0  # of a forget gate, before its sigmoid; if it opens more, old states and their intervals stay
-SURE = 0.05  # cross-entropy of the worst logits below which the palindromes of training get longer
+OPEN = 1.0  # of a forget gate before its sigmoid: if it opens further, old intervals shrink too slowly
+SURE = 0.05  # loss of the worst case below which the palindromes of training get longer
 
 
 class Interval(NamedTuple):
@@ -49,18 +51,21 @@ class Interval(NamedTuple):
         return Interval(self.low + other.low, self.high + other.high)
 
     def times(self, positive: "Interval") -> "Interval":
-        """All products with numbers above zero."""
+        """All products with numbers that are not below zero."""
         low = torch.minimum(self.low * positive.low, self.low * positive.high)
         return Interval(low, torch.maximum(self.high * positive.low, self.high * positive.high))
 
     def widened(self, relative: float, absolute: Tensor | float = 0.0) -> "Interval":
         """With room for an error on both sides."""
+        if relative:
+            absolute = absolute + TINY
         low = self.low - self.low.abs() * relative - absolute
         return Interval(low, self.high + self.high.abs() * relative + absolute)
 
     def sigmoid(self, error: float) -> "Interval":
         """All values of the function."""
-        return Interval(self.low.sigmoid(), self.high.sigmoid()).widened(FUNCTION * error)
+        low, high = Interval(self.low.sigmoid(), self.high.sigmoid()).widened(FUNCTION * error)
+        return Interval(low.clamp(min=0), high)
 
     def tanh(self, error: float) -> "Interval":
         """All values of the function."""
@@ -115,7 +120,7 @@ def gates(model: LSTM, h: Interval, from_input: Interval, error: float = 0.0) ->
     from_middle, spread = middle @ W_h.T + b, radius @ W_h.abs().T
     together = Interval(from_input.low + from_middle - spread, from_input.high + from_middle + spread)
     largest = W_x.abs().amax(1) + (middle.abs() + radius) @ W_h.abs().T + b.abs()
-    together = together.widened(0.0, largest * _error_of_sum(W_x.shape[1] + W_h.shape[1] + 1, error))
+    together = together.widened(error, largest * _error_of_sum(W_x.shape[1] + W_h.shape[1] + 1, error))
     return [Interval(*bounds) for bounds in zip(*(bound.chunk(4, dim=-1) for bound in together), strict=True)]
 
 
@@ -128,7 +133,7 @@ def _states(gates: list[Interval], c: Interval, error: float) -> Box:
 
 
 def _error_of_sum(terms: int, error: float) -> float:
-    """Of a sum of so many products, in any order: at most this, times the sum of their sizes; twice over."""
+    """Twice the error of a sum of products, in any order, relative to the sum of their sizes."""
     return 2 * terms * error
 
 
@@ -150,12 +155,14 @@ def least(margins: Tensor) -> Tensor:
 
 @torch.no_grad()
 def prove(model: LSTM, error: float = FLOAT32) -> Tensor:
-    """The least margin of each first digit, in all palindromes of all lengths; -inf without a proof: [digit].
+    """The least margin of each first digit, in all palindromes of all lengths: [digit].
 
-    Where it is above zero, the model is proven to name the digit, computed in float32 or better and with sums
-    in any order. The boxes are computed in float64, with twice the room that the errors of float32 need; its
-    own errors are 2^-29 of these.
+    Where it is above zero, the model is proven to name the digit, if it is computed in float32 or better (not
+    in bf16 or TF32) with sums in any order. It is -inf where no box is found that steps stay in. The boxes
+    are computed in float64, whose errors are 2^-29 of the room that is made for those of float32.
     """
+    if sum(parameter.abs().sum() for parameter in model.parameters()) > HUGE:
+        return model.b.new_full((len(model.output.bias),), -torch.inf)
     model = copy.deepcopy(model).double()
     box = first_states(model, error)
     for _ in range(MOST_STEPS):
@@ -179,8 +186,7 @@ class ProvenTask(LSTMTask):
 
     name = "proven"
     presets: ClassVar = {
-        "fast": replace(
-            ProvenConfig(),
+        "fast": ProvenConfig(
             steps=300,
             evaluate_every=100,
             checkpoint_every=100,
@@ -192,13 +198,15 @@ class ProvenTask(LSTMTask):
     }
 
     def __init__(self, config: LSTMConfig, device: torch.device) -> None:
+        if (config.model, config.encoding) != ("lstm", "onehot"):
+            raise UserError("only --model lstm with --encoding onehot can be proven")
         super().__init__(config, device)
         self.shortest = self.length = 1
         with torch.no_grad():
             self.model.W_h *= 0.1  # boxes stay small, at the start
 
     def loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of the last digit and of the worst logits, and how far forget gates are too open."""
+        """Cross-entropy of the last digit and of the worst logits, and what forget gates exceed `OPEN` by."""
         digits, last = palindromes(self.data, batch.samples, self.length)
         loss = F.cross_entropy(self.model(digits), last)
 
@@ -215,7 +223,7 @@ class ProvenTask(LSTMTask):
         return loss + worst + 3 * too_open, {"loss": loss, "worst_case": worst, "too_open": too_open}
 
     def evaluate(self, sum_over) -> Evaluation:
-        """Accuracy at the full length, and for how many first digits there is a proof for every length."""
+        """Accuracy at the full length, and how many first digits `prove` proves for every length."""
         proven = (prove(self.model) > 0).sum().item()
         return Evaluation({**super().evaluate(sum_over).metrics, "proven": proven})
 

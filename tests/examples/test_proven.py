@@ -131,6 +131,30 @@ def test_cells_that_count_the_steps_are_no_obstacle(proven):
     assert (proven.prove(model) > 0).all()
 
 
+def test_there_is_room_for_numbers_too_small_for_float32(proven):
+    x = torch.tensor([-89.0, -200.0])  # exp(89) is infinite in float32, so that the sigmoid is 0
+    assert (proven.Interval(x.double(), x.double()).sigmoid(proven.FLOAT32).low == 0).all()
+    tiny = torch.tensor([1e-42], dtype=torch.float64)
+    assert proven.Interval(tiny, tiny).widened(proven.FLOAT32).low < 0
+
+
+def test_sums_that_overflow_in_float32_prove_nothing(proven):
+    model = latches(feedback=4)
+    with torch.no_grad():
+        model.output.weight.mul_(1e38)
+        model.output.bias.fill_(3e38)
+    digits = torch.tensor([[3], [7]], dtype=torch.uint8)
+    assert model(digits).isinf().any()
+    assert (proven.prove(model) <= 0).all()
+
+
+def test_other_networks_are_refused(launch, tmp_path):
+    for option in (("--model", "rnn"), ("--encoding", "scalar")):
+        done = launch("examples/proven.py", *option, "--run-dir", tmp_path / "run", check=False)
+        assert done.returncode == 2
+        assert done.stderr == "error: only --model lstm with --encoding onehot can be proven\n"
+
+
 def test_it_learns_to_be_proven(launch, tmp_path):
     launch("examples/proven.py", "--run-dir", tmp_path / "run", "--wandb", "disabled")
     assert metrics(tmp_path / "run")[-1]["eval/proven"] == DIGITS
