@@ -208,8 +208,20 @@ def newest_generation(owners: Path) -> int:
 
 
 def owner_of(run: Path, generation: int) -> Owner | None:
-    """What the owner of this generation wrote down; None if that cannot be read."""
-    return None if (run / "owners").is_symlink() else _read(run / "owners" / f"{generation}.json")
+    """What the owner of this generation wrote down; None if there is nothing that an owner would write.
+
+    Raises:
+        Unreadable: it cannot be read now.
+    """
+    folder = run / "owners"
+    if patiently(folder.is_symlink, folder):
+        return None
+    try:
+        return read_record(Owner, folder / f"{generation}.json")
+    except Unreadable:
+        raise
+    except UserError:
+        return None
 
 
 def _wait_for_the_end_of(path: Path, run: Path) -> None:

@@ -44,6 +44,7 @@ from cs324dist.runs.files import (
     clear_temporaries,
     is_number,
     parse_json,
+    patiently,
     read_record,
     replaced,
     write_record,
@@ -203,8 +204,13 @@ class RunDir:
         self.write_status("running", step)
 
     def latest_environment(self) -> Environment | None:
-        """What the last steps of the run were taken in; None if there is none yet."""
-        stems = (path.stem for path in (self.path / "owners").glob("*.json"))
+        """What the last steps of the run were taken in; None if there is none yet.
+
+        Raises:
+            Unreadable: they cannot be read now. Another precision might follow from passing them over.
+        """
+        folder = self.path / "owners"
+        stems = patiently(lambda: [path.stem for path in folder.glob("*.json")], folder)
         numbers = sorted((int(stem) for stem in stems if re.fullmatch("[1-9][0-9]{0,8}", stem)), reverse=True)
         owners = (owner_of(self.path, number) for number in numbers)
         return next((owner.environment for owner in owners if owner and owner.environment), None)

@@ -166,6 +166,28 @@ class TestWhatCannotBeReadNow:
         assert sorted(run.checkpoints.iterdir()) == [before, newest]
         assert capsys.readouterr().err == ""
 
+    def test_nor_the_precision_of_its_last_owner(self, run, failing):
+        owner = run.path / "owners" / "1.json"
+        failing(owner, 2, errno.ESTALE)
+        assert run.latest_environment() == HERE
+        failing(owner, 99, errno.ESTALE)
+        with pytest.raises(
+            UserError, match=r"1\.json cannot be read now: Stale file handle; nothing was changed"
+        ):
+            run.latest_environment()
+
+    @pytest.mark.parametrize("what", ["glob", "is_symlink"])
+    def test_nor_the_folder_of_its_owners(self, run, monkeypatch, what):
+        def fails(*path: Any) -> Any:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+        monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, what, fails)
+            with pytest.raises(UserError, match="owners cannot be read now: Stale file handle"):
+                run.latest_environment()
+        assert run.latest_environment() == HERE
+
     def test_by_its_name_alone_the_newest_is_kept(self, run, failing):
         checkpoints = [save(run, step) for step in (10, 20, 30)]
         for path in checkpoints:
