@@ -33,7 +33,7 @@ FLAT = 5.0  # a cell's bound beyond it is made infinite; its tanh is almost 1 an
 
 FADE = 0.3  # share of a cell that may be lost in a step of training: a digit has to be refreshed, not kept
 OPEN = 1.0  # of a forget gate before its sigmoid: if it opens further, old intervals shrink too slowly
-SURE = 0.05  # loss of the worst case below which the palindromes of training get longer
+SURE = 0.01  # loss of the worst case below which the palindromes of training get longer
 
 
 class Interval(NamedTuple):
@@ -191,7 +191,7 @@ class ProvenTask(LSTMTask):
             evaluate_every=100,
             checkpoint_every=100,
             length=20,
-            curriculum=1.2,
+            curriculum=1.05,
             initialisation="linear",
             learning_rate=1e-2,
         )
