@@ -29,7 +29,7 @@ class Environment:
     """Versions of the packages that compute."""
 
     commit: str | None
-    """The checkout's commit, with `-dirty` if files differ from it that a run may depend on; None for an
+    """The checkout's commit, with `-dirty` if files that a run may depend on differ from it; None for an
     installed package."""
 
     device: str

@@ -155,6 +155,7 @@ def test_other_networks_are_refused(launch, tmp_path):
         assert done.stderr == "error: only --model lstm with --encoding onehot can be proven\n"
 
 
+@pytest.mark.slow
 def test_it_learns_to_be_proven(launch, tmp_path):
     launch("examples/proven.py", "--run-dir", tmp_path / "run", "--wandb", "disabled")
     assert metrics(tmp_path / "run")[-1]["eval/proven"] == DIGITS
