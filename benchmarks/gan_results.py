@@ -31,7 +31,7 @@ from cs324dist.sampling.grids import grid, save_png
 
 RUNS = REPOSITORY / "runs" / "results"
 BEST = "--preset best --evaluate-every 2500"
-BEST_SEEDS = 3
+BEST_SEEDS = 5
 COMPARED = 1000  # samples whose nearest training images are looked for
 
 
@@ -112,15 +112,17 @@ def bf16() -> list[Row]:
 
 
 def best() -> list[Row]:
-    """Preset `best` in float32."""
-    rows = seeds("best", BEST_SEEDS, BEST)
+    """Preset `best` in bf16, five seeds."""
+    rows = seeds("best", BEST_SEEDS, BEST, "bf16")
     pictures("best-0", "gan-best", rows[0]["steps"])
     return rows
 
 
 def judged() -> list[Row]:
     """The runs of part `best` as another classifier sees them."""
-    runs = [trained(f"best-{seed}", f"--seed {seed} {BEST}") for seed in range(BEST_SEEDS)]
+    runs = [
+        trained(f"best-{seed}", f"--seed {seed} {BEST}", precision="bf16") for seed in range(BEST_SEEDS)
+    ]
     generators = [load_generator(run) for run in runs]
     samples = [generate(generator, latents(generator, 0, 10_000)) for generator in generators]
     return opinions({f"samples, seed {seed}": images for seed, images in enumerate(samples)})
@@ -143,6 +145,7 @@ def ablation() -> list[Row]:
     """Preset `fast` at half its steps, each ingredient left out in turn, three seeds, in bf16."""
     variants = {
         "preset fast": "",
+        "no labels": "--label-weight 0",
         "no averaging": "--ema-decay 0",
         "constant learning rates": "--schedule constant",
         "no gradient penalty": "--gradient-penalty 0",

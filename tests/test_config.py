@@ -56,7 +56,7 @@ MUTABLE_OPTIONS = {
     "kernel",
 }
 FIELDS = [(task, field.name) for task, presets in PRESETS.items() for field in fields(presets["fast"])]
-MOST_OPTIONS = 33
+MOST_OPTIONS = 34
 STEPS = "give a whole number, at least 1 and at most 1 000 000 000"
 LAUNCHER = "is an option of accelerate launch: give it before the name of the script"
 COMMANDS = {"sample.py": ["grid", "tensor", "interpolate"], "train.py": ["examples/mlp.py:MLPTask"]}
@@ -504,6 +504,7 @@ class TestPresets:
         assert (config.generator_lr, config.discriminator_lr, config.batch_size) == (2e-4, 2e-4, 64)
         assert (config.beta1, config.beta2, config.schedule) == (0.9, 0.999, "constant")
         assert (config.gradient_penalty, config.ema_decay, config.discriminator_every) == (0, 0, 2)
+        assert config.label_weight == 0
 
     def test_the_courses_lstm_is_the_courses(self):
         config = command_line(TASKS["lstm"], "--preset", "course")
@@ -652,7 +653,7 @@ class TestHelp:
             "model": {"--latent-dim", "--batch-norm"},
             "recipe": {
                 *("--schedule", "--warmup-steps", "--max-grad-norm", "--generator-lr", "--discriminator-lr"),
-                *("--beta1", "--beta2", "--gradient-penalty", "--ema-decay"),
+                *("--beta1", "--beta2", "--gradient-penalty", "--ema-decay", "--label-weight"),
                 *("--discriminator-every", "--discriminator-unit"),
             },
         }

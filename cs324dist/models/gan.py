@@ -38,15 +38,17 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Maps images in [-1, 1] to logits, positive for real images.
+    """Maps images in [-1, 1] to the logits of `classes` of real images, where "generated" has the logit zero.
+
+    With one class, the default and the course report's, this is the logit of an image being real.
 
     Pooling comes before LeakyReLU, not after it as in the course report. LeakyReLU is strictly increasing, so
     values and gradients are the same to the last bit, at a quarter of its cost.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = 1) -> None:
         super().__init__()
-        self.config: dict[str, int] = {}
+        self.config = {"classes": classes}
         self.net = nn.Sequential(
             OneChannelConv2d(32, 5),
             nn.MaxPool2d(2, stride=2),
@@ -57,9 +59,9 @@ class Discriminator(nn.Module):
             nn.Flatten(),
             nn.Linear(64 * 4 * 4, 1024),
             nn.LeakyReLU(0.2),
-            nn.Linear(1024, 1),
+            nn.Linear(1024, classes),
         )
 
-    def forward(self, images: Float[Tensor, "batch 1 28 28"]) -> Float[Tensor, "batch 1"]:
-        """Logits of the probability that an image is real."""
+    def forward(self, images: Float[Tensor, "batch 1 28 28"]) -> Float[Tensor, "batch classes"]:
+        """Logits of the classes of real images."""
         return self.net(images)

@@ -9,10 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from annotated_types import Interval
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cs324dist.config import MUTABLE, Config, Count, Fraction, Positive
+from cs324dist.config import MUTABLE, Config, Count, ForOlderRuns, Fraction, Positive
 from cs324dist.data.images import load_images, to_unit_range
 from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream, seeded
 from cs324dist.distributed.sum_over import SumOver
@@ -25,6 +26,7 @@ from cs324dist.tasks.base import Evaluation, Metrics, Task, Updater
 
 GRID = 5  # rows and columns of the picture, as in the course report
 FINITE_DIFFERENCE = 0.05  # of the gradient penalty, in units of the images' range [-1, 1]
+CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,10 @@ class GANConfig(Config):
     """Decay per step of the averaged generator that samples are drawn from (smaller in the first steps);
     0: no average is kept."""
 
+    label_weight: Annotated[float, Interval(ge=0, le=1e9), ForOlderRuns(0.0)] = 0.05
+    """Weight of the images' labels: the discriminator learns them, and the generator to make images of a
+    clear class. 0: labels are not used."""
+
     discriminator_every: Count = 1
     """The discriminator trains in every so many steps or epochs, beginning with the first."""
 
@@ -99,6 +105,7 @@ class GANTask(Task[GANConfig]):
             schedule="constant",
             gradient_penalty=0.0,
             ema_decay=0.0,
+            label_weight=0.0,
             discriminator_every=2,
         ),
         "smoke": replace(FAST, steps=20, batch_size=16, log_every=5, evaluate_every=20, checkpoint_every=10),
@@ -109,15 +116,16 @@ class GANTask(Task[GANConfig]):
     def __init__(self, config: GANConfig, device: torch.device) -> None:
         super().__init__(config, device)
         self.sync_batch_norm = config.batch_norm == "synced"
-        self.images, self.test_images = (
-            load_images(config.dataset, split, config.data_root).images.to(device)
-            for split in ("train", "test")
+        self.train_set, test_set = (
+            load_images(config.dataset, split, config.data_root).to(device) for split in ("train", "test")
         )
-        self.order = ShuffledEpochs(config.seed, "images/train", len(self.images))
+        self.test_images = test_set.images
+        self.order = ShuffledEpochs(config.seed, "images/train", len(self.train_set.labels))
         self.latents = Stream(config.seed, "latents/train")
         self.signs = Stream(config.seed, "nudges/train")
         with seeded(config.seed, "weights"):
-            self.generator, self.discriminator = Generator(config.latent_dim), Discriminator()
+            self.generator = Generator(config.latent_dim)
+            self.discriminator = Discriminator(CLASSES if config.label_weight else 1)
         for network in (self.generator, self.discriminator):
             moved = cast(Any, network.to(device))  # torch before 2.15 does not type the next
             moved.to(memory_format=torch.channels_last)
@@ -162,32 +170,46 @@ class GANTask(Task[GANConfig]):
         return ()
 
     def generator_loss(self, batch: MicroBatch) -> tuple[Tensor, Metrics]:
-        """Binary cross-entropy of the fakes being taken for real (Goodfellow et al. 2014)."""
+        """Binary cross-entropy of the fakes being taken for real (Goodfellow et al. 2014).
+
+        With labels, also the cross-entropy of each fake's likeliest class (Zhou et al. 2018, AM-GAN).
+        """
         fake = self.generator(self.latents.normals(batch.samples, self.config.latent_dim))
         self.fakes[batch.index] = fake.detach()
-        loss = F.softplus(-self.discriminator(fake)).mean()
-        return loss, {"generator_loss": loss}
+        logits = self.discriminator(fake)
+        loss = F.softplus(-real_logits(logits)).mean()
+        metrics = {"generator_loss": loss}
+        if self.config.label_weight:
+            metrics["generator_class_loss"] = F.cross_entropy(logits, logits.argmax(1))
+            loss = loss + self.config.label_weight * metrics["generator_class_loss"]
+        return loss, metrics
 
     def discriminator_loss(self, batch: MicroBatch) -> tuple[Tensor, Metrics]:
-        """Binary cross-entropy, and the penalty: the mean of |∇D|² at real and fake, by finite differences.
+        """Binary cross-entropy, with labels also that of the classes (Salimans et al. 2016), and a penalty.
 
+        The penalty is the mean of |∇D|² at real and fake, summed over the classes, by finite differences.
         With signs ε, the expectation of ((D(x + σε) - D(x)) / σ)² is |∇D(x)|² to first order in σ: one more
         forward pass where the exact R1 and R2 (Mescheder et al. 2018) need a double backward.
         """
-        real = to_unit_range(self.images[self.order.items(batch)])
+        items = self.order.items(batch)
+        real = to_unit_range(self.train_set.images[items])
         images = torch.cat([real, self.fakes[batch.index]])
         if self.config.gradient_penalty:
             shape = (len(real), 2, *images.shape[1:])
             signs = self.signs.signs(batch.samples, 2 * images[0].numel()).view(shape)
             moved = images + FINITE_DIFFERENCE * torch.cat(signs.unbind(1))
             logits, moved_logits = self.discriminator(torch.cat([images, moved])).chunk(2)
-            slope = ((moved_logits - logits) / FINITE_DIFFERENCE).square().mean()
+            slope = ((moved_logits - logits) / FINITE_DIFFERENCE).square().sum(1).mean()
         else:
             logits, slope = self.discriminator(images), 0.0
-        real_logits, fake_logits = logits.chunk(2)
-        cross_entropy = (F.softplus(-real_logits) + F.softplus(fake_logits)).mean() / 2
+        of_real, of_fake = logits.chunk(2)
+        cross_entropy = (F.softplus(-real_logits(of_real)) + F.softplus(real_logits(of_fake))).mean() / 2
         loss = cross_entropy + self.config.gradient_penalty * slope
-        return loss, {"discriminator_loss": loss}
+        metrics = {"discriminator_loss": loss}
+        if self.config.label_weight:
+            metrics["discriminator_class_loss"] = F.cross_entropy(of_real, self.train_set.labels[items])
+            loss = loss + self.config.label_weight * metrics["discriminator_class_loss"] / 2
+        return loss, metrics
 
     def _discriminator_trains(self, step: int) -> bool:
         period = step
@@ -224,6 +246,11 @@ class GANTask(Task[GANConfig]):
         drawn.load_state_dict(generator.state_dict())
         start, end, _ = walk_ends(drawn, self.config.dataset)
         return strip(drawn, start, end, STRIP_IMAGES, "spherical")
+
+
+def real_logits(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, " batch"]:
+    """The logits of images being real, of any class: with one class, that class's."""
+    return logits.logsumexp(1)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def test_the_lstm_takes_the_path_of_a_plain_loop(follow, float64, preset):
 @pytest.mark.parametrize("preset", ["fast", "course"])
 def test_the_gan_takes_the_path_of_a_plain_loop(follow, float64, preset):
     start = untrained("gan", preset)
-    generator, discriminator = Generator(), Discriminator()
+    generator, discriminator = Generator(), Discriminator(classes=10 if preset == "fast" else 1)
     generator.load_state_dict(start["generator"])
     discriminator.load_state_dict(start["discriminator"])
     averaged = copy.deepcopy(generator)
@@ -79,18 +79,22 @@ def test_the_gan_takes_the_path_of_a_plain_loop(follow, float64, preset):
     rates, betas = {"fast": ((1e-2, 1e-3), (0.0, 0.99)), "course": ((2e-4, 2e-4), (0.9, 0.999))}[preset]
     g_adam = torch.optim.Adam(generator.parameters(), rates[0], betas, foreach=False)
     d_adam = torch.optim.Adam(discriminator.parameters(), rates[1], betas, foreach=False)
-    images = load_images("fake", "train", Path()).images
-    order = ShuffledEpochs(0, "images/train", len(images))
+    train = load_images("fake", "train", Path())
+    order = ShuffledEpochs(0, "images/train", len(train.images))
 
     for batch in batches(GAN_BATCH):
-        real = images[order.items(batch)].double()[:, None] / 127.5 - 1
+        real = train.images[order.items(batch)].double()[:, None] / 127.5 - 1
         fake = generator(Stream(0, "latents/train").normals(batch.samples, 100))
         if preset == "fast":
             for adam, rate in zip((g_adam, d_adam), rates, strict=True):
                 adam.param_groups[0]["lr"] = rate * (1 - batch.step / STEPS)
 
         g_adam.zero_grad()
-        (-torch.log(torch.sigmoid(discriminator(fake)))).mean().backward()
+        classes, is_real = chances(discriminator(fake))
+        loss = -torch.log(is_real).mean()
+        if preset == "fast":
+            loss = loss - LABEL_WEIGHT * torch.log(classes.max(1).values).mean()
+        loss.backward()
         g_adam.step()
         decay = min(0.998, (batch.step + 1) / (batch.step + 10))
         for old, new in zip(state(averaged), state(generator), strict=True):
@@ -101,14 +105,16 @@ def test_the_gan_takes_the_path_of_a_plain_loop(follow, float64, preset):
         d_adam.zero_grad()
         fake = fake.detach()
         of_real, of_fake = discriminator(real), discriminator(fake)
-        loss = (
-            -torch.log(torch.sigmoid(of_real)).mean() / 2 - torch.log(1 - torch.sigmoid(of_fake)).mean() / 2
-        )
+        (classes, is_real), (_, fake_is_real) = chances(of_real), chances(of_fake)
+        loss = -torch.log(is_real).mean() / 2 - torch.log(1 - fake_is_real).mean() / 2
         if preset == "fast":
+            right = classes[torch.arange(len(real)), train.labels[order.items(batch)]]
+            loss = loss - LABEL_WEIGHT * torch.log(right).mean() / 2
             signs = Stream(0, "nudges/train").signs(batch.samples, 2 * 784).view(GAN_BATCH, 2, 1, 28, 28)
             slope_at_real = (discriminator(real + 0.05 * signs[:, 0]) - of_real) / 0.05
             slope_at_fake = (discriminator(fake + 0.05 * signs[:, 1]) - of_fake) / 0.05
-            loss = loss + PENALTY * (slope_at_real.square().mean() + slope_at_fake.square().mean()) / 2
+            slopes = torch.cat([slope_at_real, slope_at_fake])
+            loss = loss + PENALTY * slopes.square().sum(1).mean()
         loss.backward()
         d_adam.step()
 
@@ -121,6 +127,14 @@ def test_the_gan_takes_the_path_of_a_plain_loop(follow, float64, preset):
 
 
 PENALTY = 0.1
+LABEL_WEIGHT = 0.05
+
+
+def chances(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The probabilities of the classes of a real image, and of being real; "generated" has the logit zero."""
+    weights = logits.exp()
+    real = weights.sum(1)
+    return weights / real[:, None], real / (real + 1)
 
 
 def untrained(task: str, preset: str) -> dict[str, Weights]:

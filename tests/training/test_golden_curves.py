@@ -23,6 +23,7 @@ RECIPES = {
     "rnn": ("lstm", "course", {"length": 5, "model": "rnn"}),
     "gan, preset course": ("gan", "course", FAKE),
     "gan, preset fast": ("gan", "fast", FAKE),
+    "gan, preset fast without labels": ("gan", "fast", {**FAKE, "label_weight": 0.0}),
     "classifier": ("classifier", "fast", FAKE),
 }
 
