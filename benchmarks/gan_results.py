@@ -120,9 +120,7 @@ def best() -> list[Row]:
 
 def judged() -> list[Row]:
     """The runs of part `best` as another classifier sees them."""
-    runs = [
-        trained(f"best-{seed}", f"--seed {seed} {BEST}", precision="bf16") for seed in range(BEST_SEEDS)
-    ]
+    runs = [trained(f"best-{seed}", f"--seed {seed} {BEST}", precision="bf16") for seed in range(BEST_SEEDS)]
     generators = [load_generator(run) for run in runs]
     samples = [generate(generator, latents(generator, 0, 10_000)) for generator in generators]
     return opinions({f"samples, seed {seed}": images for seed, images in enumerate(samples)})
