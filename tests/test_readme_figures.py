@@ -55,11 +55,15 @@ def gan_runs(part: str) -> list[object]:
 def gan() -> list[object]:
     (course,) = rows("gan/course", recipe="every second step")
     (pace,) = rows("gan/pace", recipe="course")
+    best = rows("gan/best")
+    assert {row["environment"]["precision"] for row in best} == {"bf16"}
+    clear = (statistics.mean(row[of] for row in best) for of in ("sure", "sure_of_test_images"))
     return [
         *(f"{course['floor']:.1f}", f"{course['frechet_distance']:.1f}", course["steps"]),
         f"{course['steps'] * pace['milliseconds'] / 1000:.0f}",
         *gan_runs("fast"),
         *gan_runs("best"),
+        *(f"{100 * share:.0f}" for share in clear),
     ]
 
 
