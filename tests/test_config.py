@@ -391,6 +391,14 @@ class TestAnOptionAddedLater:
         older = from_json(type(PRESETS["gan"]["fast"]), content, "config.json")
         assert conflicts(PRESETS["gan"]["fast"], older) == []
 
+    def test_a_gan_from_before_labels_were_used_continues_without_them(self):
+        content = as_json(PRESETS["gan"]["fast"])
+        del content["label_weight"]
+        older = from_json(type(PRESETS["gan"]["fast"]), content, "config.json")
+        assert conflicts(replace(PRESETS["gan"]["fast"], label_weight=0.0), older) == []
+        (line,) = conflicts(PRESETS["gan"]["fast"], older)
+        assert line.startswith("--label-weight 0.05 differs from the run's 0.0: ")
+
     def test_what_has_no_default_is_missed(self):
         @dataclass(frozen=True)
         class Needed:
