@@ -37,6 +37,10 @@ DIGITS = (
     Metric("train/generator_loss", "Generator loss", "binary cross-entropy"),
     Metric("train/discriminator_loss", "Discriminator loss",
            "binary cross-entropy, and the gradient penalty if there is one"),
+    Metric("train/generator_class_loss", "Generator's class loss",
+           "cross-entropy of each sample's likeliest class"),
+    Metric("train/discriminator_class_loss", "Discriminator's class loss",
+           "cross-entropy of the real images' labels"),
 )  # fmt: skip
 TEMPLATES = Environment(
     loader=PackageLoader("cs324dist.report", "page"),

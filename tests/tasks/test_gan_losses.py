@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cs324dist.data.images import load_images, to_unit_range
 from cs324dist.data.streams import MicroBatch
+from cs324dist.report.page import DIGITS
 from cs324dist.tasks.gan import FAST, GANTask
 
 BATCH, CLASSES, WEIGHT = 6, 10, 0.25
@@ -98,3 +99,9 @@ def test_without_labels_the_discriminator_has_the_course_report_s_one_output():
     for preset, classes in (("course", 1), ("fast", CLASSES), ("best", CLASSES)):
         made = GANTask(replace(GANTask.presets[preset], dataset="fake"), torch.device("cpu"))
         assert made.discriminator.config == {"classes": classes}
+
+
+def test_the_report_draws_every_loss():
+    made, drawn = task(), {metric.name for metric in DIGITS}
+    for loss in (made.generator_loss, made.discriminator_loss):
+        assert {f"train/{name}" for name in loss(MicroBatch(0, BATCH))[1]} <= drawn
