@@ -22,8 +22,8 @@ RECIPES = {
     "lstm, preset fast": ("lstm", "fast", {"length": 10}),
     "rnn": ("lstm", "course", {"length": 5, "model": "rnn"}),
     "gan, preset course": ("gan", "course", FAKE),
-    "gan, preset fast": ("gan", "fast", FAKE),
-    "gan, preset fast without labels": ("gan", "fast", {**FAKE, "label_weight": 0.0}),
+    "gan, preset fast": ("gan", "fast", {**FAKE, "steps": 2500}),
+    "gan, preset fast without labels": ("gan", "fast", {**FAKE, "steps": 2500, "label_weight": 0.0}),
     "classifier": ("classifier", "fast", FAKE),
 }
 
