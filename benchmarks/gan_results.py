@@ -15,6 +15,7 @@ import shutil
 import statistics
 import time
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from cs324dist.sampling.grids import grid, save_png
 RUNS = REPOSITORY / "runs" / "results"
 BEST = "--preset best --evaluate-every 2500"
 BEST_SEEDS = 5
+DRAWS = 5  # of latents
 COMPARED = 1000  # samples whose nearest training images are looked for
 
 
@@ -118,10 +120,23 @@ def best() -> list[Row]:
     return rows
 
 
+def best_runs() -> list[Path]:
+    """The finished runs of part `best`."""
+    return [trained(f"best-{seed}", f"--seed {seed} {BEST}", precision="bf16") for seed in range(BEST_SEEDS)]
+
+
+def draws() -> list[Row]:
+    """The runs of part `best`, each measured on several draws of latents."""
+    rows = []
+    for (trial, run), seed in product(enumerate(best_runs()), range(DRAWS)):
+        run_python("launch/evaluate.py", run, "--seed", seed)
+        rows.append({"trial": trial, **json.loads((run / "evaluation.json").read_text())})
+    return rows
+
+
 def judged() -> list[Row]:
     """The runs of part `best` as another classifier sees them."""
-    runs = [trained(f"best-{seed}", f"--seed {seed} {BEST}", precision="bf16") for seed in range(BEST_SEEDS)]
-    generators = [load_generator(run) for run in runs]
+    generators = [load_generator(run) for run in best_runs()]
     samples = [generate(generator, latents(generator, 0, 10_000)) for generator in generators]
     return opinions({f"samples, seed {seed}": images for seed, images in enumerate(samples)})
 
@@ -193,4 +208,4 @@ def fashion() -> list[Row]:
 
 
 if __name__ == "__main__":
-    run_parts(__doc__, "gan", course, fast, bf16, best, judged, pace, ablation, memorised, fashion)
+    run_parts(__doc__, "gan", course, fast, bf16, best, draws, judged, pace, ablation, memorised, fashion)

@@ -134,8 +134,13 @@ def steps_to_fit(models: Sequence[Row]) -> list[int]:
     return [steps[0] for steps in fitted if steps]
 
 
-def floors(runs: Sequence[Row]) -> str:
-    return f"{statistics.mean(run['frechet_distance'] / run['floor'] for run in runs):.1f}"
+def means(rows: Iterable[Row], by: str, name: str) -> list[float]:
+    """The mean of each group."""
+    return [statistics.mean(row[name] for row in group) for group in grouped(rows, by)]
+
+
+def floors(runs: Sequence[Row], digits: int = 1) -> str:
+    return number(statistics.mean(run["frechet_distance"] / run["floor"] for run in runs), digits)
 
 
 def sure(runs: Sequence[Row]) -> str:
@@ -201,7 +206,7 @@ class StepModel:
 
 
 FUNCTIONS = (number, percent, share, spread, spread_of, met, yes, effect,
-             percents_more, machines, grouped, where, solved, median_steps,
+             percents_more, machines, grouped, means, where, solved, median_steps,
              accuracy, accuracies, wrong, error_rate, steps_to_fit, floors, sure, digits, last_fifth,
              overtaken, readers, StepModel, history, records, statistics.median)  # fmt: skip
 
