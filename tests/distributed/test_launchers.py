@@ -150,9 +150,9 @@ def test_bf16_on_a_cpu_solves_length_ten(launch, tmp_path):
 def test_the_gan_trains_in_bf16_on_a_cpu(launch, tmp_path, mnist_root):
     run = tmp_path / "run"
     options = ("--config_file", "accelerate_configs/cpu.yaml", "--mixed_precision", "bf16")
-    command = ("launch/gan.py", "--steps", "300", "--batch-size", "16", "--data-root", mnist_root)
+    command = ("launch/gan.py", "--steps", "600", "--batch-size", "16", "--data-root", mnist_root)
     launch(*command, "--wandb", "disabled", "--run-dir", run, launcher="accelerate", options=options)
-    # Untrained, the distance is 2 184; in float32 it ends at 315. A run that went wrong has null, for NaN.
+    # Untrained, the distance is 2 184; in float32 it ends at 178. A run that went wrong has null, for NaN.
     assert metrics(run)[-1]["eval/frechet_distance"] < 600
 
 
