@@ -16,7 +16,7 @@ from common import RESULTS, Row, command_line, load, run_python, store
 
 from cs324dist.report.reading import read_run
 
-RECIPE = "--steps 900 --schedule wsd --batch-size 32"
+RECIPE = "--steps 900 --schedule wsd --batch-size 32 --label-weight 0"
 SEEDS = 20
 
 
