@@ -127,3 +127,10 @@ def test_the_stored_traffic_is_that_of_the_models() -> None:
     assert by_task["gan"]["exact"] < by_task["gan"]["ddp"] / 5  # factors are gathered, not gradients
     classifier = 25 * 16 + 25 * 16 * 32 + 1568 * 128 + 128 + 128 * 10 + 10 + 2 * (16 + 32)
     assert by_task["classifier"]["ddp"] == 4 * classifier
+
+
+def test_means_are_those_of_each_group() -> None:
+    from results_page import means
+
+    rows = [{"seed": 1, "x": 1.0}, {"seed": 2, "x": 5.0}, {"seed": 1, "x": 2.0}]
+    assert means(rows, "seed", "x") == [1.5, 5.0]
