@@ -54,7 +54,7 @@ bench: .venv/installed  ## speed, against what users would write (a quarter of a
 	$(BIN)/python launch/fetch_data.py --dataset mnist
 	$(BIN)/python benchmarks/speed.py
 
-speedrun: .venv/installed  ## as near to MNIST as the course recipe, 20 seeds, against the clock (20 minutes on 2 cores)
+speedrun: .venv/installed  ## as near to MNIST as the course recipe, 20 seeds, against the clock (10 minutes on 2 cores)
 	$(BIN)/python launch/fetch_data.py --dataset mnist
 	$(BIN)/python benchmarks/speedrun.py
 

@@ -185,31 +185,42 @@ class GANTask(Task[GANConfig]):
         return loss, metrics
 
     def discriminator_loss(self, batch: MicroBatch) -> tuple[Tensor, Metrics]:
-        """Binary cross-entropy, with labels also that of the classes (Salimans et al. 2016), and a penalty.
-
-        The penalty is the mean of |∇D|² at real and fake, summed over the classes, by finite differences.
-        With signs ε, the expectation of ((D(x + σε) - D(x)) / σ)² is |∇D(x)|² to first order in σ: one more
-        forward pass where the exact R1 and R2 (Mescheder et al. 2018) need a double backward.
-        """
+        """Binary cross-entropy, with labels also that of the classes (Salimans et al. 2016); a penalty."""
         items = self.order.items(batch)
         real = to_unit_range(self.train_set.images[items])
-        images = torch.cat([real, self.fakes[batch.index]])
-        if self.config.gradient_penalty:
-            shape = (len(real), 2, *images.shape[1:])
-            signs = self.signs.signs(batch.samples, 2 * images[0].numel()).view(shape)
-            moved = images + FINITE_DIFFERENCE * torch.cat(signs.unbind(1))
-            logits, moved_logits = self.discriminator(torch.cat([images, moved])).chunk(2)
-            slope = ((moved_logits - logits) / FINITE_DIFFERENCE).square().sum(1).mean()
-        else:
-            logits, slope = self.discriminator(images), 0.0
+        logits, penalty = self.logits_and_penalty(torch.cat([real, self.fakes[batch.index]]), batch)
         of_real, of_fake = logits.chunk(2)
         cross_entropy = (F.softplus(-real_logits(of_real)) + F.softplus(real_logits(of_fake))).mean() / 2
-        loss = cross_entropy + self.config.gradient_penalty * slope
+        loss = cross_entropy + penalty
         metrics = {"discriminator_loss": loss}
         if self.config.label_weight:
             metrics["discriminator_class_loss"] = F.cross_entropy(of_real, self.train_set.labels[items])
             loss = loss + self.config.label_weight * metrics["discriminator_class_loss"] / 2
         return loss, metrics
+
+    def logits_and_penalty(
+        self, images: Float[Tensor, "batch 1 28 28"], batch: MicroBatch
+    ) -> tuple[Float[Tensor, "batch classes"], Float[Tensor, ""] | float]:
+        """The discriminator's logits, and the weighted mean of |∇D|², which is summed over the classes."""
+        if not self.config.gradient_penalty:
+            return self.discriminator(images), 0.0
+        logits, moved_logits = self.logits_here_and_nearby(images, batch)
+        slopes = (moved_logits - logits) / FINITE_DIFFERENCE
+        return logits, self.config.gradient_penalty * slopes.square().sum(1).mean()
+
+    def logits_here_and_nearby(
+        self, images: Float[Tensor, "batch 1 28 28"], batch: MicroBatch
+    ) -> tuple[Float[Tensor, "batch classes"], Float[Tensor, "batch classes"]]:
+        """The discriminator's logits of the images, and of the images moved by σε, with random signs ε.
+
+        The expectation of ((D(x + σε) - D(x)) / σ)² is |∇D(x)|² to first order in σ: one more forward pass
+        where the exact R1 and R2 (Mescheder et al. 2018) need a double backward.
+        """
+        shape = (len(images) // 2, 2, *images.shape[1:])
+        signs = self.signs.signs(batch.samples, 2 * images[0].numel()).view(shape)
+        moved = images + FINITE_DIFFERENCE * torch.cat(signs.unbind(1))
+        logits, moved_logits = self.discriminator(torch.cat([images, moved])).chunk(2)
+        return logits, moved_logits
 
     def _discriminator_trains(self, step: int) -> bool:
         period = step
