@@ -24,7 +24,7 @@ class SpeedrunGAN(GANTask):
     """The course report's GAN, soon."""
 
     name = "speedrun"
-    presets: ClassVar = {"fast": replace(FAST, steps=900, batch_size=32, schedule="wsd")}
+    presets: ClassVar = {"fast": replace(FAST, steps=840, batch_size=32, schedule="wsd")}
 
     def step(self, step: int, trainer: Updater) -> None:
         """See the base class."""

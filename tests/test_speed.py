@@ -1,14 +1,21 @@
-"""What `make bench` says of the measurement before."""
+"""What `make bench` says of the measurement before, and the speedrun's task."""
 
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import speedrun
 from speed import history, slower
+from speedrun_gan import SpeedrunGAN
+
+from cs324dist import MicroBatch
+from cs324dist.tasks.base import Updater
 
 
 @pytest.mark.parametrize(
@@ -50,3 +57,36 @@ def test_a_speedrun_is_added_as_means_to_the_records_that_it_has():
         older,
         record | means,
     ]
+
+
+class Untrained(Updater):
+    """A trainer whose updates only remember the penalty."""
+
+    def __init__(self, task: SpeedrunGAN, images: torch.Tensor) -> None:
+        self.task, self.images = task, images
+        self.penalties: list[float] = []
+
+    def update(self, name: str, _loss) -> None:
+        if name == "discriminator":
+            batch = MicroBatch(0, len(self.images) // 2)
+            self.penalties.append(float(self.task.logits_and_penalty(self.images, batch)[1]))
+
+
+def test_the_speedrun_penalises_the_slope_of_the_logit_of_being_real_in_every_other_step():
+    config = replace(SpeedrunGAN.presets["fast"], dataset="fake")
+    task, images = SpeedrunGAN(config, torch.device("cpu")), torch.rand(6, 1, 28, 28)
+    weights = torch.randn(784, 10) / 28
+    task.discriminator.forward = lambda some: some.flatten(1) @ weights
+
+    trainer = Untrained(task, images)
+    for number in range(4):
+        task.step(number, trainer)
+
+    def real(pixels: torch.Tensor) -> float:
+        return math.log(math.fsum(map(math.exp, (pixels.double() @ weights.double()).tolist())))
+
+    signs = task.signs.signs(MicroBatch(0, 3).samples, 2 * 784).view(3, 2, 784)
+    there = zip(images.flatten(1), [*signs[:, 0], *signs[:, 1]], strict=True)
+    slopes = [(real(image + 0.05 * sign) - real(image)) / 0.05 for image, sign in there]
+    expected = 2 * 0.1 * math.fsum(slope**2 for slope in slopes) / len(slopes)
+    assert trainer.penalties == [pytest.approx(expected, rel=1e-3), 0, pytest.approx(expected, rel=1e-3), 0]
