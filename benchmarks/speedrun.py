@@ -3,7 +3,8 @@
     make speedrun
 
 docs/results.md has the rules and the records so far. It takes about ten minutes on two cores; nothing else
-may run then. The result is stored in benchmarks/results/speedrun.json, with the one before as its history.
+may run then. If the target is reached, the result is stored in benchmarks/results/speedrun.json, with the one
+before as its history.
 """
 
 import statistics

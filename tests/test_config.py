@@ -576,6 +576,12 @@ class TestRunNames:
         assert Path("runs/gan-fast-0") in folders
         assert command_line(TASKS["gan"], "--run-dir", "mine", "--seed", "1").folder == Path("mine")
 
+    @pytest.mark.parametrize("name", TASKS)
+    def test_runs_of_a_task_that_changes_another_have_folders_of_their_own(self, name):
+        changed = type("Changed", (TASKS[name],), {"name": "changed"})
+        folder, other = (command_line(task).folder for task in (changed, TASKS[name]))
+        assert (folder.name.split("-")[0], other.name.split("-")[0]) == ("changed", name)
+
 
 class TestHelp:
     """`start` runs a script in this process, in a folder of its own, and gives the exit code."""

@@ -74,19 +74,24 @@ class Untrained(Updater):
 
 def test_the_speedrun_penalises_the_slope_of_the_logit_of_being_real_in_every_other_step():
     config = replace(SpeedrunGAN.presets["fast"], dataset="fake")
-    task, images = SpeedrunGAN(config, torch.device("cpu")), torch.rand(6, 1, 28, 28)
-    weights = torch.randn(784, 10) / 28
+    task = SpeedrunGAN(config, torch.device("cpu"))
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(6, 1, 28, 28, generator=random)
+    weights = torch.randn(784, 10, generator=random) / 28
     task.discriminator.forward = lambda some: some.flatten(1) @ weights
 
     trainer = Untrained(task, images)
     for number in range(4):
         task.step(number, trainer)
 
-    def real(pixels: torch.Tensor) -> float:
+    def logit_of_real(pixels: torch.Tensor) -> float:
         return math.log(math.fsum(map(math.exp, (pixels.double() @ weights.double()).tolist())))
 
     signs = task.signs.signs(MicroBatch(0, 3).samples, 2 * 784).view(3, 2, 784)
-    there = zip(images.flatten(1), [*signs[:, 0], *signs[:, 1]], strict=True)
-    slopes = [(real(image + 0.05 * sign) - real(image)) / 0.05 for image, sign in there]
+    moves = [*signs[:, 0], *signs[:, 1]]
+    slopes = [
+        (logit_of_real(image + 0.05 * move) - logit_of_real(image)) / 0.05
+        for image, move in zip(images.flatten(1), moves, strict=True)
+    ]
     expected = 2 * 0.1 * math.fsum(slope**2 for slope in slopes) / len(slopes)
     assert trainer.penalties == [pytest.approx(expected, rel=1e-3), 0, pytest.approx(expected, rel=1e-3), 0]

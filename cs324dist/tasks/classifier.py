@@ -67,7 +67,7 @@ class ClassifierTask(Task[ClassifierConfig]):
     @classmethod
     def run_name(cls, config: ClassifierConfig) -> str:
         """The name of a run's default folder."""
-        return f"classifier-{config.dataset}-{config.preset}-{config.seed}"
+        return f"{cls.name}-{config.dataset}-{config.preset}-{config.seed}"
 
     @classmethod
     def bytes_per_sample(cls, config: ClassifierConfig) -> int:

@@ -144,7 +144,7 @@ class GANTask(Task[GANConfig]):
     @classmethod
     def run_name(cls, config: GANConfig) -> str:
         """The name of a run's default folder."""
-        prefix = "gan" if config.dataset == "mnist" else f"gan-{config.dataset}"
+        prefix = cls.name if config.dataset == "mnist" else f"{cls.name}-{config.dataset}"
         return f"{prefix}-{config.preset}-{config.seed}"
 
     @classmethod
@@ -185,7 +185,7 @@ class GANTask(Task[GANConfig]):
         return loss, metrics
 
     def discriminator_loss(self, batch: MicroBatch) -> tuple[Tensor, Metrics]:
-        """Binary cross-entropy, with labels also that of the classes (Salimans et al. 2016); a penalty."""
+        """Binary cross-entropy and a penalty; with labels, also the classes' (Salimans et al. 2016)."""
         items = self.order.items(batch)
         real = to_unit_range(self.train_set.images[items])
         logits, penalty = self.logits_and_penalty(torch.cat([real, self.fakes[batch.index]]), batch)

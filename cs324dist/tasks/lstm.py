@@ -123,7 +123,8 @@ class LSTMTask(Task[LSTMConfig]):
     @classmethod
     def run_name(cls, config: LSTMConfig) -> str:
         """The name of a run's default folder."""
-        return f"{config.model}-length{config.length}-{config.preset}-{config.seed}"
+        kind = config.model if cls is LSTMTask else cls.name
+        return f"{kind}-length{config.length}-{config.preset}-{config.seed}"
 
     @classmethod
     def bytes_per_sample(cls, config: LSTMConfig) -> int:
