@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import IO
@@ -153,7 +153,9 @@ def prepare_to_fork(commands: Sequence[Command], folder: Path) -> None:
     sleep = time.sleep
     time.sleep = lambda seconds: sleep(min(seconds, 0.001))
     known = trainer.environment()  # asks git three times
-    trainer.environment = lambda *_: known
+    trainer.environment = lambda processes, precision, compiled: replace(
+        known, processes=processes, precision=precision, compiled=compiled
+    )
     for command in commands:
         silent = os.dup(2)
         os.dup2(os.memfd_create("said"), 2)
