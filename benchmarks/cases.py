@@ -245,12 +245,13 @@ def lstm_ours(length: int, kernel: str = "fused", without: str = "") -> float:
 
 
 def loop(batch: int, steps: int, log_every: int, *command: object) -> float:
-    """A run's milliseconds a step, without its evaluations and checkpoints."""
+    """A run's milliseconds a step, in float32, without its evaluations and checkpoints."""
     common = f"--preset course --batch-size {batch} --steps {steps} --log-every {log_every} --wandb disabled"
     rare = f"--evaluate-every {steps} --checkpoint-every {steps}"
     with TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        run_python(*command, *common.split(), *rare.split(), "--run-dir", run)
+        options = (*common.split(), *rare.split(), "--run-dir", run)
+        run_python(*command, *options, ACCELERATE_MIXED_PRECISION="no")
         rates = read_run(run, "loop").series("throughput/samples_per_second").values()
     return 1000 * batch / statistics.median([*rates][1:])
 

@@ -28,7 +28,7 @@ class SpeedrunGAN(GANTask):
 
     def step(self, step: int, trainer: Updater) -> None:
         """See the base class."""
-        self.penalised = step % EVERY == 0
+        self.penalised = self.config.gradient_penalty > 0 and step % EVERY == 0
         super().step(step, trainer)
 
     def graph_key(self) -> Hashable:
