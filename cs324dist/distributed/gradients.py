@@ -20,6 +20,7 @@ from cs324dist.distributed.factored_linear import (
     recorded_factors,
 )
 from cs324dist.distributed.micro_batches import Threads
+from cs324dist.distributed.process import end_openmp_threads
 from cs324dist.errors import RunFailed
 
 Networks = tuple[nn.Module, ...]
@@ -121,6 +122,7 @@ class ExactGradients:
             yield
         finally:
             torch.set_num_threads(1)
+            end_openmp_threads()  # as those of micro-batches need the cores
 
     def map(self, work: Callable[[MicroBatch], object], batches: Batches) -> None:
         """Do something with each micro-batch of this process; layers that span the batch meet."""

@@ -165,6 +165,16 @@ def keep_large_memory() -> None:
             libc.mallopt(m_trim_threshold, 1 << 30)
 
 
+def end_openmp_threads() -> None:
+    """End the threads that computed torch's last operation; the next one on several cores starts them again.
+
+    Otherwise they wait for it in a busy loop, for milliseconds, on cores that other threads need.
+    """
+    with contextlib.suppress(AttributeError):  # an OpenMP without this function, or none
+        omp_pause_soft = 1
+        ctypes.CDLL(None).omp_pause_resource_all(omp_pause_soft)
+
+
 def _launcher_has_died() -> bool:
     if os.getppid() != PARENT:
         return True

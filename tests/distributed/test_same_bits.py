@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from cs324dist.distributed import gradients
 from cs324dist.distributed.exact_mean import ExactMean
+from cs324dist.distributed.process import end_openmp_threads
 from cs324dist.tasks.classifier import ClassifierTask
 from cs324dist.trainer import Trainer
 
@@ -108,6 +110,21 @@ def test_networks_of_two_updates_are_wrapped_for_ddp_once(monkeypatch):
     networks = (torch.nn.Linear(1, 1),)
     gradients.DDPGradients([networks, networks], two)
     assert len(wrapped) == 1
+
+
+def test_threads_of_torch_leave_the_cores_to_the_micro_batches():
+    """They would wait in a busy loop for their next work; a step of the LSTM took half as long again."""
+    cores, process = torch.get_num_threads(), psutil.Process()
+    torch.set_num_threads(3)
+    exact = gradients.ExactGradients([], 2, 2, Accelerator(cpu=True), meet=False)
+    end_openmp_threads()  # of earlier tests
+    before = process.num_threads()
+    with exact.all_cores():
+        torch.ones(1 << 20).exp()
+        inside = process.num_threads()
+    after = process.num_threads()
+    torch.set_num_threads(cores)
+    assert (inside, after) == (before + 2, before)
 
 
 def values(exponent: int) -> st.SearchStrategy[float]:
