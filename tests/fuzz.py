@@ -48,6 +48,7 @@ from unittest import mock
 os.environ |= {"CS324DIST_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 import torch
+from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -522,6 +523,7 @@ def peak() -> int:
 
 def judge(reader: Callable[[Copy], None], w: Copy) -> tuple[str, str, int]:
     """A verdict, what speaks for it, and by how much memory grew."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # a reader is a process of its own
     for path in w.outside.rglob("*"):  # the time of an access is recorded if the last one was long ago
         os.utime(path, ns=(0, path.lstat().st_mtime_ns))
     there_was = snapshot(w)
