@@ -39,6 +39,7 @@ FAST, COURSE = LSTMTask.presets["fast"], LSTMTask.presets["course"]
 LENGTHS = (5, 10, 15, 20, 50)  # the course report's
 UNSEEN_LENGTHS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 1500, 2000, 3000, 5000,
                   10_000, 20_000, 50_000, 100_000)  # fmt: skip
+HELD_AFTER = (10, 100, 1000, 10_000, 20_000)  # digits
 FINAL_LENGTHS = (13, 50, 200, 1000, 4100, 10_000)
 SEEDS = range(5)
 FIXED = 2048  # palindromes of a fixed training set
@@ -251,10 +252,10 @@ def generalisation() -> list[Row]:
 def held() -> list[Row]:
     """What the states of that model do over the length, for 100 palindromes."""
     model = trained(1000).requires_grad_(False)
-    digits, _ = palindromes(UNSEEN, torch.arange(100), 20_000)
-    first = digits[0]
+    digits, _ = palindromes(UNSEEN, torch.arange(100), HELD_AFTER[-1])
+    first = digits[0].long()  # bytes would be taken for a mask
     state, before, rows = None, 0, []
-    for steps in (10, 100, 1000, 10_000, 20_000):
+    for steps in HELD_AFTER:
         _, state = model.scan(digits[before:steps], state)
         h, c = state
         centres = torch.stack([h[first == digit].mean(0) for digit in range(DIGITS)])

@@ -1,10 +1,12 @@
 """The pages of results, speed and scaling say what the stored results say."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -134,3 +136,19 @@ def test_means_are_those_of_each_group() -> None:
 
     rows = [{"seed": 1, "x": 1.0}, {"seed": 2, "x": 5.0}, {"seed": 1, "x": 2.0}]
     assert means(rows, "seed", "x") == [1.5, 5.0]
+
+
+def test_what_states_do_is_measured_by_their_first_digit(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lstm_results
+
+    class Remembers(torch.nn.Module):
+        def scan(
+            self, digits: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None
+        ) -> tuple[None, tuple[torch.Tensor, torch.Tensor]]:
+            first, steps = state or (torch.eye(10)[digits[0].long()], torch.tensor(0.0))
+            return None, (first, torch.as_tensor(float(steps) + len(digits)))
+
+    monkeypatch.setattr(lstm_results, "trained", lambda length: Remembers())
+    monkeypatch.setattr(lstm_results, "HELD_AFTER", (3, 7))
+    held = {"within": 0.0, "between": pytest.approx(math.sqrt(2))}
+    assert lstm_results.held() == [{"steps": n, **held, "largest_cell": float(n)} for n in (3, 7)]
