@@ -122,7 +122,7 @@ class ExactGradients:
             yield
         finally:
             torch.set_num_threads(1)
-            end_openmp_threads()  # as those of micro-batches need the cores
+            end_openmp_threads()  # micro-batches need their cores
 
     def map(self, work: Callable[[MicroBatch], object], batches: Batches) -> None:
         """Do something with each micro-batch of this process; layers that span the batch meet."""
