@@ -146,7 +146,7 @@ def test_what_states_do_is_measured_by_their_first_digit(monkeypatch: pytest.Mon
             self, digits: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None
         ) -> tuple[None, tuple[torch.Tensor, torch.Tensor]]:
             first, steps = state or (torch.eye(10)[digits[0].long()], torch.tensor(0.0))
-            return None, (first, torch.as_tensor(float(steps) + len(digits)))
+            return None, (first, steps + len(digits))
 
     monkeypatch.setattr(lstm_results, "trained", lambda length: Remembers())
     monkeypatch.setattr(lstm_results, "HELD_AFTER", (3, 7))
