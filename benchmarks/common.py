@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,19 +44,42 @@ def where(rows: Iterable[Row], **values: object) -> list[Row]:
 
 
 def run_parts(description: str, folder: str, *parts: Callable[[], list[Row]]) -> None:
-    """Run the parts that the command line names, all by default, and store each as FOLDER/PART."""
+    """Run the parts that the command line names, all by default, and store each as FOLDER/PART.
+
+    Several parts have a process each: some change their number of threads.
+    """
     by_name = {part.__name__: part for part in parts}
     parser = command_line(description)
-    parser.add_argument("parts", nargs="*", choices=by_name, metavar="PART", help=", ".join(by_name))
-    for name in parser.parse_args().parts or by_name:
-        began = time.monotonic()
-        rows = by_name[name]()
-        store(f"{folder}/{name}", {"minutes": round((time.monotonic() - began) / 60, 1), "rows": rows})
+    add_parts(parser, by_name)
+    names = parser.parse_args().parts or list(by_name)
+    if len(names) > 1:
+        for name in names:
+            print(run_python(sys.argv[0], name), end="")
+        return
+    began = time.monotonic()
+    rows = by_name[names[0]]()
+    store(f"{folder}/{names[0]}", {"minutes": round((time.monotonic() - began) / 60, 1), "rows": rows})
+
+
+def on_each_core(work: Callable[..., Row], *values: Iterable[Any]) -> list[Row]:
+    """`map` in as many processes as there are cores, of one thread each."""
+    import torch
+
+    torch.set_num_threads(1)  # for `store`
+    os.environ["CS324DIST_THREADS"] = "1"
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        return list(pool.map(work, *values))
 
 
 def command_line(description: str | None) -> argparse.ArgumentParser:
     style = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(description=description, formatter_class=style, allow_abbrev=False)
+
+
+def add_parts(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """An argument that names some parts, or none, for all."""
+    choices = [*names, []]  # argparse checks the empty list as well
+    parser.add_argument("parts", nargs="*", choices=choices, metavar="PART", help=", ".join(names))
 
 
 def run_python(*arguments: object, **environment: str) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from common import REPOSITORY, RESULTS, Row, command_line, trainer_of
+from common import REPOSITORY, RESULTS, Row, add_parts, command_line, trainer_of
 
 GAN, LSTM = ("launch/gan.py", "--dataset", "fake"), ("launch/lstm.py", "--length", "20")
 COURSE = ("--preset", "course", "--length", "20")
@@ -314,7 +314,7 @@ PARTS = {
 def main() -> None:
     by_name = {part.__name__: part for part in PARTS}
     parser = command_line(__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*by_name, []], metavar="PART", help=", ".join(by_name))
+    add_parts(parser, by_name)
     parser.add_argument("--pretend", action="store_true", help="on a CPU, small")
     parser.add_argument("--child", choices=("facts_here", "profile_here"), help="used by the parts")
     options = parser.parse_args()

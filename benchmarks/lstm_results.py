@@ -15,16 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import REPOSITORY, Row, run_parts, trainer_of
+from common import REPOSITORY, Row, on_each_core, run_parts, trainer_of
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -200,10 +198,7 @@ def last_checkpoint(length: int, seed: int) -> Row:
 def final() -> list[Row]:
     """The last checkpoint of preset `fast`, whatever came before; one model on each core at a time."""
     lengths, seeds = zip(*product(FINAL_LENGTHS, SEEDS), (4100, 11), strict=True)
-    torch.set_num_threads(1)
-    os.environ["CS324DIST_THREADS"] = "1"
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        rows = list(pool.map(last_checkpoint, reversed(lengths), reversed(seeds)))  # the longest first
+    rows = on_each_core(last_checkpoint, reversed(lengths), reversed(seeds))  # the longest first
     return sorted(rows, key=lambda row: (row["length"], row["seed"]))
 
 

@@ -153,10 +153,15 @@ def digits(runs: Sequence[Row]) -> str:
     return f"{min(shares):.1f} to {max(shares):.1f} %"
 
 
-def overtaken(course: Row, fast: Sequence[Row], pace: Sequence[Row]) -> Iterator[Row]:
+def smallest(run: Row) -> float:
+    """The smallest distance of a run."""
+    return min(distance for _, distance, _ in run["curve"])
+
+
+def overtaken(course: Sequence[Row], fast: Sequence[Row], pace: Sequence[Row]) -> Iterator[Row]:
     """When preset fast is as near as the course recipe in its last fifth, and within `LINE` floors."""
     seconds = {row["recipe"]: row["milliseconds"] / 1000 for row in pace}
-    late = last_fifth(course)
+    late, steps_of_course = [distance for run in course for distance in last_fifth(run)], course[0]["steps"]
 
     def taken(recipe: str, steps: int) -> str:
         return f"{number(steps)} steps, {number(steps * seconds[recipe])} s"
@@ -167,10 +172,10 @@ def overtaken(course: Row, fast: Sequence[Row], pace: Sequence[Row]) -> Iterator
         (f"{LINE} floors", LINE * fast[0]["floor"]),
     ):
         steps = [next(step for step, nearest, _ in run["curve"] if nearest <= distance) for run in fast]
-        reached, fewer = distance >= min(late), course["steps"] / max(steps)
+        reached, fewer = distance >= min(late), steps_of_course / max(steps)
         yield {
             "distance": f"{number(distance, 1)}, {name}",
-            "course": taken("course", course["steps"]) if reached else "not reached",
+            "course": taken("course", steps_of_course) if reached else "not reached",
             "fast": taken("fast", max(steps)),
             "mean": number(statistics.mean(steps) * seconds["fast"]),
             "fewer": number(fewer) if reached else "",
@@ -208,7 +213,7 @@ class StepModel:
 FUNCTIONS = (number, percent, share, spread, spread_of, met, yes, effect,
              percents_more, machines, grouped, means, where, solved, median_steps,
              accuracy, accuracies, wrong, error_rate, steps_to_fit, floors, sure, digits, last_fifth,
-             overtaken, readers, StepModel, history, records, statistics.median)  # fmt: skip
+             smallest, overtaken, readers, StepModel, history, records, statistics.median)  # fmt: skip
 
 
 def page(name: str) -> str:
@@ -277,8 +282,8 @@ def draw() -> None:
         picture.set_ylim(0, 1.05)
         picture.grid(alpha=0.3)
 
-    recipes = {run["recipe"]: [run] for run in load("gan/course")["rows"]}
-    recipes["preset fast, five seeds"] = load("gan/fast")["rows"]
+    recipes = {runs[0]["recipe"]: runs for runs in grouped(load("gan/course")["rows"], "recipe")}
+    recipes["preset fast"] = load("gan/fast")["rows"]
     with axes("gan-distance", (8, 4.5), "step", "Fréchet distance", 2) as picture:
         for place, (name, runs) in enumerate(recipes.items()):
             for run in runs:

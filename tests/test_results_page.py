@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,3 +155,67 @@ def test_what_states_do_is_measured_by_their_first_digit(monkeypatch: pytest.Mon
     monkeypatch.setattr(lstm_results, "HELD_AFTER", (3, 7))
     held = {"within": 0.0, "between": pytest.approx(math.sqrt(2))}
     assert lstm_results.held() == [{"steps": n, **held, "largest_cell": float(n)} for n in (3, 7)]
+
+
+PARTS_WITHOUT_PROCESSES = (
+    "course",
+    "readings",
+    "initialisation",
+    "fast",
+    "ablation",
+    "generalisation",
+    "certain",
+)
+
+
+@pytest.mark.parametrize("part", PARTS_WITHOUT_PROCESSES)
+def test_a_part_of_the_lstms_results_is_what_the_page_reads(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lstm_results
+
+    new_trainer, train, count = lstm_results.new_trainer, lstm_results.train, lstm_results.count
+    short = {"length": 3, "batch_size": 4}
+    monkeypatch.setattr(lstm_results, "SEEDS", range(1))
+    monkeypatch.setattr(lstm_results, "UNSEEN_LENGTHS", (1, 5))
+    monkeypatch.setattr(lstm_results, "train", lambda trainer, most, least=0: train(trainer, 2))
+    monkeypatch.setattr(
+        lstm_results, "new_trainer", lambda *some, **options: new_trainer(*some, **{**options, **short})
+    )
+    monkeypatch.setattr(
+        lstm_results, "count", lambda model, length, batches: count(model, length, [next(iter(batches))])
+    )
+    stored = json.loads((REPOSITORY / "benchmarks" / "results" / "lstm" / f"{part}.json").read_text())
+    made = getattr(lstm_results, part)()
+    assert {tuple(row) for row in made} == {tuple(row) for row in stored["rows"]}
+
+
+def test_work_on_each_core_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    from common import on_each_core
+
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("CS324DIST_THREADS", "7")
+    try:
+        assert on_each_core(os.getenv, ["CS324DIST_THREADS"] * 3) == ["1"] * 3
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_several_parts_have_a_process_each(tmp_path: Path) -> None:
+    script = tmp_path / "parts.py"
+    script.write_text(
+        "import os\n"
+        "from pathlib import Path\n"
+        "import common\n"
+        "common.RESULTS = common.REPOSITORY = Path(__file__).parent\n"
+        "def first(): return [{'process': os.getpid()}]\n"
+        "def second(): return first()\n"
+        "common.run_parts('Parts.', 'parts', first, second)\n"
+    )
+    (tmp_path / "parts").mkdir()
+    environ = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'benchmarks'}"}
+    subprocess.run([sys.executable, script], env=environ, check=True)
+    rows = [
+        json.loads((tmp_path / "parts" / f"{name}.json").read_text())["rows"] for name in ("first", "second")
+    ]
+    assert rows[0] != rows[1]
