@@ -37,7 +37,7 @@ COURSE = {  # the discriminator is trained: name, options
     "every step, Adam (0.5, 0.999)": ("copied", "--discriminator-every 1 --beta1 0.5"),
 }
 COURSE_SEEDS = 3
-BEST = "--preset best --evaluate-every 2500"
+BEST = "--preset best --evaluate-every 4000"
 BEST_SEEDS = 5
 DRAWS = 5  # of latents
 COMPARED = 1000  # samples whose nearest training images are looked for
