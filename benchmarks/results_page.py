@@ -22,6 +22,7 @@ LENGTHS = (5, 10, 15, 20, 50)
 TRIALS = 10_000  # palindromes of an evaluation
 LINE = 3.77  # floors within which an image is close: a distance of 20 where the floor is 5.3
 SPACE = "\N{NARROW NO-BREAK SPACE}"
+PERCENT = f"{SPACE}%"
 
 
 def number(value: float, digits: int = 0) -> str:
@@ -29,12 +30,12 @@ def number(value: float, digits: int = 0) -> str:
 
 
 def percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f} %"
+    return f"{100 * value:.{digits}f}{PERCENT}"
 
 
 def share(value: float) -> str:
     """A share of right answers, which is 100 % only if all are right."""
-    return "100 %" if value == 1 else percent(min(value, 0.9999), 2)
+    return f"100{PERCENT}" if value == 1 else percent(min(value, 0.9999), 2)
 
 
 def spread(values: Sequence[float], digits: int = 0) -> str:
@@ -70,7 +71,7 @@ def effect(row: Row) -> str:
 def percents_more(rows: Iterable[Row]) -> str:
     """How much more time the first of each comparison takes: the least median to the greatest."""
     more = [100 * (statistics.median(row["ratios"]) - 1) for row in rows]
-    return f"{min(more):.0f} to {max(more):.0f} %"
+    return f"{min(more):.0f} to {max(more):.0f}{PERCENT}"
 
 
 def machines(*results: dict[str, Any]) -> str:
@@ -144,13 +145,13 @@ def floors(runs: Sequence[Row], digits: int = 1) -> str:
 
 
 def sure(runs: Sequence[Row]) -> str:
-    return f"{spread([100 * run['sure'] for run in runs], 1)} %"
+    return f"{spread([100 * run['sure'] for run in runs], 1)}{PERCENT}"
 
 
 def digits(runs: Sequence[Row]) -> str:
     """The rarest digit's share and the most frequent one's."""
     shares = [100 * run[f"share_of_{digit}"] for run in runs for digit in range(10)]
-    return f"{min(shares):.1f} to {max(shares):.1f} %"
+    return f"{min(shares):.1f} to {max(shares):.1f}{PERCENT}"
 
 
 def smallest(run: Row) -> float:
