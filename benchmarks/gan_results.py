@@ -1,6 +1,6 @@
 """The GAN's results: train, measure, and store what docs/results.md is written from.
 
-    python benchmarks/gan_results.py               # everything: about five hours on two cores
+    python benchmarks/gan_results.py               # everything: about four hours on two cores
     python benchmarks/gan_results.py course fast   # some of it
 
 Each part is runs of `launch/gan.py` in `runs/results/`, measured by `launch/evaluate.py`; a part that was

@@ -1,6 +1,6 @@
 """The LSTM's results: train, count, and store what docs/results.md is written from.
 
-    python benchmarks/lstm_results.py                    # everything: about 230 minutes on two cores
+    python benchmarks/lstm_results.py                    # everything: about two hours on two cores
     python benchmarks/lstm_results.py ablation certain   # some of it
 
 Each part writes `benchmarks/results/lstm/PART.json`; `python benchmarks/results_page.py` then writes the
