@@ -162,7 +162,8 @@ def smallest(run: Row) -> float:
 def overtaken(course: Sequence[Row], fast: Sequence[Row], pace: Sequence[Row]) -> Iterator[Row]:
     """When preset fast is as near as the course recipe in its last fifth, and within `LINE` floors."""
     seconds = {row["recipe"]: row["milliseconds"] / 1000 for row in pace}
-    late, steps_of_course = [distance for run in course for distance in last_fifth(run)], course[0]["steps"]
+    late = [distance for run in course for distance in last_fifth(run)]
+    length = course[0]["steps"]
 
     def taken(recipe: str, steps: int) -> str:
         return f"{number(steps)} steps, {number(steps * seconds[recipe])} s"
@@ -173,10 +174,10 @@ def overtaken(course: Sequence[Row], fast: Sequence[Row], pace: Sequence[Row]) -
         (f"{LINE} floors", LINE * fast[0]["floor"]),
     ):
         steps = [next(step for step, nearest, _ in run["curve"] if nearest <= distance) for run in fast]
-        reached, fewer = distance >= min(late), steps_of_course / max(steps)
+        reached, fewer = distance >= min(late), length / max(steps)
         yield {
             "distance": f"{number(distance, 1)}, {name}",
-            "course": taken("course", steps_of_course) if reached else "not reached",
+            "course": taken("course", length) if reached else "not reached",
             "fast": taken("fast", max(steps)),
             "mean": number(statistics.mean(steps) * seconds["fast"]),
             "fewer": number(fewer) if reached else "",
