@@ -70,7 +70,8 @@ def test_the_same_bits_are_on_the_page_as_soon_as_they_are_stored(
         json.dumps({"environment": environment, "minutes": 20.1, "rows": rows})
     )
     line = "| gan | float32 | `0123456789ab` | 1 x 2, 8 x 1 | 7, 2 | 1 | 99 |"
-    assert line.replace(" x ", " \N{MULTIPLICATION SIGN} ") in results_page.page("results")
+    space = "\N{NARROW NO-BREAK SPACE}"
+    assert line.replace(" x ", f"{space}\N{MULTIPLICATION SIGN}{space}") in results_page.page("results")
 
 
 def test_every_comparison_is_of_cases_that_there_are() -> None:
