@@ -16,7 +16,7 @@ import jinja2
 from common import IMAGES, REPOSITORY, RESULTS, Row, load, where
 from gpu_check import PARTS
 from speed import history
-from speedrun import last_fifth, records
+from speedrun import records
 
 LENGTHS = (5, 10, 15, 20, 50)
 TRIALS = 10_000  # palindromes of an evaluation
@@ -152,6 +152,11 @@ def digits(runs: Sequence[Row]) -> str:
     """The rarest digit's share and the most frequent one's."""
     shares = [100 * run[f"share_of_{digit}"] for run in runs for digit in range(10)]
     return f"{min(shares):.1f} to {max(shares):.1f}{PERCENT}"
+
+
+def last_fifth(run: Row) -> list[float]:
+    """The distances in the last fifth of a run."""
+    return [distance for step, distance, _ in run["curve"] if step >= 0.8 * run["steps"]]
 
 
 def smallest(run: Row) -> float:

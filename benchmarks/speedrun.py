@@ -20,11 +20,7 @@ from cs324dist.report.reading import read_run
 
 RECIPE = "python benchmarks/speedrun_gan.py"
 SEEDS = 20
-
-
-def last_fifth(run: Row) -> list[float]:
-    """The distances in the last fifth of a run."""
-    return [distance for step, distance, _ in run["curve"] if step >= 0.8 * run["steps"]]
+TARGET = 29.52  # of the course recipe's 20 000 steps, the median distance in the last fifth, in one run
 
 
 def attempt(seed: int) -> Row:
@@ -49,13 +45,12 @@ def records(before: Row) -> list[Row]:
 
 if __name__ == "__main__":
     command_line(__doc__).parse_args()
-    target = statistics.median(last_fifth(load("gan/course")["rows"][0]))  # seed 0
     rows = [attempt(seed) for seed in range(SEEDS)]
-    result = {"recipe": RECIPE, "target": target, "rows": rows}
+    result = {"recipe": RECIPE, "target": TARGET, "rows": rows}
     if (RESULTS / "speedrun.json").exists():
         result["history"] = records(load("speedrun"))
     last = records(result)[-1]
-    print(f"{last['seconds']:.1f} s, distance {last['frechet_distance']:.2f}, target {target:.2f}")
-    if last["frechet_distance"] > target:
+    print(f"{last['seconds']:.1f} s, distance {last['frechet_distance']:.2f}, target {TARGET:.2f}")
+    if last["frechet_distance"] > TARGET:
         sys.exit("not stored: the mean distance is above the target")
     store("speedrun", result)
