@@ -158,7 +158,7 @@ def test_what_states_do_is_measured_by_their_first_digit(monkeypatch: pytest.Mon
     assert lstm_results.held() == [{"steps": n, **held, "largest_cell": float(n)} for n in (3, 7)]
 
 
-PARTS_WITHOUT_PROCESSES = (
+SHORT_PARTS = (
     "course",
     "readings",
     "initialisation",
@@ -169,7 +169,7 @@ PARTS_WITHOUT_PROCESSES = (
 )
 
 
-@pytest.mark.parametrize("part", PARTS_WITHOUT_PROCESSES)
+@pytest.mark.parametrize("part", SHORT_PARTS)
 def test_a_part_of_the_lstms_results_is_what_the_page_reads(
     part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
