@@ -74,18 +74,30 @@ def percents_more(rows: Iterable[Row]) -> str:
     return f"{min(more):.0f} to {max(more):.0f}{PERCENT}"
 
 
-def machines(*results: dict[str, Any]) -> str:
-    """What results were made on: the environments of their runs, if stored, or else their own."""
-    lines = set()
+def environments(results: Iterable[Row]) -> list[Row]:
+    """What each result was made in: the environments of its runs, if stored, or else its own."""
+    made = []
     for result in results:
         runs = [row for row in result.get("rows", []) if "environment" in row]
-        for made in [run["environment"] for run in runs or [result]]:
-            torch, accelerate = (made["packages"][name].split("+")[0] for name in ("torch", "accelerate"))
-            lines.add(
-                f"{made['device']}, {made['cores']} cores, threads used: {made['threads']}, "
-                f"Python {made['python']}, torch {torch}, accelerate {accelerate}"
-            )
+        made += [run["environment"] for run in runs or [result]]
+    return made
+
+
+def machines(*results: Row) -> str:
+    """What results were made on."""
+    lines = set()
+    for made in environments(results):
+        torch, accelerate = (made["packages"][name].split("+")[0] for name in ("torch", "accelerate"))
+        lines.add(
+            f"{made['device']}, {made['cores']} cores, threads used: {made['threads']}, "
+            f"Python {made['python']}, torch {torch}, accelerate {accelerate}"
+        )
     return "; ".join(sorted(lines))
+
+
+def commits(*results: Row) -> str:
+    """The commits that results were made on."""
+    return ", ".join(sorted({made["commit"][:7] for made in environments(results)}))
 
 
 def grouped(rows: Iterable[Row], by: str) -> list[list[Row]]:
@@ -218,7 +230,7 @@ class StepModel:
 
 
 FUNCTIONS = (number, percent, share, spread, spread_of, met, yes, effect,
-             percents_more, machines, grouped, means, where, solved, median_steps,
+             percents_more, machines, commits, grouped, means, where, solved, median_steps,
              accuracy, accuracies, wrong, error_rate, steps_to_fit, floors, sure, digits, last_fifth,
              smallest, overtaken, readers, StepModel, history, records, statistics.median)  # fmt: skip
 
