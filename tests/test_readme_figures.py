@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text()
-FIGURE = r"(?<![\w.])\d+(?:[ \N{NARROW NO-BREAK SPACE}]\d{3})*(?:\.\d+)?"
+README = (REPOSITORY / "README.md").read_text().replace("\N{NARROW NO-BREAK SPACE}", " ")
+FIGURE = r"(?<![\w.])\d+(?: \d{3})*(?:\.\d+)?"
 
 
 def stored(name: str) -> dict[str, Any]:
