@@ -110,18 +110,18 @@ class Config:
     """Seed of everything random."""
 
     batch_size: BatchSize = 64
-    """Samples in the global batch; each process takes an equal share."""
+    """Samples in the global batch, which the processes share."""
 
     micro_batches: Count | None = None
     """Equal parts that the global batch is cut into. The result is then equal to the last bit on any number
-    of processes up to this one. Without it: one part per process, averaged by DDP, equal up to rounding."""
+    of processes up to this one. Without it: one part per process, averaged by DDP in floating point."""
 
     schedule: ScheduleName = "constant"
-    """Learning rate over the steps: constant; linear or cosine, which fall to zero in a line or along half a
-    cosine; wsd, constant over the first half and then falling to zero in a line."""
+    """Learning rate over the steps: constant; linear or cosine, which fall to zero linearly or along half a
+    cosine; wsd, constant over the first half and then falling to zero linearly."""
 
     warmup_steps: Annotated[int, Interval(ge=0, le=10**9)] = 0
-    """Steps over which the learning rate first rises in a line."""
+    """Steps over which the learning rate rises linearly at the start."""
 
     max_grad_norm: Positive | None = None
     """Largest norm of a network's gradient; larger ones are scaled down. none: no limit."""

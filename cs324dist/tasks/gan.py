@@ -69,11 +69,11 @@ class GANConfig(Config):
     0: no average is kept."""
 
     label_weight: Annotated[float, Interval(ge=0, le=1e9), ForOlderRuns(0.0)] = 0.05
-    """Weight of the images' labels: the discriminator learns them, and the generator to make images of a
-    clear class. 0: labels are not used."""
+    """Weight of the images' labels: the discriminator learns them, and the generator learns to make
+    images of a clear class. 0: labels are not used."""
 
     discriminator_every: Count = 1
-    """The discriminator trains in every so many steps or epochs, beginning with the first."""
+    """The discriminator is trained in every n-th step or epoch, beginning with the first."""
 
     discriminator_unit: Literal["step", "epoch"] = "step"
     """What --discriminator-every counts: step, or epoch (passes over the images)."""

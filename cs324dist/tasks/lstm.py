@@ -47,7 +47,7 @@ class LSTMConfig(Config):
     """lstm, or rnn: the Elman network that the course report compares it with."""
 
     kernel: Annotated[Literal["fused", "equations"], MUTABLE] = "fused"
-    """How the LSTM is computed: by torch's fused kernel, or by its equations; equal to rounding."""
+    """How the LSTM is computed: by torch's fused kernel, or by its equations; equal up to rounding."""
 
     hidden_size: Annotated[int, Interval(ge=1, le=65_536)] = 128
     """Width of the hidden state."""
