@@ -62,7 +62,7 @@ def warn(text: str) -> None:
 def errors_as_exit_codes() -> Iterator[None]:
     """Turn `ReportedError` and Ctrl-C into lines on stderr and an exit code, without a traceback."""
     stderr = sys.stderr
-    sys.stderr = _StderrThatMayClose(stderr)
+    sys.stderr = _StderrThatMayFail(stderr)
     try:
         yield
         sys.stdout.flush()
@@ -108,8 +108,8 @@ def _wait_for_the_first_rank() -> None:
         time.sleep(FIRST_RANK_SECONDS)
 
 
-class _StderrThatMayClose:
-    """A run goes on when the reader of its messages, such as `head`, has gone."""
+class _StderrThatMayFail:
+    """A run goes on when the reader of its messages, such as `head`, has gone, or their disk is full."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -118,7 +118,7 @@ class _StderrThatMayClose:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        with suppress(BrokenPipeError):
+        with suppress(OSError):
             self._stream.write(text)
         return len(text)
 
@@ -126,5 +126,5 @@ class _StderrThatMayClose:
         self.write("".join(lines))
 
     def flush(self) -> None:
-        with suppress(BrokenPipeError):
+        with suppress(OSError):
             self._stream.flush()

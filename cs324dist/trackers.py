@@ -163,7 +163,7 @@ class Trackers:
             drawn = {"samples": evaluation.picture, "strip": evaluation.strip and evaluation.strip()}
             pictures = {name: picture for name, picture in drawn.items() if picture is not None}
             self._to_tensorboard("add_image", pictures, completed)
-            images = {name: [p.permute(1, 2, 0).numpy()] for name, p in pictures.items()}
+            images = {name: [p.cpu().permute(1, 2, 0).numpy()] for name, p in pictures.items()}
             for tracker in self._accelerator.trackers:
                 self._track(partial(tracker.log_images, images, step=completed))
 

@@ -50,6 +50,7 @@ from cs324dist.runs.checkpoints import (
     TrainerState,
     check_names,
     read_checkpoint,
+    state_layout,
     write_checkpoint,
 )
 from cs324dist.runs.environment import Environment, Precision, environment
@@ -61,6 +62,7 @@ from cs324dist.tasks import check_task, find_task
 from cs324dist.tasks.base import Evaluation, Loss, Mean, Metrics, Task
 from cs324dist.trackers import Trackers
 
+SKIPPED = "train/skipped_steps"
 Recorded = dict[str, dict[int, tuple[Tensor, Tensor]]]
 """Metrics by name: of each micro-batch of this process a sum and its weight."""
 
@@ -98,6 +100,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
         self._graphs = self._new_graphs() if self.config.cuda_graph else None
+        self._threads = torch.get_num_threads()  # micro-batches have one each
         self._gradients: DDPGradients | ExactGradients
         if self.config.micro_batches is None:
             self._gradients = DDPGradients(self._trained.values(), accelerator)
@@ -197,7 +200,7 @@ class Trainer:
         for optimizer in optimizers:
             with self._gradients.cores_for(optimizer):
                 scaler.step(optimizer) if scaler else optimizer.step()
-        for network in networks:
+        for network in self.task.networks.values():  # the loss may have passed through others
             network.zero_grad()
         if scaler:
             scaler.update()
@@ -210,8 +213,14 @@ class Trainer:
             with torch.no_grad():
                 self._record(self._metrics, batch, checked(loss(batch))[1])
 
-        if self._is_logged:
-            self._gradients.map(recorded, self._batches())
+        if not self._is_logged:
+            return
+        # What BatchNorm has gathered so far may not depend on which steps are logged.
+        buffers = [buffer for network in self.task.networks.values() for buffer in network.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        self._gradients.map(recorded, self._batches())
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
 
     def sum(self, values: Mapping[int, Tensor]) -> Tensor:
         """See `Updater`."""
@@ -248,13 +257,14 @@ class Trainer:
     def environment(self) -> Environment:
         """What the bits of its steps depend on."""
         accelerator = self.accelerator
-        return environment(accelerator.num_processes, accelerator.mixed_precision, self.compiled)
+        made_in = environment(accelerator.num_processes, accelerator.mixed_precision, self.compiled)
+        return dataclasses.replace(made_in, threads=self._threads)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Inside, networks are in eval mode and compute in full precision, uncompiled, without gradients."""
         networks = self.task.networks.values()
-        training = [network.training for network in networks]
+        modules = {module: module.training for network in networks for module in network.modules()}
         # Instances hold Accelerate's forward, with autocast, and a compiled call.
         replaced = ("forward", "_compiled_call_impl")
         held = [{name: vars(n).pop(name) for name in replaced if name in vars(n)} for n in networks]
@@ -264,8 +274,9 @@ class Trainer:
             with torch.no_grad():
                 yield
         finally:
-            for network, was_training, own in zip(networks, training, held, strict=True):
-                network.train(was_training)
+            for module, was_training in modules.items():  # a frozen part may stay in eval mode
+                module.training = was_training
+            for network, own in zip(networks, held, strict=True):
                 vars(network).update(own)
 
     def restore(self, checkpoint: Path) -> TrainerState:
@@ -280,6 +291,7 @@ class Trainer:
         if state.loss_scale and (scaler := self.accelerator.scaler) is not None:
             interval = scaler.get_growth_interval()  # torch takes no float, as numbers in a checkpoint are
             scaler.load_state_dict({**state.loss_scale, "growth_interval": interval})
+            self._skipped = SkippedSteps(self.accelerator)  # the scale has changed, and no step was skipped
         return state
 
 
@@ -294,6 +306,22 @@ def checked(found: tuple[Mean, Metrics]) -> tuple[Mean, Metrics]:
     loss = found[0] if isinstance(found[0], Tensor) else found[0][0]
     if loss.dim():
         raise UserError(f"a loss has to be one number, and has shape {tuple(loss.shape)}: return its mean")
+    return found
+
+
+def as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What a task's evaluation has measured, as plain numbers.
+
+    Raises:
+        UserError: something is no number.
+    """
+    found = {}
+    for name, value in metrics.items():
+        try:
+            found[name] = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            text = printable(repr(value)).partition("\n")[0]
+            raise UserError(f"the evaluation gives {name} = {text:.99}: give a number") from None
     return found
 
 
@@ -319,7 +347,7 @@ class SkippedSteps:
 
     def read(self) -> dict[str, float]:
         """The count since this process started; nothing without a scaler."""
-        return {} if self._scaler is None else {"train/skipped_steps": self._count.item()}
+        return {} if self._scaler is None else {SKIPPED: self._count.item()}
 
 
 class Run:
@@ -330,6 +358,7 @@ class Run:
         self.task, self.config, self.accelerator = trainer.task, trainer.config, trainer.accelerator
         self.on_main = partial(on_main_process, self.accelerator)
         self._task_is_done = False
+        self._layout: dict[str, str] = {}  # of the task's own state, at the start
 
     def is_over(self, completed: int) -> bool:
         """Whether no step is left to take."""
@@ -341,6 +370,7 @@ class Run:
         Raises:
             UserError: no checkpoint is valid, or it is another task's, or metrics before it are damaged.
         """
+        self._layout = state_layout(self.task)
         newest = self.on_main(self.run.newest_checkpoint)
         if newest is None:
             self.on_main(self._check_that_it_can_be_saved)
@@ -418,6 +448,7 @@ class Run:
             evaluation = self.task.evaluate(self.trainer.sum_over(self.stop.until_stopped))
             if not isinstance(evaluation, Evaluation):
                 raise UserError("evaluate has to return an Evaluation, such as Evaluation({'accuracy': 0.5})")
+            evaluation = dataclasses.replace(evaluation, metrics=as_numbers(evaluation.metrics))
             if is_complete := not self.stop.interrupted():
                 trackers.log_evaluation(completed, evaluation)
                 self._task_is_done = self._ask_whether_done(completed)
@@ -451,6 +482,7 @@ class Run:
 
     def _save(self, completed: int, evaluation_owed: bool) -> None:
         run, scaler = self.run, self.accelerator.scaler
+        self._check_state(completed)
         try:
             state = TrainerState(
                 step=completed,
@@ -470,6 +502,16 @@ class Run:
         else:
             run.write_status("running", completed)
             run.keep_newest(self.config.keep_last, self.config.keep_best)
+
+    def _check_state(self, completed: int) -> None:
+        """Check that a new start can read the task's own state."""
+        first, now = self._layout, state_layout(self.task)
+        for name in sorted(first.keys() | now.keys()):
+            if (was := first.get(name, "no tensor")) != (is_now := now.get(name, "no tensor")):
+                raise RunFailed(
+                    f"after step {completed}, {name} of the task's state is {is_now}, and was {was} at the "
+                    f"start: create it in the task's __init__, or keep numbers; {self._last_good()}"
+                )
 
     def _diverged(self, what: str) -> RunFailed:
         return RunFailed(
@@ -524,7 +566,13 @@ def main(task: str | type[Task[Any]], description: str | None) -> None:
     """
     task_type = find_task(task) if isinstance(task, str) else task
     check_task(task_type)
-    config = from_command_line(task_type.presets, description or _doc_of(task_type), task_type.run_name)
+    given = task if isinstance(task, str) and sys.argv[1:2] == [task] else ""  # to launch/train.py
+    config = from_command_line(
+        task_type.presets,
+        description or _doc_of(task_type),
+        task_type.run_name,
+        sys.argv[2:] if given else sys.argv[1:],
+    )
     if config.dry_run:
         asked_precision()
         check_batch(config.batch_size, config.micro_batches, WORLD_SIZE)
@@ -540,7 +588,7 @@ def main(task: str | type[Task[Any]], description: str | None) -> None:
     with StopRequest(accelerator.num_processes, config.peer_timeout) as stop:
         try:
             with translate_errors(config):
-                done = run_task(task_type, config, accelerator, stop)
+                done = run_task(task_type, config, accelerator, stop, given)
         except BaseException:
             # The process group stays: to leave it while others wait in a collective hangs (torchtitan #1342).
             Trackers.close(accelerator, leave_group=False)
@@ -556,8 +604,16 @@ def _doc_of(task_type: type[Task[Any]]) -> str:
     return "" if doc.startswith(f"{of_options.__name__}(") else doc
 
 
-def run_task(task_type: type[Task[Any]], config: Config, accelerator: Accelerator, stop: StopRequest) -> bool:
+def run_task(
+    task_type: type[Task[Any]],
+    config: Config,
+    accelerator: Accelerator,
+    stop: StopRequest,
+    given: str = "",
+) -> bool:
     """Start or continue the run in `config.folder`; returns False if a signal stopped it early.
+
+    `given` is the task as the command line names it, if it does.
 
     Raises:
         UserError: the folder belongs to another task, other options or a live process, or is damaged, or
@@ -585,7 +641,7 @@ def run_task(task_type: type[Task[Any]], config: Config, accelerator: Accelerato
         if accelerator.is_main_process:
             warn_of_untrained(task)
         stop.listen()
-        record = run_record(task_type, config)
+        record = run_record(task_type, config, given)
         on_main(lambda: run_dir.start(record, trainer.environment(), start.step, start.metrics_lines))
         run.say(
             f"{run_dir}: {'continuing from' if start.step else 'starting at'} step {start.step} "
@@ -603,9 +659,9 @@ def warn_of_untrained(task: Task[Any]) -> None:
             warn(f"{left} parameters of {name!r} are in no optimizer")
 
 
-def run_record(task_type: type[Task[Any]], config: Config) -> RunRecord:
+def run_record(task_type: type[Task[Any]], config: Config, given: str = "") -> RunRecord:
     """What `config.json` is to hold."""
     values, usual = as_json(config), as_json(task_type.presets[config.preset])
     differing = (name for name, value in values.items() if usual[name] != value)
     changed = {name: usual[name] for name in differing if name not in ("preset", "run_dir")}
-    return RunRecord(task_type.name, sys.argv[0], values, changed)
+    return RunRecord(task_type.name, sys.argv[0], values, changed, task_given=given)

@@ -10,21 +10,29 @@ from pathlib import Path
 from typing import Annotated
 
 from huggingface_hub import EvalResult, HfApi, ModelCardData, get_token
+from torch import nn
 
 from cs324dist.command_line import parse
 from cs324dist.config import POSITIONAL
 from cs324dist.errors import UserError, errors_as_exit_codes
+from cs324dist.models.digit_classifier import DigitClassifier
+from cs324dist.models.gan import Generator
+from cs324dist.models.lstm import LSTM
+from cs324dist.models.rnn import RNN
 from cs324dist.report.provenance import command, settings
 from cs324dist.report.reading import plain, read_run
-from cs324dist.runs.checkpoints import WEIGHTS, read_state, step_of
+from cs324dist.runs.checkpoints import WEIGHTS, read_state
 from cs324dist.runs.files import clear, read_json, sync
-from cs324dist.runs.trained import find_checkpoint, find_network, load_generator, run_of
+from cs324dist.runs.models import load_model
+from cs324dist.runs.trained import find_checkpoint, find_network, run_of
 from cs324dist.sampling.generators import generate, latents
 from cs324dist.sampling.grids import grid, save_png
 
 DATA = {"mnist": "ylecun/mnist", "fashion-mnist": "zalando-datasets/fashion_mnist", "lstm": "palindromes"}
 KINDS = {"gan": "unconditional-image-generation", "classifier": "image-classification"}
-MODULES = {"Generator": "gan", "LSTM": "lstm", "RNN": "rnn", "DigitClassifier": "digit_classifier"}
+OURS: dict[str, type[nn.Module]] = {
+    model.__name__: model for model in (Generator, LSTM, RNN, DigitClassifier)
+}
 
 
 @dataclass(frozen=True)
@@ -58,16 +66,23 @@ def write(options: Export, folder: Path) -> None:
     found = find_network(checkpoint, wanted)
     for name in ("config.json", WEIGHTS):
         shutil.copyfile(found / name, folder / name)
-    model = plain(read_json(folder / "config.json").get("class"))
-    if model == "Generator":
-        generator = load_generator(folder)
-        save_png(grid(generate(generator, latents(generator, 0, 64)), 8), folder / "grid.png")
-    (folder / "README.md").write_text(card(options, found, model))
+    network = built_in(folder)
+    if isinstance(network, Generator):
+        save_png(grid(generate(network, latents(network, 0, 64)), 8), folder / "grid.png")
+    (folder / "README.md").write_text(card(options, found, network))
 
 
-def card(options: Export, found: Path, model: str) -> str:
+def built_in(folder: Path) -> nn.Module | None:
+    """The network in a folder; None if its class is not the project's, whatever its name."""
+    try:
+        return load_model(folder, OURS[plain(read_json(folder / "config.json").get("class"))])
+    except (KeyError, UserError):
+        return None
+
+
+def card(options: Export, found: Path, network: nn.Module | None) -> str:
     """The model card: what the run says of this checkpoint."""
-    run, step = read_run(run_of(options.run).path, ""), step_of(found.parent)
+    run, step = read_run(run_of(options.run).path, ""), read_state(found.parent).step
     name = options.out.absolute().name
     data = run.setting("dataset") if "dataset" in run.record.config else DATA.get(run.task, run.task)
     kind, on = KINDS.get(run.task, "other"), DATA.get(data, data)
@@ -91,10 +106,10 @@ def card(options: Export, found: Path, model: str) -> str:
 # {name}
 
 Network `{found.name}` of task `{run.task}`, after {step} steps. Data: {data}. Licence: {options.license}.
-{"![Samples](grid.png)" * (model == "Generator")}
+{"![Samples](grid.png)" * isinstance(network, Generator)}
 
 ```python
-{usage(found, model, options.push or f"USER/{name}", name)}
+{usage(found, network, options.push or f"USER/{name}", name)}
 ```
 
 The evaluation at this step:
@@ -109,10 +124,12 @@ The command that repeats the run, and all its options:
 """
 
 
-def usage(found: Path, model: str, repository: str, name: str) -> str:
+def usage(found: Path, network: nn.Module | None, repository: str, name: str) -> str:
     """The lines that load the network."""
-    if model in MODULES or read_json(found / "config.json").keys() > {"class"}:
-        place = f"cs324dist.models.{MODULES[model]}" if model in MODULES else "your_own_file"
+    arguments = read_json(found / "config.json")
+    model = plain(arguments.pop("class", None))
+    if network or arguments:
+        place = type(network).__module__ if network else "your_own_file"
         imports = ["from cs324dist import load_model", f"from {place} import {model}"]
         loaded = [f"network = load_model(folder, {model})  # in eval mode, on the CPU"]
     else:  # nothing says the arguments of its constructor

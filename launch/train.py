@@ -17,4 +17,4 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         with errors_as_exit_codes():
             raise UserError("a task is missing: give path/to/file.py:Class or package.module:Class first")
-    main(sys.argv.pop(1), __doc__)
+    main(sys.argv[1], __doc__)

@@ -80,7 +80,8 @@ def test_a_run_goes_on_when_the_reader_of_its_messages_has_gone(launch_environme
         'raise UserError("hello")',
     ],
 )
-def test_whatever_says_something_does_not_fail_for_that(message):
+@pytest.mark.parametrize("is_full", [False, True], ids=["its reader is gone", "its disk is full"])
+def test_whatever_says_something_does_not_fail_for_that(message, is_full):
     code = f"""
 import sys
 from tqdm import tqdm
@@ -92,9 +93,15 @@ with errors_as_exit_codes():
     print(f"still here, {{sys.stderr.fileno()}}")
     exit_process(0)
 """
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as process:
-        process.stderr.close()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        Path("/dev/full").open("w") as full,
+        subprocess.Popen(
+            [sys.executable, "-c", code], text=True, stderr=full if is_full else subprocess.PIPE, **pipes
+        ) as process,
+    ):
+        if not is_full:
+            process.stderr.close()
         said, _ = process.communicate("now\n")
     refused = "UserError" in message
     assert (process.returncode, said) == ((2, "") if refused else (0, "still here, 2\n"))

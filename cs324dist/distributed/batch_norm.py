@@ -36,7 +36,10 @@ def freeze_cancelled_biases(model: nn.Module) -> None:
         if isinstance(chain, nn.Sequential):
             for layer, following in pairwise(chain):
                 bias = getattr(layer, "bias", None)
-                if isinstance(following, _BatchNorm) and isinstance(bias, nn.Parameter):
+                if not (isinstance(following, _BatchNorm) and isinstance(bias, nn.Parameter)):
+                    continue
+                # In eval mode it subtracts another mean; a bias of another size is not one for each channel.
+                if following.training and len(bias) == following.num_features:
                     bias.requires_grad_(False)
 
 
@@ -74,7 +77,7 @@ class _NormaliseOverBatch(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, place: Place
     ) -> tuple[Tensor, Tensor, Tensor, int]:
-        in_full = x if weight is None else x.to(weight.dtype)  # the kernel takes no other
+        in_full = x.to(torch.promote_types(x.dtype, torch.float32))  # bf16 is too coarse for moments
         moments = torch.stack(
             torch.batch_norm_update_stats(in_full, None, None, 0.0)
         )  # mean, biased variance

@@ -11,6 +11,7 @@ from cs324dist.errors import RunFailed
 
 NO_MEMORY = ("can't allocate memory", "out of memory", "bad allocation")
 LOADER_GONE = ("dataloader worker (pid",)
+UNUSED = ("expected to have finished reduction",)
 PEER_SILENT = ("timed out", "timeout")
 PEER_GONE = ("connection closed by peer", "connection reset", "broken pipe", "connection refused")
 
@@ -47,6 +48,11 @@ def translate_errors(config: Config) -> Iterator[None]:
             raise OneProcessFailed(
                 "a worker that loads data was killed, perhaps as memory ran out: "
                 "use fewer workers, then run the same command again"
+            ) from error
+        if _says(text, UNUSED):
+            raise RunFailed(
+                "on several processes, a loss has to use every parameter that is trained with it: give "
+                "--micro-batches, or freeze the others with requires_grad_(False)"
             ) from error
         if dist.is_initialized() and _says(text, PEER_SILENT):
             raise ProcessLost(

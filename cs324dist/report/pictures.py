@@ -71,7 +71,7 @@ def film(run: Run, most_frames: int) -> Film:
 
 
 def read_picture(path: Path) -> str:
-    """A grey picture from a file that may be anything.
+    """A picture from a file that may be anything.
 
     Raises:
         OSError, ValueError, SyntaxError, Image.DecompressionBombError: it is not such a picture.
@@ -81,7 +81,7 @@ def read_picture(path: Path) -> str:
     with Image.open(path, formats=["PNG"]) as picture:
         if max(picture.size) > LARGEST_SIDE:
             raise ValueError("too large")
-        return encoded(picture.convert("L"), "WEBP", quality=60, method=4)
+        return encoded(picture.convert("L" if picture.mode == "L" else "RGB"), "WEBP", quality=60, method=4)
 
 
 def walk(run: Run) -> Walk:

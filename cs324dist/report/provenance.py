@@ -45,8 +45,14 @@ def command(run: Run) -> str | None:
     given = {name: config[name] for name in names if name in config}
     several = run.processes is not None and run.processes > 1
     launcher = ["torchrun", "--nproc_per_node", str(run.processes)] if several else ["python"]
-    words = [*launcher, script, *(word for name, value in given.items() for word in _words(name, value))]
-    if not script or script.startswith("-") or any(plain(word) != word for word in words):
+    started = [script, run.record.task_given] if run.record.task_given else [script]
+    options = [word for name, value in given.items() for word in _words(name, value)]
+    words = [*launcher, *started, *options]
+    if (
+        not script
+        or any(word.startswith("-") for word in started)
+        or any(plain(word) != word for word in words)
+    ):
         return None
     variables = ""
     if made_in:

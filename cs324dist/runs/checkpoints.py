@@ -277,6 +277,12 @@ def tensors_by_file(trained: Trained) -> dict[str, Mapping[str, Tensor]]:
     }
 
 
+def state_layout(trained: Trained) -> dict[str, str]:
+    """What tensors the task's own state holds, by their place: a new task expects these in a checkpoint."""
+    tensors = _split(trained.state_dict())[1].items()
+    return {name: f"{tensor.dtype} of shape {tuple(tensor.shape)}" for name, tensor in tensors}
+
+
 def plain_state(trained: Trained) -> dict[str, Any]:
     """The task's own state as `trainer.json` holds it."""
     return _split(trained.state_dict())[0]

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import StringConstraints
 
-from cs324dist.config import Config, conflicts, from_json
+from cs324dist.config import Config, ForOlderRuns, conflicts, from_json
 from cs324dist.errors import UserError, printable, warn
 from cs324dist.runs.checkpoints import (
     Number,
@@ -55,7 +55,7 @@ OnMain = Callable[[Callable[[], None]], None]
 State = Literal["running", "stopped", "finished", "failed"]
 FOLDERS = {"owners", "checkpoints", "samples"}
 LEFTOVERS = r"\.config\.json.*\.tmp"  # of a start that was killed
-LARGEST_LINE = 1 << 16  # bytes of a line of metrics; ours have a few hundred
+LARGEST_LINE = 1 << 20  # bytes of a line of metrics; ours have a few hundred
 MOST_DAMAGED = 1000  # lines of metrics after which nothing more is read
 
 
@@ -77,6 +77,9 @@ class RunRecord:
         default_factory=lambda: secrets.token_hex(4)
     )
     """Id of the run at Weights & Biases."""
+
+    task_given: Annotated[str, ForOlderRuns("")] = ""
+    """The task as it was given to the script; empty for a script of one task."""
 
     format: Literal[3] = 3
 
@@ -316,9 +319,13 @@ class RunDir:
 
         Raises:
             OSError: it cannot be written; it will be, together with the next.
+            UserError: it would be too long to be read again.
         """
         row = {"step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
-        self._unsynced += json.dumps(row, allow_nan=False).encode() + b"\n"
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        if len(line) >= LARGEST_LINE:
+            raise UserError(f"{len(row)} metrics of one step take more than {LARGEST_LINE} bytes: give fewer")
+        self._unsynced += line
         self._metrics_lines += 1
         self.write_metrics()
 

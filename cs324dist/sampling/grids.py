@@ -20,10 +20,13 @@ def grid(images: Float[Tensor, "count 1 28 28"], columns: int) -> UInt8[Tensor, 
     return ((tiles + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def save_png(picture: UInt8[Tensor, "1 height width"], path: Path, writer: Writer | None = None) -> None:
-    """Write a grey picture, under its name only when it is complete; see `replaced`."""
+def save_png(
+    picture: UInt8[Tensor, "channels height width"], path: Path, writer: Writer | None = None
+) -> None:
+    """Write a picture in grey or RGB, under its name only when it is complete; see `replaced`."""
+    pixels = picture.cpu().permute(1, 2, 0).numpy()
     with replaced(path, writer) as temporary:
-        Image.fromarray(picture[0].numpy()).save(temporary, format="png")
+        Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(temporary, format="png")
 
 
 def save_gif(images: Float[Tensor, "frames 1 28 28"], path: Path) -> None:

@@ -20,6 +20,7 @@ the mean over the global batch is the sum of the sums over the sum of the weight
 Metrics = Mapping[str, Mean | float]
 Loss = Callable[[MicroBatch], tuple[Mean, Metrics]]
 Picture = UInt8[Tensor, "channels height width"]
+"""Grey (one channel) or RGB."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,10 @@ class Task(Generic[ConfigT]):
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """Whatever else belongs to the state: tensors, numbers and words, nested in dicts and lists."""
+        """Whatever else belongs to the state: tensors, numbers and words, nested in dicts and lists.
+
+        Tensors keep their places, shapes and dtypes from the start to the end; lists of numbers may grow.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -175,6 +176,54 @@ def test_the_cards_code_block_loads_the_network(export, runs, tmp_path, monkeypa
     names: dict = {}
     exec(code, names)
     assert isinstance(names["network"], LSTM)
+
+
+OWN = """
+import torch
+from torch import nn
+
+from cs324dist import Config, Task
+
+
+class Generator(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.config = {"width": width}
+        self.layer = nn.Linear(width, 1)
+
+
+class Own(Task[Config]):
+    name = "own"
+    presets = {"fast": Config(steps=1, wandb="disabled")}
+
+    def __init__(self, config, device):
+        super().__init__(config, device)
+        self.networks = {"net": Generator(4)}
+        self.optimizers = {"net": torch.optim.SGD(self.networks["net"].parameters(), 0.1)}
+
+    def loss(self, batch):
+        return self.networks["net"].layer(torch.ones(4)).mean(), {}
+"""
+
+
+def test_a_network_of_ones_own_may_have_the_name_of_one_of_ours(export, launch, tmp_path):
+    script, run, out = tmp_path / "own.py", tmp_path / "run", tmp_path / "model"
+    script.write_text(OWN)
+    launch("launch/train.py", f"{script}:Own", "--run-dir", run)
+    export(run, "--out", out)
+    assert not (out / "grid.png").exists()
+    assert "from your_own_file import Generator" in card_of(out)
+    (command,) = (line for line in card_of(out).splitlines() if "launch/train.py" in line)
+    words = shlex.split(command)[2:]  # after the precision and `python`
+    launch(*words, "--run-dir", tmp_path / "again")
+    assert (tmp_path / "again" / "status.json").exists()
+
+
+def test_a_checkpoint_that_was_copied_under_another_name(export, runs, tmp_path):
+    best = tmp_path / "best"
+    shutil.copytree(runs / "lstm" / "checkpoints" / "000000002-1", best)
+    export(best, "--out", tmp_path / "model")
+    assert "after 2 steps" in card_of(tmp_path / "model")
 
 
 def test_another_network(export, runs, tmp_path):

@@ -116,6 +116,14 @@ def test_the_command_asks_for_the_same_settings(
     assert replace(asked, run_dir=None) == config
 
 
+def test_a_task_that_was_given_to_a_script_is_given_again(tmp_path: Path) -> None:
+    run = read(make_lstm(tmp_path / "run"))
+    record = replace(run.record, script="launch/train.py", task_given="a folder/own.py:Own")
+    command = provenance.command(replace(run, record=record)) or ""
+    assert command.startswith(f"{FLOAT32}python launch/train.py 'a folder/own.py:Own' --preset ")
+    assert provenance.command(replace(run, record=replace(record, task_given="--help"))) is None
+
+
 def test_a_run_of_several_processes_is_repeated_by_as_many(tmp_path: Path) -> None:
     command = provenance.command(read(make_gan(tmp_path / "run")))
     assert command == f"{FLOAT32}torchrun --nproc_per_node 2 launch/gan.py --preset fast --steps 400"

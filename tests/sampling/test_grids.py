@@ -57,6 +57,14 @@ def test_a_picture_is_read_back_to_the_pixel(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
 
 
+def test_a_picture_in_colour_keeps_its_colours(tmp_path: Path) -> None:
+    picture = torch.randint(256, (3, 4, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    save_png(picture, tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as image:
+        assert image.mode == "RGB"
+        assert np.array_equal(np.asarray(image), picture.permute(1, 2, 0).numpy())
+
+
 @settings(deadline=None, max_examples=8)
 @given(frames=st.integers(2, 12))
 def test_a_film_goes_there_and_back_for_ever(tmp_path_factory, frames: int) -> None:

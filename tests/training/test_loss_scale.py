@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from cs324dist.distributed.stop import StopRequest
+from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
 from cs324dist.tasks.lstm import LSTMTask
 from cs324dist.trainer import SkippedSteps, Trainer, run_task
 
@@ -31,6 +32,20 @@ def test_each_step_with_an_overflow_is_counted_once():
         skipped.observe()
         counts.append(skipped.read())
     assert counts == [{"train/skipped_steps": count} for count in (1, 1, 1, 2, 3, 3)]
+
+
+def test_a_scale_that_a_checkpoint_restores_is_no_skipped_step(tmp_path):
+    config = replace(LSTMTask.presets["smoke"], preset="smoke", steps=2)
+    trainers = [
+        Trainer(LSTMTask(config, torch.device("cpu")), accelerator(init_scale=scale)) for scale in (8.0, 64.0)
+    ]
+    saved, resumed = trainers
+    state = TrainerState(0, loss_scale=saved.accelerator.scaler.state_dict())
+    write_checkpoint(tmp_path / "0", saved.task, state)
+    resumed.restore(tmp_path / "0")
+    resumed.step(0, is_logged=True)
+    assert resumed.accelerator.scaler.get_scale() == 8.0
+    assert resumed.read_metrics()["train/skipped_steps"] == 0
 
 
 def test_without_a_scaler_there_is_nothing_to_count():
