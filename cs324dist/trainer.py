@@ -5,7 +5,8 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Float64
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 
 from cs324dist.command_line import from_command_line
 from cs324dist.config import Config, as_json, conflicts
@@ -49,8 +51,8 @@ from cs324dist.graphs import Graphs
 from cs324dist.runs.checkpoints import (
     TrainerState,
     check_names,
+    layout,
     read_checkpoint,
-    state_layout,
     write_checkpoint,
 )
 from cs324dist.runs.environment import Environment, Precision, environment
@@ -178,7 +180,7 @@ class Trainer:
         recorded: Recorded = {}
         networks, scaler = self._trained[name], self.accelerator.scaler
         optimizers = optimizers_of(self.task.optimizers, name)
-        parameters = [p for network in networks for p in network.parameters()]
+        parameters = list(dict.fromkeys(p for network in networks for p in network.parameters()))
         weights: dict[int, Tensor] = {}
 
         def loss_of(batch: MicroBatch) -> Tensor:
@@ -196,7 +198,7 @@ class Trainer:
         if self.config.max_grad_norm is not None:
             for optimizer in optimizers if scaler else ():
                 scaler.unscale_(optimizer)
-            clip_grad_norm_(parameters, self.config.max_grad_norm)
+            self._clip(optimizers, self.config.max_grad_norm)
         for optimizer in optimizers:
             with self._gradients.cores_for(optimizer):
                 scaler.step(optimizer) if scaler else optimizer.step()
@@ -205,6 +207,17 @@ class Trainer:
         if scaler:
             scaler.update()
         return recorded
+
+    def _clip(self, optimizers: Iterable[Optimizer], most: float) -> None:
+        """Scale the gradients that the optimizers use down to a norm of `most`."""
+        groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+        parameters = list(dict.fromkeys(p for group in groups for p in group["params"]))
+        if self.accelerator.scaler is None:
+            clip_grad_norm_(parameters, most)
+            return
+        # An overflow is skipped by the optimizer that met it, and may not reach the gradients of others.
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        clip_grads_with_norm_(parameters, most, norm.where(norm.isfinite(), 0))
 
     def measure(self, loss: Loss) -> None:
         """See `Updater`."""
@@ -216,11 +229,15 @@ class Trainer:
         if not self._is_logged:
             return
         # What BatchNorm has gathered so far may not depend on which steps are logged.
-        buffers = [buffer for network in self.task.networks.values() for buffer in network.buffers()]
-        before = [buffer.clone() for buffer in buffers]
+        modules = [module for network in self.task.networks.values() for module in network.modules()]
+        before = [
+            {name: (buffer, buffer.clone()) for name, buffer in module.named_buffers(recurse=False)}
+            for module in modules
+        ]
         self._gradients.map(recorded, self._batches())
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+        for module, buffers in zip(modules, before, strict=True):
+            for name, (buffer, value) in buffers.items():
+                setattr(module, name, buffer.copy_(value))
 
     def sum(self, values: Mapping[int, Tensor]) -> Tensor:
         """See `Updater`."""
@@ -240,15 +257,34 @@ class Trainer:
 
     def read_metrics(self) -> dict[str, float]:
         """The metrics of the last step, averaged over its micro-batches; waits for the device."""
-        names = list(self._metrics)
+        names = sorted(self._metrics)
+        self._check_that_all_have(names)
         if not names:
             return self._skipped.read()
         rows = {
             i: torch.stack([part for name in names for part in self._metrics[name][i]]) for i in self._own
         }
-        totals, weights = self.sum(rows).view(-1, 2).unbind(1)
-        means = totals / weights
-        return {**dict(zip(names, means.tolist(), strict=True)), **self._skipped.read()}
+        sums = dict(zip(names, self.sum(rows).view(-1, 2).tolist(), strict=True))
+        # One that no sample has counted in is left out.
+        means = {name: sums[name][0] / sums[name][1] for name in self._metrics if sums[name][1]}
+        return {**means, **self._skipped.read()}
+
+    def _check_that_all_have(self, names: Sequence[str]) -> None:
+        """Check that the losses of all micro-batches have given metrics of these names.
+
+        Raises:
+            UserError: they have not.
+        """
+        alike = all(self._metrics[name].keys() == set(self._own) for name in names)
+        if self.accelerator.num_processes > 1:
+            digest = zlib.crc32("\0".join(names).encode()) if alike else -1
+            rows = dict.fromkeys(self._own, self._number(float(digest)).view(1))
+            alike = self.sum(rows).item() == digest * self.count >= 0
+        if not alike:
+            raise UserError(
+                "the losses of some micro-batches give other metrics than those of others: always give all; "
+                "one without samples is a pair of zeros, (sum, weight)"
+            )
 
     def sum_over(self, until_stopped: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter) -> SumOver:
         """For evaluations; see `SumOver`."""
@@ -275,7 +311,8 @@ class Trainer:
                 yield
         finally:
             for module, was_training in modules.items():  # a frozen part may stay in eval mode
-                module.training = was_training
+                if module.training != was_training:
+                    module.train(was_training)
             for network, own in zip(networks, held, strict=True):
                 vars(network).update(own)
 
@@ -358,7 +395,7 @@ class Run:
         self.task, self.config, self.accelerator = trainer.task, trainer.config, trainer.accelerator
         self.on_main = partial(on_main_process, self.accelerator)
         self._task_is_done = False
-        self._layout: dict[str, str] = {}  # of the task's own state, at the start
+        self._layout: dict[str, str] = {}  # of the tensors, at the start
 
     def is_over(self, completed: int) -> bool:
         """Whether no step is left to take."""
@@ -370,7 +407,7 @@ class Run:
         Raises:
             UserError: no checkpoint is valid, or it is another task's, or metrics before it are damaged.
         """
-        self._layout = state_layout(self.task)
+        self._layout = layout(self.task)
         newest = self.on_main(self.run.newest_checkpoint)
         if newest is None:
             self.on_main(self._check_that_it_can_be_saved)
@@ -504,13 +541,13 @@ class Run:
             run.keep_newest(self.config.keep_last, self.config.keep_best)
 
     def _check_state(self, completed: int) -> None:
-        """Check that a new start can read the task's own state."""
-        first, now = self._layout, state_layout(self.task)
+        """Check that a new start can read the tensors."""
+        first, now = self._layout, layout(self.task)
         for name in sorted(first.keys() | now.keys()):
             if (was := first.get(name, "no tensor")) != (is_now := now.get(name, "no tensor")):
                 raise RunFailed(
-                    f"after step {completed}, {name} of the task's state is {is_now}, and was {was} at the "
-                    f"start: create it in the task's __init__, or keep numbers; {self._last_good()}"
+                    f"after step {completed}, {name} is {is_now}, and was {was} at the start, as a resume "
+                    f"expects it: create it in the task's __init__, or keep numbers; {self._last_good()}"
                 )
 
     def _diverged(self, what: str) -> RunFailed:

@@ -28,7 +28,10 @@ main() { # a function is read as a whole: the file may change while the job runs
         *) set -- "launch/$task.py" "$@" ;;
     esac
     config=$(python "$@" --dry-run)
-    run=$(python -c 'import json, sys; print(json.load(sys.stdin)["run_dir"])' <<<"$config")
+    # A task's file may print something before.
+    run=$(python -c 'import json, sys
+said = sys.stdin.read()
+print(json.loads(said[said.rfind("\n{") + 1 :])["run_dir"])' <<<"$config")
 
     before=$(version) first=$(status step)
     code=75

@@ -92,7 +92,7 @@ class LaunchServer:
             return subprocess.CompletedProcess(command, code, stdout.read(), stderr.read())
 
     def end(self) -> None:
-        self._process.communicate()
+        self._process.communicate("null\n")
 
 
 @pytest.fixture(scope="session")

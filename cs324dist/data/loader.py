@@ -52,7 +52,8 @@ def loader(
     Raises:
         UserError: the data set is empty, or can only be iterated over.
     """
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
+    if is_stream or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise UserError(f"the data set of {name!r} needs len(dataset) and dataset[item]; it has not both")
     if not len(dataset):
         raise UserError(f"the data set of {name!r} is empty")

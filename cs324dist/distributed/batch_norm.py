@@ -17,8 +17,13 @@ from cs324dist.distributed.micro_batches import Place, add_in_order, current_pla
 def convert_sync_batchnorm(model: nn.Module) -> None:
     """Let the BatchNorm layers inside `model` take their statistics over the global batch; names stay."""
     for layer in model.modules():
-        if isinstance(layer, _BatchNorm):
-            layer.__class__ = _SyncBatchNorm
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, _SyncBatchNorm):
+            kind = type(layer)
+            if kind.__module__ == nn.BatchNorm1d.__module__:
+                layer.__class__ = _SyncBatchNorm
+            else:  # what a subclass does besides stays
+                own = {"_check_input_dim": _SyncBatchNorm._check_input_dim}
+                layer.__class__ = type(kind.__name__, (kind, _SyncBatchNorm), own)
 
 
 def spans_the_batch(model: nn.Module) -> bool:
@@ -60,8 +65,9 @@ class _SyncBatchNorm(_BatchNorm):
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
                 momentum = self.momentum if self.momentum is not None else 1 / int(self.num_batches_tracked)
-                self.running_mean.lerp_(mean, momentum)
-                self.running_var.lerp_(variance * (count / (count - 1)), momentum)
+                dtype = self.running_mean.dtype
+                self.running_mean.lerp_(mean.to(dtype), momentum)
+                self.running_var.lerp_((variance * (count / (count - 1))).to(dtype), momentum)
         return output
 
 
@@ -84,6 +90,8 @@ class _NormaliseOverBatch(torch.autograd.Function):
         means, variances = place.gather(moments).unbind(1)
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)
+        if weight is not None:
+            mean, variance = mean.to(weight.dtype), variance.to(weight.dtype)
         ctx.save_for_backward(x, weight, mean, variance)
         ctx.eps, ctx.place, ctx.count = eps, place, x.numel() // x.shape[1] * len(means)
         ctx.mark_non_differentiable(mean, variance)

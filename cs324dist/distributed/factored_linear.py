@@ -91,19 +91,27 @@ def _forward(
     weight: Tensor = layer.weight
     bias: Tensor | None = layer.bias
     inputs, outputs = layer.in_features, layer.out_features
-    if x.dim() < 2 or micro_batches * (x.numel() // inputs) * (inputs + outputs) >= inputs * outputs:
+    parameter = weight if isinstance(weight, nn.Parameter) else None  # `weight_norm` computes it
+    if (
+        parameter is None
+        or x.dim() < 2
+        or micro_batches * (x.numel() // inputs) * (inputs + outputs) >= inputs * outputs
+    ):
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
-    return _Linear.apply(x, weight, bias, layer)
+    return _Linear.apply(x, weight, bias, [parameter])
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Linear) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parameter: list[nn.Parameter]
+    ) -> Tensor:
+        """`parameter` holds what `weight` is, or is cast from: in a list, it is no input of the graph."""
         ctx.save_for_backward(x, weight)
-        ctx.layer = layer
+        ctx.parameter = parameter[0]
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -114,9 +122,8 @@ class _Linear(torch.autograd.Function):
         factors: Factors | None = getattr(_here, "factors", None)
         grad_weight = None
         if needs_weight and factors is not None:
-            parameter = ctx.layer.weight
-            both = torch.cat([rows, row_deltas], dim=1).to(parameter.dtype)
-            factors.setdefault(parameter, []).append(both)
+            both = torch.cat([rows, row_deltas], dim=1).to(ctx.parameter.dtype)
+            factors.setdefault(ctx.parameter, []).append(both)
         elif needs_weight:
             grad_weight = row_deltas.T @ rows
         return (

@@ -51,8 +51,8 @@ def translate_errors(config: Config) -> Iterator[None]:
             ) from error
         if _says(text, UNUSED):
             raise RunFailed(
-                "on several processes, a loss has to use every parameter that is trained with it: give "
-                "--micro-batches, or freeze the others with requires_grad_(False)"
+                "on several processes, a loss has to use every parameter of its networks that is not frozen: "
+                "freeze the others with requires_grad_(False), or give --micro-batches"
             ) from error
         if dist.is_initialized() and _says(text, PEER_SILENT):
             raise ProcessLost(

@@ -141,7 +141,8 @@ class ExactGradients:
         Raises:
             RunFailed: a loss draws random numbers although its micro-batches must be computed at once.
         """
-        trained = [p for network in networks for p in network.parameters() if p.requires_grad]
+        shared = dict.fromkeys(p for network in networks for p in network.parameters())
+        trained = [parameter for parameter in shared if parameter.requires_grad]
         at_once = self._meet or self._draws.get(networks) is False
 
         def gradients(batch: MicroBatch) -> tuple[tuple[Tensor | None, ...], Factors]:

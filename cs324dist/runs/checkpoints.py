@@ -277,10 +277,14 @@ def tensors_by_file(trained: Trained) -> dict[str, Mapping[str, Tensor]]:
     }
 
 
-def state_layout(trained: Trained) -> dict[str, str]:
-    """What tensors the task's own state holds, by their place: a new task expects these in a checkpoint."""
-    tensors = _split(trained.state_dict())[1].items()
-    return {name: f"{tensor.dtype} of shape {tuple(tensor.shape)}" for name, tensor in tensors}
+def layout(trained: Trained) -> dict[str, str]:
+    """The tensors of the networks and of the task's own state: what a new task expects in a checkpoint."""
+    named = {
+        f"{name} of the task's state": tensor for name, tensor in _split(trained.state_dict())[1].items()
+    }
+    for network_name, network in trained.networks.items():
+        named |= {f"{network_name}.{name}": tensor for name, tensor in model_tensors(network).items()}
+    return {name: f"{tensor.dtype} of shape {tuple(tensor.shape)}" for name, tensor in named.items()}
 
 
 def plain_state(trained: Trained) -> dict[str, Any]:

@@ -14,7 +14,11 @@ from cs324dist.errors import UserError, printable
 from cs324dist.runs.models import read_tensors
 
 Optimizers = Mapping[str, Optimizer | Sequence[Optimizer]]
-Loaded = tuple[list[tuple[Optimizer, Tensor, str, dict[str, Any]]], dict[str, Tensor]]
+Loaded = tuple[
+    list[tuple[Optimizer, Tensor, str, dict[str, Any]]],
+    list[tuple[dict[str, Any], str, int | float | None]],  # a group, and a number in it or None
+    dict[str, Tensor],
+]
 
 
 def optimizers_of(optimizers: Optimizers, name: str) -> list[Optimizer]:
@@ -44,7 +48,22 @@ def optimizer_tensors(optimizers: Optimizers, networks: Mapping[str, nn.Module])
         for key, value in state.items()
         if value is not None
     }
-    return {name: _as_tensor(name, value) for name, value in values.items()}
+    tensors = {name: _as_tensor(name, value) for name, value in values.items()}
+    for optimizer_name, optimizer in each(optimizers):
+        for (number, key), value in _numbers(optimizer).items():
+            if value != optimizer.defaults.get(key):
+                tensors[f"{optimizer_name}/{number}/{key}"] = torch.tensor(float(value), dtype=torch.float64)
+    return tensors
+
+
+def _numbers(optimizer: Optimizer) -> dict[tuple[int, str], int | float]:
+    """Numbers that an optimizer keeps in its groups of parameters, as Prodigy does, by group and key."""
+    return {
+        (number, key): value
+        for number, group in enumerate(optimizer.param_groups)
+        for key, value in group.items()
+        if type(value) in (int, float) and key not in ("lr", "initial_lr")
+    }
 
 
 def read_optimizers(path: Path, optimizers: Optimizers, networks: Mapping[str, nn.Module]) -> "Loaded":
@@ -53,15 +72,20 @@ def read_optimizers(path: Path, optimizers: Optimizers, networks: Mapping[str, n
     Raises:
         UserError: it is the state of other optimizers, or damaged.
     """
-    names, found = _parameter_names(networks), []
+    names, found, numbers = _parameter_names(networks), [], {}
     expected: dict[str, Tensor] = {}
     for name, optimizer in each(optimizers):
-        for parameter, state in zip(_parameters(optimizer), _states_after_a_step(optimizer), strict=True):
+        later = _after_a_step(optimizer)
+        for (number, key), value in _numbers(later).items():
+            place, group = f"{name}/{number}/{key}", optimizer.param_groups[number]
+            numbers[place] = group, key, type(value), key in optimizer.defaults
+            expected[place] = torch.zeros((), dtype=torch.float64)
+        for parameter, state in zip(_parameters(optimizer), _states(later), strict=True):
             prefix = f"{name}/{names[parameter]}"
             found.append((optimizer, parameter, prefix, state))
             values = {f"{prefix}/{key}": value for key, value in state.items() if value is not None}
             expected |= {key: _as_tensor(key, value) for key, value in values.items()}
-    # A parameter that has had no gradient yet has no state.
+    # A parameter that has had no gradient yet has no state; a number may be the default.
     tensors = read_tensors(path, expected, all_needed=False)
     for _, _, prefix, state in found:
         wanted = {f"{prefix}/{key}" for key, value in state.items() if value is not None}
@@ -69,12 +93,21 @@ def read_optimizers(path: Path, optimizers: Optimizers, networks: Mapping[str, n
             raise UserError(f"{path} lacks {absent[0]!r:.99}: it is damaged")
     if infinite := [name for name, tensor in tensors.items() if tensor.isinf().any()]:
         raise UserError(f"{path}: {infinite[0]!r} holds values that are not finite: it is damaged")
-    return found, tensors
+    read = [
+        (group, key, kind(tensors[name].item()) if name in tensors else None)
+        for name, (group, key, kind, is_default) in numbers.items()
+        if name in tensors or not is_default
+    ]
+    return found, read, tensors
 
 
 def load_optimizers(loaded: "Loaded") -> None:
     """Set every optimizer's state to what `read_optimizers` found."""
-    found, tensors = loaded
+    found, numbers, tensors = loaded
+    for group, key, number in numbers:
+        group.pop(key, None)
+        if number is not None:
+            group[key] = number
     for optimizer, parameter, prefix, state in found:
         stored = {key: tensors.get(f"{prefix}/{key}") for key in state}
         if all(value is None for value in stored.values()):
@@ -93,7 +126,7 @@ def with_full_state(optimizers: Optimizers) -> Iterator[None]:
     """Inside, new optimizers have all the state that they will have after a step."""
     before = [(optimizer, dict(optimizer.state)) for _, optimizer in each(optimizers)]
     for optimizer, _ in before:
-        states = zip(_parameters(optimizer), _states_after_a_step(optimizer), strict=True)
+        states = zip(_parameters(optimizer), _states(_after_a_step(optimizer)), strict=True)
         optimizer.state.update({parameter: state for parameter, state in states if state})
     try:
         yield
@@ -103,17 +136,21 @@ def with_full_state(optimizers: Optimizers) -> Iterator[None]:
             optimizer.state.update(state)
 
 
-def _states_after_a_step(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The state of each parameter after a step with gradients of zero, taken by a copy.
+def _after_a_step(optimizer: Optimizer) -> Optimizer:
+    """A copy that has taken a step with gradients of zero.
 
     It has everything that the state of this optimizer can have, in the right shapes and places.
     """
     taken: Any = object.__new__(type(optimizer))  # a plain deep copy lacks a subclass's own attributes
     vars(taken).update(copy.deepcopy(vars(optimizer), {id(optimizer): taken}))
     for parameter in _parameters(taken):
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        parameter.grad = torch.zeros_like(parameter)  # a frozen one may be trained later
     taken.step()
-    return [taken.state.get(parameter, {}) for parameter in _parameters(taken)]
+    return taken
+
+
+def _states(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [optimizer.state.get(parameter, {}) for parameter in _parameters(optimizer)]
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -115,6 +115,10 @@ class TestBadData:
             loader(TensorDataset(torch.empty(0)), 0, "rows")
         with pytest.raises(UserError, match=r"'rows' needs len\(dataset\) and dataset\[item\]"):
             loader(type("Rows", (IterableDataset,), {"__iter__": iter})(), 0, "rows")
+        with pytest.raises(UserError, match=r"'rows' needs len\(dataset\) and dataset\[item\]"):
+            loader(
+                type("Rows", (IterableDataset,), {"__iter__": iter, "__len__": lambda self: 3})(), 0, "rows"
+            )
 
     @pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "2"])
     def test_an_error_for_the_user_is_one_line(self, launch, tmp_path, workers):

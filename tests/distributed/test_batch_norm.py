@@ -75,3 +75,32 @@ def test_a_bias_is_frozen_if_it_has_no_effect(layer, norm, is_cancelled):
             layer.bias += shift * torch.arange(len(layer.bias))
             outputs.append(norm(layer(x)))
     assert torch.allclose(*outputs, atol=1e-4) == is_cancelled
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_in_a_model_of_bf16_it_computes_as_torch_does(affine):
+    layers = [nn.BatchNorm1d(8, affine=affine).bfloat16() for _ in range(2)]
+    convert_sync_batchnorm(layers[0])
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for one in [layer(x) for layer in layers]:
+        assert one.dtype == torch.bfloat16
+    torch.testing.assert_close(layers[0](x), layers[1](x), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(layers[0].running_var, layers[1].running_var, rtol=0.02, atol=0.02)
+
+
+class NormThenReLU(nn.BatchNorm1d):
+    def forward(self, input):
+        return torch.relu(super().forward(input))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_subclass_does_besides_stays(training):
+    plain, converted = (nn.Sequential(NormThenReLU(5)).double().train(training) for _ in range(2))
+    convert_sync_batchnorm(converted)
+    convert_sync_batchnorm(converted)
+    assert isinstance(converted[0], NormThenReLU)
+    x = inputs("vectors")[0]
+    expected = plain(x)
+    torch.testing.assert_close(converted(x), expected, rtol=1e-10, atol=1e-10)
+    assert not training or expected.min() == 0
+    torch.testing.assert_close(converted[0].running_var, plain[0].running_var, rtol=1e-12, atol=0)

@@ -27,6 +27,19 @@ Optimizers = dict[str, Optimizer | list[Optimizer]]
 Build = Callable[[Networks], Optimizers]
 
 optim = torch.optim
+
+
+class Slowing(optim.SGD):
+    """Keeps a number in its groups, as schedule-free optimizers and Prodigy do."""
+
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.add_(parameter.grad, alpha=-group["lr"] / group["steps"])
+
+
 KINDS: dict[str, Callable[..., Optimizer]] = {
     "fused Adam": lambda parameters: optim.Adam(parameters, 1e-2, (0.0, 0.99), fused=True),
     "Adam with AMSGrad": lambda parameters: optim.Adam(parameters, 1e-2, amsgrad=True),
@@ -42,6 +55,7 @@ KINDS: dict[str, Callable[..., Optimizer]] = {
     "SGD with dampening": lambda parameters: optim.SGD(parameters, 1e-1, momentum=0.9, dampening=0.5),
     "Adagrad": lambda parameters: optim.Adagrad(parameters, 1e-1, initial_accumulator_value=0.1),
     "Adadelta": lambda parameters: optim.Adadelta(parameters, 1.0),
+    "a number of steps in a group": lambda parameters: Slowing(parameters, 1e-1),
     "Adafactor": lambda parameters: optim.Adafactor(parameters, 1e-2),
 }
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
@@ -291,3 +305,26 @@ def test_what_else_is_in_a_state_is_refused_before_the_first_step(tmp_path, valu
 def test_an_optimizer_of_something_else_is_refused():
     with pytest.raises(UserError, match=r"^optimizer 'rnn' holds 1 parameters of no network of the task$"):
         start(lambda networks: {"rnn": KINDS["SGD"]([*networks["rnn"].parameters(), torch.zeros(2)])})
+
+
+def test_a_parameter_that_is_trained_later_has_its_state_back(tmp_path):
+    def build(networks: Networks) -> Optimizers:
+        networks["head"].requires_grad_(networks["head"].training)
+        return one_over_two_networks(networks)
+
+    def steps(task: Learner, trainer: Trainer, first: int, last: int) -> None:
+        for step in range(first, last):
+            task.networks["head"].requires_grad_(step >= 2)
+            trainer.step(step, is_logged=False)
+
+    task, trainer = start(build)
+    task.networks["head"].requires_grad_(False)
+    steps(task, trainer, 0, 4)
+    write_checkpoint(tmp_path / "4", task, TrainerState(4))
+    steps(task, trainer, 4, 6)
+
+    again, trainer = start(build)
+    again.networks["head"].requires_grad_(False)
+    trainer.restore(tmp_path / "4")
+    steps(again, trainer, 4, 6)
+    assert bits(again.networks) == bits(task.networks)

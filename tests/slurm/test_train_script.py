@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sh"
 PROGRAMS = {
-    "python": 'case $* in *--dry-run) echo "{\\"run_dir\\": \\"$RUN\\"}" ;; *) echo "$RUN" ;; esac',
+    "python": 'case $* in *--dry-run) echo "{hello}"; echo "{\\"run_dir\\": \\"$RUN\\"}" ;; '
+    f'*) exec {sys.executable} "$@" ;; esac',
     "srun": 'mkdir -p -- "$RUN"; cp "$STATUS" "./$RUN/status.json"; exit 75',
     "scontrol": 'case $* in *requeue*) echo "$*" >>requeues ;; *hostnames*) echo n1 ;; '
     '*) echo "JobState=RUNNING Reason=None Restarts=$SLURM_RESTART_COUNT BatchFlag=1" ;; esac',

@@ -1,7 +1,8 @@
 """Steps of tasks that the toolkit does not bring: what the trainer leaves as it was, beside plain loops."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,8 +11,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from cs324dist import Config, MicroBatch, Stream, Task, seeded
+from cs324dist.errors import UserError
 from cs324dist.trainer import Trainer
 
 RATE, BATCH, STEPS = 0.1, 8, 5
@@ -124,6 +127,98 @@ def test_what_is_only_measured_changes_nothing(micro_batches: int | None) -> Non
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+class Shared(Partly):
+    """A network and a part of it, such as the part that is to be loaded by itself."""
+
+    def loss(self, batch: MicroBatch) -> tuple[Any, dict[str, Tensor]]:
+        x = self.inputs(batch)
+        return (1e3 * self.networks["net"](x).square().sum(), float(len(x))), {}
+
+
+@pytest.mark.parametrize("micro_batches", [None, 2])
+def test_a_network_may_be_part_of_another(micro_batches: int | None) -> None:
+    ends = []
+    for is_named in (False, True):
+        net = nn.Sequential(linear(2, 3), linear(3, 1))
+        trainer = trainer_of(Shared, micro_batches, net=net, **({"first": net[0]} if is_named else {}))
+        trainer.config = replace(trainer.config, max_grad_norm=0.5)
+        trainer.task.optimizers = {"net": torch.optim.SGD(net.parameters(), RATE)}
+        trainer = Trainer(trainer.task, trainer.accelerator)
+        before = [parameter.detach().clone() for parameter in net.parameters()]
+        trainer.step(0, is_logged=False)
+        ends.append([parameter - old for parameter, old in zip(net.parameters(), before, strict=True)])
+    for moved, expected in zip(*ends, strict=True):
+        torch.testing.assert_close(moved, expected)
+
+
+@pytest.mark.parametrize(
+    "change", [nn.utils.weight_norm, partial(prune.l1_unstructured, name="weight", amount=0.5)]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_wide_layer_whose_weight_is_computed_is_trained(change: Callable[[nn.Module], nn.Module]) -> None:
+    ends = []
+    for micro_batches in (None, 2):
+        net = nn.Sequential(linear(2, 64), change(linear(64, 64)), linear(64, 1))
+        before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+        trainer_of(Partly, micro_batches, net=net).step(0, is_logged=False)
+        ends.append({name: parameter - before[name] for name, parameter in net.named_parameters()})
+    assert all(moved.any() for moved in ends[0].values())
+    for name, moved in ends[0].items():
+        torch.testing.assert_close(ends[1][name], moved, rtol=1e-4, atol=1e-7)
+
+
+class Merging(nn.Linear):
+    merged = False
+
+    def train(self, mode: bool = True) -> "Merging":
+        self.merged = not mode
+        return super().train(mode)
+
+
+def test_after_an_evaluation_a_module_is_told_of_its_mode() -> None:
+    net = nn.Sequential(Merging(2, 2), nn.Sequential(Merging(2, 1)).eval())
+    with trainer_of(Partly, None, net=net).evaluating():
+        assert [net[0].merged, net[1][0].merged] == [True, True]
+    assert [net[0].merged, net[1][0].merged] == [False, True]
+
+
+class SomeMetrics(Partly):
+    of: ClassVar[dict[int, dict[str, Any]]]
+
+    def loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Any]]:
+        return super().loss(batch)[0], self.of[batch.index]
+
+
+def metrics(of: dict[int, dict[str, Any]]) -> dict[str, float]:
+    trainer = trainer_of(type("SomeMetrics", (SomeMetrics,), {"of": of}), len(of), net=linear(2, 1))
+    trainer.step(0, is_logged=True)
+    return trainer.read_metrics()
+
+
+def test_metrics_are_put_together_by_their_names() -> None:
+    assert metrics({0: {"a": 1.0, "b": 5.0}, 1: {"b": 7.0, "a": 3.0}}) == {"train/a": 2, "train/b": 6}
+    assert metrics({0: {"a": 1.0, "b": (0.0, 0.0)}, 1: {"a": 3.0, "b": (0.0, 0.0)}}) == {"train/a": 2}
+    with pytest.raises(UserError, match="some micro-batches give other metrics than those of others"):
+        metrics({0: {"a": 1.0, "b": 5.0}, 1: {"a": 3.0}})
+
+
+class Counting(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 1)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.count = self.count + 1
+        return super().forward(input)
+
+
+def test_a_buffer_that_measuring_replaces_is_put_back() -> None:
+    trainer = trainer_of(Measures, None, net=Counting())
+    for step in range(4):
+        trainer.step(step, is_logged=True)
+    assert trainer.task.networks["net"].count == 2
+
+
 TASK = """
 import os
 from dataclasses import dataclass
@@ -145,16 +240,19 @@ class Own(Task[OwnConfig]):
     def __init__(self, config, device):
         super().__init__(config, device)
         self.net = nn.Linear(2, 1).to(device)
+        self.net.register_buffer("history", torch.zeros(0))
         self.unused = nn.Linear(2, 1).to(device)
-        self.networks = {"net": nn.ModuleList([self.net, self.unused])}
-        trained = self.networks["net"] if CASE == "unused" else self.net
-        self.optimizers = {"net": torch.optim.SGD(trained.parameters(), 0.1)}
+        self.networks = {"net": nn.ModuleList([self.net, self.unused] if CASE == "unused" else [self.net])}
+        self.optimizers = {"net": torch.optim.SGD(self.networks["net"].parameters(), 0.1)}
         self.best = None
 
     def loss(self, batch):
         loss = self.net(torch.ones(len(batch.samples), 2)).mean()
         self.best = loss.detach()
-        return loss, {"loss": loss}
+        if CASE == "a buffer that grows":
+            self.net.history = torch.zeros(batch.step)
+        values = {"a": 1.0, "b": 100.0} if batch.index != 1 else {"b": 100.0, "a": 1.0}
+        return loss, values if not (CASE == "missing" and batch.index == 1) else {}
 
     def state_dict(self):
         return {"best": self.best} if CASE == "a tensor that appears" else {}
@@ -212,11 +310,28 @@ def test_a_tensor_that_appears_in_the_state_ends_the_run_before_it_is_saved(trai
     assert f"after step 2, best of the task's state is {is_now}, and was {was}" in error(done)
 
 
+def test_a_buffer_that_grows_ends_the_run_before_it_is_saved(train):
+    done = train(case="a buffer that grows")
+    assert done.returncode == 1
+    assert "after step 2, net.0.history is torch.float32 of shape (1,), and was" in error(done)
+
+
+def test_on_three_processes_metrics_are_put_together_by_their_names(train, tmp_path):
+    three = {"launcher": "torchrun", "options": ("--nproc_per_node", "3")}
+    done = train("--batch-size", "9", **three)
+    assert done.returncode == 0, done.stderr
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert {(row["train/a"], row["train/b"]) for row in rows if "train/a" in row} == {(1.0, 100.0)}
+    done = train("--batch-size", "9", "--run-dir", tmp_path / "other", case="missing", **three)
+    assert [line for line in done.stderr.splitlines() if "give other metrics than those of others" in line]
+    assert "SIGABRT" not in done.stderr
+
+
 def test_a_parameter_without_a_gradient_on_two_processes_is_one_line(train, tmp_path):
     assert train(case="unused").returncode == 0
     done = train("--steps", "8", case="unused", launcher="torchrun", options=("--nproc_per_node", "2"))
     assert done.returncode == 1
-    assert any("a loss has to use every parameter" in line for line in done.stderr.splitlines())
+    assert "a loss has to use every parameter of its networks" in done.stderr
     parts = ("--micro-batches", "2", "--run-dir", tmp_path / "parts")
     assert (
         train(*parts, case="unused", launcher="torchrun", options=("--nproc_per_node", "2")).returncode == 0

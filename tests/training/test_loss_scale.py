@@ -1,12 +1,15 @@
 """fp16's loss scaling, here on a CPU: steps that it leaves out are counted, all others are as without it."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
 
+from cs324dist.config import Config
 from cs324dist.distributed.stop import StopRequest
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
+from cs324dist.tasks.base import Task
 from cs324dist.tasks.lstm import LSTMTask
 from cs324dist.trainer import SkippedSteps, Trainer, run_task
 
@@ -67,6 +70,36 @@ def test_gradients_are_clipped_and_applied_as_without_a_scale():
         loss = trainer.read_metrics()["train/loss"]
         ends.append((loss, [parameter.tolist() for parameter in task.model.parameters()]))
     assert ends[0] == ends[1]
+
+
+class TwoOptimizers(Task[Config]):
+    name = "two"
+    presets: ClassVar = {"fast": Config(max_grad_norm=1.0)}
+    gradient = 1.0  # of the first parameter
+
+    def __init__(self, config, device):
+        super().__init__(config, device)
+        parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+        self.networks = {"net": torch.nn.ParameterList(parameters)}
+        self.optimizers = {"net": tuple(torch.optim.SGD([one], 0.1) for one in parameters[:2])}
+
+    def loss(self, batch):
+        first, second, untrained = self.networks["net"]
+        return (self.gradient * first + second + 9 * untrained).sum(), {}
+
+
+def moved(gradient: float, **scaler: float) -> list[float]:
+    task = TwoOptimizers(TwoOptimizers.presets["fast"], torch.device("cpu"))
+    task.gradient = gradient
+    trainer = Trainer(task, accelerator(**scaler))
+    trainer.step(0, is_logged=False)
+    return [round((1 - parameter[0]).item(), 6) for parameter in task.networks["net"]]
+
+
+def test_an_overflow_of_one_optimizer_does_not_reach_another():
+    assert moved(float("inf"), init_scale=8.0) == [0, 0.1, 0]  # as without clipping
+    step = round(0.1 / 6**0.5, 6)  # six gradients of one, together of norm one
+    assert moved(1.0, init_scale=8.0) == moved(1.0) == [step, step, 0]
 
 
 def test_a_run_goes_on_with_the_scale_that_it_had(tmp_path):
