@@ -277,7 +277,7 @@ class Trainer:
         """
         alike = all(self._metrics[name].keys() == set(self._own) for name in names)
         if self.accelerator.num_processes > 1:
-            digest = zlib.crc32("\0".join(names).encode()) if alike else -1
+            digest = zlib.crc32("\0".join(names).encode()) & 0xFFFF if alike else -1
             rows = dict.fromkeys(self._own, self._number(float(digest)).view(1))
             alike = self.sum(rows).item() == digest * self.count >= 0
         if not alike:
