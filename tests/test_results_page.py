@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,14 @@ def test_the_page_is_the_one_that_the_stored_results_make(name: str) -> None:
     from results_page import page
 
     assert (REPOSITORY / "docs" / f"{name}.md").read_text() == page(name)
+
+
+def test_every_stored_result_is_of_a_commit() -> None:
+    from results_page import environments
+
+    for path in (REPOSITORY / "benchmarks" / "results").rglob("*.json"):
+        for made in environments([json.loads(path.read_text())]):
+            assert re.fullmatch("[0-9a-f]{40}", made["commit"]), path  # with changes it ends in -dirty
 
 
 def test_a_comparison_is_on_the_page_as_soon_as_it_is_stored(
