@@ -41,10 +41,13 @@ def freeze_cancelled_biases(model: nn.Module) -> None:
         if isinstance(chain, nn.Sequential):
             for layer, following in pairwise(chain):
                 bias = getattr(layer, "bias", None)
-                if not (isinstance(following, _BatchNorm) and isinstance(bias, nn.Parameter)):
-                    continue
                 # In eval mode it subtracts another mean; a bias of another size is not one for each channel.
-                if following.training and len(bias) == following.num_features:
+                if (
+                    isinstance(bias, nn.Parameter)
+                    and isinstance(following, _BatchNorm)
+                    and following.training
+                    and len(bias) == following.num_features
+                ):
                     bias.requires_grad_(False)
 
 

@@ -91,13 +91,13 @@ def _forward(
     weight: Tensor = layer.weight
     bias: Tensor | None = layer.bias
     inputs, outputs = layer.in_features, layer.out_features
-    parameter = weight if isinstance(weight, nn.Parameter) else None  # `weight_norm` computes it
     if (
-        parameter is None
+        not isinstance(weight, nn.Parameter)  # `weight_norm` computes it
         or x.dim() < 2
         or micro_batches * (x.numel() // inputs) * (inputs + outputs) >= inputs * outputs
     ):
         return F.linear(x, weight, bias)
+    parameter = weight
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)

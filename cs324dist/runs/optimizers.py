@@ -105,8 +105,9 @@ def load_optimizers(loaded: "Loaded") -> None:
     """Set every optimizer's state to what `read_optimizers` found."""
     found, numbers, tensors = loaded
     for group, key, number in numbers:
-        group.pop(key, None)
-        if number is not None:
+        if number is None:
+            group.pop(key, None)
+        else:
             group[key] = number
     for optimizer, parameter, prefix, state in found:
         stored = {key: tensors.get(f"{prefix}/{key}") for key in state}
