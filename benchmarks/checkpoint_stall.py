@@ -35,7 +35,8 @@ def measure(folder: Path, repeats: int, steps: int) -> Row:
     task, config = trainer.task, trainer.config
     run, step_times, save_times = Run(trainer, run_dir, StopRequest(world_size=1)), [], []
     with run_dir.claimed(lambda: run_dir.check_fits(task.name, config), run.on_main):
-        run_dir.start(run_record(type(task), config), trainer.environment(), step=0, metrics_lines=0)
+        start = run.resume()
+        run_dir.start(run_record(type(task), config), trainer.environment(), start.step, start.metrics_lines)
         for step in range(WARM_UP):
             trainer.step(step, is_logged=False)
         for first in range(WARM_UP, WARM_UP + repeats * steps, steps):

@@ -300,8 +300,9 @@ def timed_run(length: int, options: str, trials: int) -> Row:
         process = subprocess.Popen(arguments, cwd=REPOSITORY)
         _, status, used = os.wait4(process.pid, 0)
         seconds = time.monotonic() - began
-        if status:
-            sys.exit(f"{command} ended with exit code {os.waitstatus_to_exitcode(status)}")
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            sys.exit(f"{command} ended with exit code {process.returncode}")
         accuracy = read_run(run, command).last("eval/accuracy")
     row = {"length": length, "command": f"python {command}", "seconds": round(seconds)}
     return row | {"peak_gib": round(used.ru_maxrss / 2**20, 2), "accuracy": accuracy, "trials": trials}

@@ -172,6 +172,7 @@ SHORT_PARTS = (
     "readings",
     "initialisation",
     "fast",
+    "final",
     "ablation",
     "generalisation",
     "certain",
@@ -187,6 +188,7 @@ def test_a_part_of_the_lstms_results_is_what_the_page_reads(
     new_trainer, train, count = lstm_results.new_trainer, lstm_results.train, lstm_results.count
     short = {"length": 3, "batch_size": 4}
     monkeypatch.setattr(lstm_results, "SEEDS", range(1))
+    monkeypatch.setattr(lstm_results, "on_each_core", lambda *work: [*map(*work)])
     monkeypatch.setattr(lstm_results, "UNSEEN_LENGTHS", (1, 5))
     monkeypatch.setattr(lstm_results, "train", lambda trainer, most, least=0: train(trainer, 2))
     monkeypatch.setattr(
@@ -198,6 +200,71 @@ def test_a_part_of_the_lstms_results_is_what_the_page_reads(
     stored = json.loads((REPOSITORY / "benchmarks" / "results" / "lstm" / f"{part}.json").read_text())
     made = getattr(lstm_results, part)()
     assert {tuple(row) for row in made} == {tuple(row) for row in stored["rows"]}
+
+
+def test_a_timed_run_of_the_lstm_is_what_the_page_reads() -> None:
+    from lstm_results import timed_run
+
+    made = timed_run(5, "--steps 2 --batch-size 4 --evaluate-every 2", 10_000)
+    for part in ("long", "million"):
+        stored = json.loads((REPOSITORY / "benchmarks" / "results" / "lstm" / f"{part}.json").read_text())
+        assert {tuple(made)} == {tuple(row) for row in stored["rows"]}
+
+
+TINY_GAN = {
+    "launch/gan.py": ("--preset", "smoke", "--dataset", "fake", "--batch-size", "4", "--log-every", "2"),
+    "launch/classifier.py": ("--preset", "smoke", "--dataset", "fake"),
+    "launch/evaluate.py": ("--count", "1000"),
+}
+GAN_PARTS = (
+    "course", "fast", "bf16", "best", "draws", "judged", "pace", "ablation", "memorised", "fashion"
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", GAN_PARTS)
+def test_a_part_of_the_gans_results_is_what_the_page_reads(
+    part: str, tmp_path: Path, launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gan_results
+    import second_judge
+
+    from cs324dist.data.images import load_images
+
+    def tiny(script: str, *words: object, **environment: str) -> None:
+        steps = ("--steps", "102" if part == "pace" else "2") if script == "launch/gan.py" else ()
+        launch(script, *map(str, words), *TINY_GAN.get(script, ()), *steps, environment=environment)
+
+    seeds = gan_results.seeds
+    for module in (gan_results, second_judge):
+        monkeypatch.setattr(module, "load_images", lambda _, *where: load_images("fake", *where))
+    for name, value in {
+        "RUNS": tmp_path,
+        "IMAGES": tmp_path,
+        "run_python": tiny,
+        "on_each_core": lambda *work: [*map(*work)],
+        "pictures": lambda *some: None,  # their digits cannot be read
+        "seeds": lambda name, count, *options: seeds(name, 1, *options),
+        "COURSE_SEEDS": 1,
+        "BEST_SEEDS": 1,
+        "DRAWS": 1,
+    }.items():
+        monkeypatch.setattr(gan_results, name, value)
+    stored = json.loads((REPOSITORY / "benchmarks" / "results" / "gan" / f"{part}.json").read_text())
+    made = getattr(gan_results, part)()
+    assert {tuple(row) for row in made} == {tuple(row) for row in stored["rows"]}
+
+
+def test_how_long_checkpoints_take_is_what_the_page_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from checkpoint_stall import measure
+
+    monkeypatch.chdir(tmp_path)  # without data/
+    stored = json.loads((REPOSITORY / "benchmarks" / "results" / "checkpoint_stall.json").read_text())
+    made = measure(tmp_path, repeats=2, steps=1)
+    assert made.keys() == stored.keys() - {"environment"}
+    assert len(made["save_milliseconds_all"]) == made["repeats"] == 2
 
 
 def test_work_on_each_core_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

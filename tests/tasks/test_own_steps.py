@@ -327,12 +327,12 @@ def test_on_three_processes_metrics_are_put_together_by_their_names(train, tmp_p
     assert "SIGABRT" not in done.stderr
 
 
-def test_a_parameter_without_a_gradient_on_two_processes_is_one_line(train, tmp_path):
-    assert train(case="unused").returncode == 0
-    done = train("--steps", "8", case="unused", launcher="torchrun", options=("--nproc_per_node", "2"))
+@pytest.mark.parametrize("processes", ["2", "3"])
+def test_a_parameter_without_a_gradient_on_several_processes_is_one_line(train, tmp_path, processes):
+    several = {"launcher": "torchrun", "options": ("--nproc_per_node", processes)}
+    assert train("--batch-size", "12", case="unused").returncode == 0
+    done = train("--batch-size", "12", "--steps", "8", case="unused", **several)
     assert done.returncode == 1
     assert "a loss has to use every parameter of its networks" in done.stderr
-    parts = ("--micro-batches", "2", "--run-dir", tmp_path / "parts")
-    assert (
-        train(*parts, case="unused", launcher="torchrun", options=("--nproc_per_node", "2")).returncode == 0
-    )
+    parts = ("--batch-size", "12", "--micro-batches", processes, "--run-dir", tmp_path / "parts")
+    assert train(*parts, case="unused", **several).returncode == 0
