@@ -63,9 +63,10 @@ def yes(is_so: bool) -> str:
 
 def effect(row: Row) -> str:
     """What leaving a measure out does to the time of a step; nothing, where the rounds do not agree."""
-    if min(row["ratios"]) > 1:
+    shown = [round(ratio, 2) for ratio in row["ratios"]]  # the page's range
+    if min(shown) > 1:
         return "slower"
-    return "faster" if max(row["ratios"]) < 1 else "no difference could be measured"
+    return "faster" if max(shown) < 1 else "no difference could be measured"
 
 
 def percents_more(rows: Iterable[Row]) -> str:
