@@ -144,6 +144,22 @@ def test_the_stored_traffic_is_that_of_the_models() -> None:
     assert by_task["classifier"]["ddp"] == 4 * classifier
 
 
+@pytest.mark.parametrize(
+    ("ratios", "said"),
+    [
+        ([1.006, 1.2], "slower"),
+        ([1.004, 1.2], "no difference could be measured"),  # the page shows 1.00
+        ([0.9, 1.1], "no difference could be measured"),
+        ([0.9, 0.996], "no difference could be measured"),
+        ([0.9, 0.994], "faster"),
+    ],
+)
+def test_a_measure_has_an_effect_where_the_shown_range_excludes_one(ratios: list[float], said: str) -> None:
+    from results_page import effect
+
+    assert effect({"ratios": ratios}) == said
+
+
 def test_means_are_those_of_each_group() -> None:
     from results_page import means
 
