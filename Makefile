@@ -70,8 +70,8 @@ crash-points: .venv/installed  ## fail at every file operation of a run, and com
 fuzz: .venv/installed  ## damage run folders in 10 000 ways, and read them (about 25 minutes on 2 cores)
 	$(BIN)/python tests/fuzz.py --jobs 2
 
-slurm-test: .venv/installed  ## jobs, faults and requeues on a real Slurm on this machine (root; under 20 minutes)
-	$(BIN)/python -m pytest -v tests/slurm
+slurm-test: .venv/installed  ## jobs, faults and requeues on a real Slurm on this machine (root; under 20 minutes; ARGS=--store)
+	$(BIN)/python -m pytest -v tests/slurm $(ARGS)
 
 package: .venv/installed  ## build the wheel, and run it in an environment of its own (PYTHON=... for another Python)
 	rm -rf build
