@@ -90,10 +90,18 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 Preempt
 """
 
 
+def find(program: str) -> str | None:
+    return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
+def version() -> str:
+    """Slurm's."""
+    return subprocess.check_output([str(find("slurmctld")), "-V"], text=True).split()[-1]
+
+
 def missing() -> str:
     """What keeps a cluster from being started here; empty if nothing does."""
-    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    if absent := [program for program in PROGRAMS if shutil.which(program, path=path) is None]:
+    if absent := [program for program in PROGRAMS if find(program) is None]:
         return f"{', '.join(absent)} not found: {PACKAGES}"
     probe = "ip link add name br0 type bridge && mount -t tmpfs tmpfs /dev/shm && hostname probe"
     if subprocess.run([*UNSHARE, "sh", "-c", probe], capture_output=True, check=False).returncode:

@@ -1,7 +1,6 @@
 """The cluster, jobs on it, and the table of what became of them."""
 
 import os
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, missing
+from cluster import Cluster, missing, version
 from jobs import REPOSITORY, Job, Outcome
 
 OUTCOMES = pytest.StashKey[list[Outcome]]()
@@ -101,7 +100,6 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         if config.getoption("--store"):
             from chaos import store  # it imports torch
 
-            version = subprocess.run(["sbatch", "--version"], stdout=subprocess.PIPE, text=True, check=True)
             counts = {name: len(terminalreporter.getreports(name)) for name in ("passed", "failed")}
             table = [asdict(row) for row in rows]
-            store("slurm", BEGAN, version=version.stdout.split()[-1], tests=counts, table=table)
+            store("slurm", BEGAN, version=version(), tests=counts, table=table)
