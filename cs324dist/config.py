@@ -100,9 +100,6 @@ class Config:
     """Steps FIRST:LAST, counted from 1, of which the main process writes a trace of torch's profiler into
     profile/ of the run folder."""
 
-    cuda_graph: Annotated[bool, MUTABLE, ForOlderRuns(False)] = False
-    """Launch each update as one CUDA graph, on one process; not yet run on a GPU."""
-
     dry_run: Annotated[bool, MUTABLE] = False
     """Print the settings that would be used, and stop."""
 
@@ -129,7 +126,7 @@ class Config:
     groups: ClassVar[Mapping[str, Sequence[str]]] = {
         "run": ("preset", "run_dir", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_last",
                 "keep_best", "peer_timeout", "wandb", "wandb_project",
-                "tensorboard", "profile_steps", "cuda_graph", "dry_run"),
+                "tensorboard", "profile_steps", "dry_run"),
         "data": ("seed", "batch_size", "micro_batches", "dataset", "data_root", "data", "length", "encoding"),
         "model": ("model", "kernel", "hidden_size", "latent_dim", "initialisation", "batch_norm"),
     }  # fmt: skip

@@ -22,10 +22,10 @@ from torch.optim import Optimizer
 from cs324dist.command_line import from_command_line
 from cs324dist.config import Config, as_json, conflicts
 from cs324dist.data.counter_rng import stream_keys
-from cs324dist.data.streams import MicroBatch, seed_torch, share
+from cs324dist.data.streams import MicroBatch, share
 from cs324dist.distributed.batch_norm import convert_sync_batchnorm, freeze_cancelled_biases, spans_the_batch
 from cs324dist.distributed.failures import ProcessLost, translate_errors
-from cs324dist.distributed.gradients import Batches, DDPGradients, ExactGradients, SeedOf
+from cs324dist.distributed.gradients import DDPGradients, ExactGradients
 from cs324dist.distributed.launcher import asked_precision
 from cs324dist.distributed.micro_batches import add_in_order, gather_rows
 from cs324dist.distributed.process import (
@@ -47,7 +47,6 @@ from cs324dist.errors import (
     say,
     warn,
 )
-from cs324dist.graphs import Graphs
 from cs324dist.runs.checkpoints import (
     TrainerState,
     check_names,
@@ -101,7 +100,6 @@ class Trainer:
                 )
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
-        self._graphs = self._new_graphs() if self.config.cuda_graph else None
         self._threads = torch.get_num_threads()  # micro-batches have one each
         self._gradients: DDPGradients | ExactGradients
         if self.config.micro_batches is None:
@@ -113,22 +111,6 @@ class Trainer:
         self._step, self._is_logged = 0, False
         self._metrics: Recorded = {}
         self._skipped = SkippedSteps(accelerator)
-
-    def _new_graphs(self) -> Graphs:
-        accelerator = self.accelerator
-        for is_so, title in (
-            (self.config.micro_batches, "--micro-batches"),
-            (accelerator.num_processes > 1, "more than one process"),
-            (self.compiled, "torch.compile"),
-            (accelerator.scaler, "--mixed_precision fp16"),
-            (self.task.graph_key() is None, f"the task {self.task.name}, which has no graph_key"),
-        ):
-            if is_so:
-                raise UserError(f"--cuda-graph does not work with {title}: leave one of the two out")
-        graphs = Graphs(accelerator.device)
-        for _, optimizer in each(self.task.optimizers):
-            graphs.prepare(optimizer)
-        return graphs
 
     def _networks_of(self, name: str) -> tuple[nn.Module, ...]:
         """The networks that the optimizers `name` train."""
@@ -144,55 +126,38 @@ class Trainer:
     def step(self, step: int, *, is_logged: bool) -> None:
         """Take step `step`, counted from 0; see `read_metrics` for what it logs."""
         self._step, self._is_logged, self._metrics = step, is_logged, {}
-        if self._graphs:
-            self._graphs.clock.set(step, self.config.batch_size)
         self.task.step(step, self)
         self._skipped.observe()
 
     def _batches(self) -> dict[int, MicroBatch]:
         """The micro-batches of this process, by index."""
         size, device = self.config.batch_size, self.accelerator.device
-        clock = self._graphs.clock if self._graphs else None
-        return {index: MicroBatch(self._step, size, index, self.count, device, clock) for index in self._own}
+        return {index: MicroBatch(self._step, size, index, self.count, device) for index in self._own}
 
     def update(self, name: str, loss: Loss) -> None:
         """See `Updater`."""
-        factor, batches = self.config.learning_rate_factor(self._step), self._batches()
-        for optimizer in optimizers_of(self.task.optimizers, name):
-            for group in optimizer.param_groups:
-                if self._graphs:
-                    group["lr"].fill_(group["initial_lr"] * factor)
-                else:
-                    group["lr"] = group["initial_lr"] * factor
-
-        def seed_of(batch: MicroBatch) -> int:  # of what draws from torch's generators, such as dropout
-            return stream_keys(self.config.seed, f"step {batch.step}/{name}/{batch.index}")[0]
-
-        work = partial(self._update, name, loss, batches, seed_of)
-        if self._graphs:
-            seed_torch(seed_of(batches[0]), self.accelerator.device)
-            self._metrics |= self._graphs.run((name, self.task.graph_key()), work)
-        else:
-            self._metrics |= work()
-
-    def _update(self, name: str, loss: Loss, batches: Batches, seed_of: SeedOf) -> Recorded:
-        """Take a step of the optimizers, and return the metrics."""
-        recorded: Recorded = {}
         networks, scaler = self._trained[name], self.accelerator.scaler
         optimizers = optimizers_of(self.task.optimizers, name)
-        parameters = list(dict.fromkeys(p for network in networks for p in network.parameters()))
+        factor = self.config.learning_rate_factor(self._step)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
         weights: dict[int, Tensor] = {}
 
         def loss_of(batch: MicroBatch) -> Tensor:
             value, metrics = checked(loss(batch))
-            self._record(recorded, batch, metrics)
+            self._record(batch, metrics)
             if isinstance(value, Tensor):
                 return value
             weights[batch.index] = self._number(value[1])
             return value[0]
 
-        self._gradients.compute(networks, loss_of, seed_of, batches)
+        def seed_of(batch: MicroBatch) -> int:  # of what draws from torch's generators, such as dropout
+            return stream_keys(self.config.seed, f"step {batch.step}/{name}/{batch.index}")[0]
+
+        self._gradients.compute(networks, loss_of, seed_of, self._batches())
         if weights:  # the gradient is that of the mean of sums
+            parameters = dict.fromkeys(p for network in networks for p in network.parameters())
             gradients = [p.grad for p in parameters if p.grad is not None]
             torch._foreach_mul_(gradients, self.count / self.sum(weights))
         if self.config.max_grad_norm is not None:
@@ -206,7 +171,6 @@ class Trainer:
             network.zero_grad()
         if scaler:
             scaler.update()
-        return recorded
 
     def _clip(self, optimizers: Iterable[Optimizer], most: float) -> None:
         """Scale the gradients that the optimizers use down to a norm of `most`."""
@@ -224,7 +188,7 @@ class Trainer:
 
         def recorded(batch: MicroBatch) -> None:
             with torch.no_grad():
-                self._record(self._metrics, batch, checked(loss(batch))[1])
+                self._record(batch, checked(loss(batch))[1])
 
         if not self._is_logged:
             return
@@ -243,11 +207,11 @@ class Trainer:
         """See `Updater`."""
         return add_in_order(gather_rows(values, self.count))
 
-    def _record(self, recorded: Recorded, batch: MicroBatch, metrics: Metrics) -> None:
+    def _record(self, batch: MicroBatch, metrics: Metrics) -> None:
         for name, value in metrics.items():
             total, weight = value if isinstance(value, tuple) else (value, 1.0)
             pair = self._number(total), self._number(weight)
-            recorded.setdefault(f"train/{name}", {})[batch.index] = pair
+            self._metrics.setdefault(f"train/{name}", {})[batch.index] = pair
 
     def _number(self, value: Tensor | float) -> Float64[Tensor, ""]:
         device = self.accelerator.device
@@ -323,8 +287,6 @@ class Trainer:
             UserError: it is damaged, or another task's.
         """
         state = read_checkpoint(checkpoint, self.task)
-        if self._graphs:
-            self._graphs.clear()
         if state.loss_scale and (scaler := self.accelerator.scaler) is not None:
             interval = scaler.get_growth_interval()  # torch takes no float, as numbers in a checkpoint are
             scaler.load_state_dict({**state.loss_scale, "growth_interval": interval})

@@ -21,8 +21,7 @@ HEAD = """# The public API
 work. `Float[Tensor, "batch classes"]` is a tensor of floats of two dimensions, `Float[Tensor, ""]` of none.
 
 Other types that appear below: `Interval` bounds a number, `Seed` is an integer from 0, `StepRange` is a text
-such as `10:13`, `ScheduleName` is `constant`, `linear`, `cosine` or `wsd`, and `ForOlderRuns(value)` is the
-value in runs made before the option existed. `Clock` is internal, for CUDA graphs. `Weights` is `averaged` or
+such as `10:13`, and `ScheduleName` is `constant`, `linear`, `cosine` or `wsd`. `Weights` is `averaged` or
 `raw`; `Model` is the class that you give.
 """
 PARTS = {  # by module

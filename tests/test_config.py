@@ -50,7 +50,6 @@ MUTABLE_OPTIONS = {
     "wandb_project",
     "tensorboard",
     "profile_steps",
-    "cuda_graph",
     "dry_run",
     "data_root",
     "kernel",
@@ -226,7 +225,7 @@ class TestOptions:
     @pytest.mark.parametrize("task", TASKS)
     def test_every_option_that_has_a_rule_can_be_wrong_and_all_are_named_together(self, task):
         free_text = {"run_dir", "data_root", "keep_best", "wandb_project"}
-        free_text |= {"cuda_graph", "dry_run", "tensorboard"}  # flags
+        free_text |= {"dry_run", "tensorboard"}  # flags
         names = [field.name for field in fields(PRESETS[task]["fast"]) if field.name not in free_text]
         wrong = {name: "nonsense" if isinstance(default(task, name), str) else "-1" for name in names}
         lines = refused(TASKS[task], *(f"{option(name)}={value}" for name, value in wrong.items()))
@@ -659,7 +658,6 @@ class TestHelp:
                     "--wandb-project",
                     "--tensorboard",
                     "--profile-steps",
-                    "--cuda-graph",
                     "--dry-run",
                 ),
             },

@@ -18,7 +18,7 @@ FLOORS = (  # a folder or module imports from those before it, and from those be
     {"metrics"},
     {"sampling"},
     {"tasks"},
-    {"trackers", "graphs"},
+    {"trackers"},
     {"command_line"},
     {"trainer"},
     {"audit"},

@@ -88,10 +88,8 @@ class Loader:
         """The samples of a micro-batch, collated, on its device.
 
         Raises:
-            ReportedError: one that the data set raised, or `--cuda-graph`, which would load nothing new.
+            ReportedError: one that the data set raised.
         """
-        if batch.clock is not None:
-            raise UserError("a graph cannot load data: leave --cuda-graph out")
         step = replace(batch, index=0, device=CPU)
         with _one_at_a_time:
             began = time.perf_counter()

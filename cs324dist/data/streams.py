@@ -15,42 +15,8 @@ from torch import Tensor
 
 from cs324dist.data import counter_rng as rng
 from cs324dist.data.counter_rng import Indices
-from cs324dist.errors import UserError
 
 CPU = torch.device("cpu")
-
-
-class Clock:
-    """The step, and the orders of its epochs, on the device: for work that is captured once and replayed."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.step = torch.zeros((), dtype=torch.int64, device=device)
-        self._orders: dict[ShuffledEpochs, tuple[Tensor, list[int]]] = {}
-
-    def set(self, step: int, batch_size: int) -> None:
-        """Go to a step of so many samples."""
-        self.step.fill_(step)
-        for shuffle in self._orders:
-            self.orders(shuffle, step, batch_size)
-
-    def orders(self, shuffle: "ShuffledEpochs", step: int, batch_size: int) -> Int64[Tensor, "2 size"]:
-        """The orders of the epochs that a step reaches, the even one first; always the same memory.
-
-        Raises:
-            UserError: it reaches more than two.
-        """
-        if batch_size > shuffle.size:
-            raise UserError(f"--cuda-graph needs --batch-size {shuffle.size} at most, a pass over the data")
-        if shuffle not in self._orders:
-            empty = torch.zeros(2, shuffle.size, dtype=torch.int64, device=self.step.device)
-            self._orders[shuffle] = empty, [-1, -1]
-        orders, held = self._orders[shuffle]
-        first = step * batch_size
-        for epoch in range(first // shuffle.size, (first + batch_size - 1) // shuffle.size + 1):
-            if held[epoch % 2] != epoch:
-                orders[epoch % 2] = _permutation(shuffle, epoch, self.step.device)
-                held[epoch % 2] = epoch
-        return orders
 
 
 @dataclass(frozen=True)
@@ -65,16 +31,11 @@ class MicroBatch:
     index: int = 0
     count: int = 1
     device: torch.device = CPU
-    clock: Clock | None = None
-    """Holds the step on the device, for CUDA graphs; None without them."""
 
     @cached_property
     def samples(self) -> Indices:
         """Indices of this part's samples in the stream."""
         size = self.batch_size // self.count
-        if self.clock is not None:
-            ahead = torch.arange(self.index * size, (self.index + 1) * size, device=self.device)
-            return ahead + self.clock.step * self.batch_size
         first = self.step * self.batch_size + self.index * size
         return torch.arange(first, first + size, device=self.device)
 
@@ -116,9 +77,6 @@ class ShuffledEpochs:
 
     def items(self, batch: MicroBatch) -> Int64[Tensor, " samples"]:
         """The items, in [0, size), of a micro-batch. Does not wait for the device."""
-        if batch.clock is not None:
-            orders = batch.clock.orders(self, batch.step, batch.batch_size)
-            return orders[batch.samples // self.size % 2, batch.samples % self.size]
         first = batch.step * batch.batch_size
         last = first + batch.batch_size - 1
         epoch_of, positions = batch.samples // self.size, batch.samples % self.size

@@ -51,8 +51,7 @@ class DDPGradients:
     def compute(self, networks: Networks, loss_of: LossOf, seed_of: SeedOf, batches: Batches) -> None:
         """Leave the mean gradient over all processes in `grad` of the networks' parameters."""
         for batch in batches.values():
-            if batch.clock is None:  # a replay draws from what is seeded before it
-                seed_torch(seed_of(batch), batch.device)
+            seed_torch(seed_of(batch), batch.device)
             loss = self._reducers[networks](loss_of, batch)
             (self._scaler.scale(loss) if self._scaler else loss).backward()
 

@@ -1,6 +1,6 @@
 """What a task is: networks, optimizers, a loss. The trainer does the rest."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, runtime_checkable
 
@@ -93,14 +93,6 @@ class Task(Generic[ConfigT]):
         """Take step `step`, counted from 0: by default one update of the only optimizers there are."""
         (name,) = self.optimizers
         trainer.update(name, self.loss)
-
-    def graph_key(self) -> Hashable:
-        """A key: updates with the same key may replay the same CUDA graph. None: never capture.
-
-        The key holds whatever an update depends on besides its batch and tensors that stay in place, such as
-        the length that a curriculum has reached. Where it is None, `--cuda-graph` is refused.
-        """
-        return None
 
     def loss(self, batch: MicroBatch) -> tuple[Mean, Metrics]:
         """The loss of a micro-batch, and metrics to log: means over its samples, or pairs (sum, weight)."""

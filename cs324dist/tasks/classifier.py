@@ -74,10 +74,6 @@ class ClassifierTask(Task[ClassifierConfig]):
         """The activations, and their gradients."""
         return 1 << 18
 
-    def graph_key(self) -> tuple[()]:
-        """Its updates are always the same operations."""
-        return ()
-
     def loss(self, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """Cross-entropy of the classes."""
         items = self.order.items(batch)

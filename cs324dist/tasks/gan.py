@@ -165,10 +165,6 @@ class GANTask(Task[GANConfig]):
         else:
             trainer.measure(self.discriminator_loss)
 
-    def graph_key(self) -> tuple[()]:
-        """Its updates are always the same operations."""
-        return ()
-
     def generator_loss(self, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """Binary cross-entropy of the fakes being taken for real (Goodfellow et al. 2014).
 

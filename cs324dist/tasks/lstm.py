@@ -142,10 +142,6 @@ class LSTMTask(Task[LSTMConfig]):
         if decides and trainer.sum(self.right) >= ENOUGH * self.config.batch_size:
             self.length = min(self.config.length, int(self.length * self.config.curriculum) + 1)
 
-    def graph_key(self) -> int:
-        """The curriculum's length."""
-        return self.length
-
     def loss(self, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """Cross-entropy of the last digit."""
         digits, last = palindromes(self.data, batch.samples, self.length)

@@ -37,13 +37,3 @@ def test_a_gpu_takes_the_path_of_a_cpu(launch, tmp_path, case, processes):
 
     expected = weights("cpu", 1, {"CUDA_VISIBLE_DEVICES": ""})
     assert_same_path(weights("gpu", processes, {"BACKEND": "gloo"}), expected, tolerance=1e-6)
-
-
-def test_graphs_take_the_path_of_a_gpu(launch, tmp_path):
-    def weights(case: str, name: str, *more: str):
-        run = tmp_path / f"{case} {name}"
-        launch(*command(case, CASES[case], run), *more)
-        return weights_in(newest_checkpoint(run))
-
-    for case in CASES:
-        assert_same_path(weights(case, "graphs", "--cuda-graph"), weights(case, "plain"), tolerance=1e-6)

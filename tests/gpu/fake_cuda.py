@@ -30,7 +30,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from cs324dist import graphs  # noqa: E402
 from cs324dist.data.images import LabelledImages  # noqa: E402
 from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream  # noqa: E402
 from cs324dist.distributed import micro_batches  # noqa: E402
@@ -58,8 +57,6 @@ CASES = {
     "gan": ("gan", "fast", FAKE_DATA),
     "gan course": ("gan", "course", FAKE_DATA),
     "gan epochs": ("gan", "course", {**FAKE_DATA, "discriminator_unit": "epoch"}),
-    "gan graph": ("gan", "fast", {**FAKE_DATA, "cuda_graph": True}),
-    "lstm graph": ("lstm", "course", {"length": 4, "cuda_graph": True}),
     "gan local": ("gan", "fast", {**FAKE_DATA, "batch_norm": "local"}),
     "classifier exact": ("classifier", "smoke", {**FAKE_DATA, "micro_batches": 1}),
     "classifier": ("classifier", "smoke", FAKE_DATA),
@@ -117,8 +114,6 @@ honest_save, models.save_file = models.save_file, save_file
 honest_read = models.read_tensors
 checkpoints.read_tensors = optimizers.read_tensors = digits.read_tensors = read_tensors
 micro_batches.ThreadPoolExecutor = InTurn
-torch.cuda.CUDAGraph, torch.cuda.graph = mock.Mock, nullcontext
-graphs.WARM_UP = 1
 accuracy.TRIALS, accuracy.DIGITS_AT_ONCE = 100, 1000
 sys.modules[LSTM.__module__].WHOLE = sys.modules[LSTM.__module__].PART = 12 * 128  # 13 digits are long
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)  # one, as permutations and the classifier are kept
@@ -165,8 +160,6 @@ class Host(TorchDispatchMode):
         if op is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1]):
             self.wait("an index by a mask", on_gpu)
             return args[0].clone()
-        if op is aten._fused_adam_.tensor_lr:  # for which fake tensors are not prepared
-            op, kwargs = aten._fused_adam_.default, {**kwargs, "lr": 0.1}
         generator, device = kwargs.get("generator"), kwargs.get("device")
         if generator is not None and device is not None and generator.device.type != device.type:
             self.wrong.append(
