@@ -42,7 +42,7 @@ from cs324dist.runs.models import load_model, read_tensors
 from cs324dist.runs.run_dir import RunDir
 from cs324dist.tasks import TASKS, find_task
 from cs324dist.tasks.base import Task
-from cs324dist.trainer import SKIPPED, Trainer
+from cs324dist.trainer import Trainer
 
 NEEDED = {"precision", "compiled"}  # of an environment; the rest is warned about
 BY_DDP = {"processes", "threads"}  # needed as well, unless there are micro-batches
@@ -257,7 +257,7 @@ def _replay(trainer: Trainer, interval: Interval, rows: Mapping[int, Mapping[str
             differences += [
                 f"{name} after step {step + 1} was {row[name]}, now {value}"
                 for name, value in values.items()
-                if row.get(name, value) != value and name != SKIPPED  # counted from each start
+                if row.get(name, value) != value
             ]
     for file, live in tensors_by_file(task).items():
         stored = read_tensors(interval.end / file, live)

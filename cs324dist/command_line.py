@@ -150,8 +150,6 @@ def _allowed(hint: Any, with_kind: bool) -> str:
     schema = _schema_of(hint)
     if choices := _choices(schema):
         return "one of " + ", ".join(choices)
-    if "description" in schema:
-        return str(schema["description"])
     _, kind = NAMES.get(schema.get("type", ""), ("", "a value of its type"))
     range_ = " and ".join(f"{words} {_number(schema[end])}" for end, words in ENDS.items() if end in schema)
     return f"{kind}, {range_}" if range_ and with_kind else range_ or kind

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 from annotated_types import Interval
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from cs324dist.errors import UserError, printable
 from cs324dist.schedules import ScheduleName, learning_rate_factor
@@ -41,18 +41,6 @@ Positive = Annotated[float, Interval(gt=0, le=1e9)]
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]
 BatchSize = Annotated[int, Interval(ge=1, le=1_000_000)]
-
-
-def _in_order(steps: str) -> str:
-    first, _, last = steps.partition(":")
-    if steps and not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise ValueError(steps)
-    return steps
-
-
-StepRange = Annotated[
-    str, AfterValidator(_in_order), Field(description="FIRST:LAST, counted from 1, such as 10:13")
-]
 
 
 @dataclass(frozen=True)
@@ -96,10 +84,6 @@ class Config:
     tensorboard: Annotated[bool, MUTABLE] = False
     """Write the metrics for TensorBoard too, into tensorboard/ of the run folder."""
 
-    profile_steps: Annotated[StepRange, MUTABLE] = ""
-    """Steps FIRST:LAST, counted from 1, of which the main process writes a trace of torch's profiler into
-    profile/ of the run folder."""
-
     dry_run: Annotated[bool, MUTABLE] = False
     """Print the settings that would be used, and stop."""
 
@@ -125,8 +109,7 @@ class Config:
 
     groups: ClassVar[Mapping[str, Sequence[str]]] = {
         "run": ("preset", "run_dir", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_last",
-                "keep_best", "peer_timeout", "wandb", "wandb_project",
-                "tensorboard", "profile_steps", "dry_run"),
+                "keep_best", "peer_timeout", "wandb", "wandb_project", "tensorboard", "dry_run"),
         "data": ("seed", "batch_size", "micro_batches", "dataset", "data_root", "data", "length", "encoding"),
         "model": ("model", "kernel", "hidden_size", "latent_dim", "initialisation", "batch_norm"),
     }  # fmt: skip

@@ -1,6 +1,5 @@
-"""Where metrics go: the terminal, `metrics.jsonl`, the same values to other trackers; and traces of steps."""
+"""Where metrics go: the terminal, `metrics.jsonl`, the same values to other trackers."""
 
-import json
 import netrc
 import os
 import re
@@ -10,7 +9,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import chdir, contextmanager, nullcontext, suppress
+from contextlib import chdir, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from tqdm import tqdm
 from cs324dist.config import Config, as_json
 from cs324dist.data.loader import Loader
 from cs324dist.errors import printable, say, warn
-from cs324dist.runs.files import clear_temporaries, replaced
 from cs324dist.runs.run_dir import RunDir
 from cs324dist.sampling.grids import save_png
 from cs324dist.tasks.base import Evaluation
@@ -39,8 +37,6 @@ class Trackers:
         self._last_step, self._last_time = start, time.perf_counter()
         self._last_waited = Loader.seconds_waited
         self._tensorboard: Any = None
-        self._profile: torch.profiler.profile | None = None
-        self._profiled = 0  # steps
         self._in_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=config.steps,
@@ -51,11 +47,8 @@ class Trackers:
 
     def __enter__(self) -> "Trackers":
         open_wandb(self._accelerator, self._config, self._run)
-        if self._accelerator.is_main_process:
-            with suppress(OSError):
-                clear_temporaries(self._run.path / "profile", "", self._run.generation)
-            if self._config.tensorboard:
-                self._open_tensorboard()
+        if self._accelerator.is_main_process and self._config.tensorboard:
+            self._open_tensorboard()
         self._last_time = time.perf_counter()
         return self
 
@@ -89,35 +82,6 @@ class Trackers:
         before = time.perf_counter()
         yield
         self._last_time += time.perf_counter() - before
-
-    @contextmanager
-    def profiled(self, step: int) -> Iterator[None]:
-        """Trace what is done inside, step `step` counted from 1, if it is one of `--profile-steps`."""
-        first, _, last = self._config.profile_steps.partition(":")
-        if not (first and int(first) <= step <= int(last) and self._accelerator.is_main_process):
-            yield
-            return
-        if self._profile is None:
-            # Those of micro-batches too.
-            all_threads = torch.profiler._ExperimentalConfig(profile_all_threads=True)
-            self._profile = torch.profiler.profile(experimental_config=all_threads)
-            self._profile.start()
-        yield
-        self._profiled += 1
-        if step in (int(last), self._config.steps):
-            with self.paused():
-                self._profile.stop()
-                self._write_trace(self._profile, step)
-
-    def _write_trace(self, profile: torch.profiler.profile, last: int) -> None:
-        path = self._run.path / "profile" / f"steps-{last - self._profiled + 1}-{last}.json"
-        try:
-            path.parent.mkdir(exist_ok=True)
-            with replaced(path, self._run) as temporary:
-                profile.export_chrome_trace(str(temporary))
-                json.loads(temporary.read_bytes())  # the profiler does not say when a disk is full
-        except (OSError, ValueError) as error:
-            warn(f"{path} cannot be written: {printable(error)}")
 
     def log_step(self, completed: int, values: Mapping[str, float]) -> None:
         """Log a step's metrics and the throughput since the last call, and show both."""

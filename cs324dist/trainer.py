@@ -63,7 +63,6 @@ from cs324dist.tasks import check_task, find_task
 from cs324dist.tasks.base import Evaluation, Loss, Mean, Metrics, Task
 from cs324dist.trackers import Trackers
 
-SKIPPED = "train/skipped_steps"
 Recorded = dict[str, dict[int, tuple[Tensor, Tensor]]]
 """Metrics by name: of each micro-batch of this process a sum and its weight."""
 
@@ -110,7 +109,6 @@ class Trainer:
             self._gradients = ExactGradients(plain, self.count, len(self._own), accelerator, meet=meet)
         self._step, self._is_logged = 0, False
         self._metrics: Recorded = {}
-        self._skipped = SkippedSteps(accelerator)
 
     def _networks_of(self, name: str) -> tuple[nn.Module, ...]:
         """The networks that the optimizers `name` train."""
@@ -127,7 +125,6 @@ class Trainer:
         """Take step `step`, counted from 0; see `read_metrics` for what it logs."""
         self._step, self._is_logged, self._metrics = step, is_logged, {}
         self.task.step(step, self)
-        self._skipped.observe()
 
     def _batches(self) -> dict[int, MicroBatch]:
         """The micro-batches of this process, by index."""
@@ -224,14 +221,13 @@ class Trainer:
         names = sorted(self._metrics)
         self._check_that_all_have(names)
         if not names:
-            return self._skipped.read()
+            return {}
         rows = {
             i: torch.stack([part for name in names for part in self._metrics[name][i]]) for i in self._own
         }
         sums = dict(zip(names, self.sum(rows).view(-1, 2).tolist(), strict=True))
         # One that no sample has counted in is left out.
-        means = {name: sums[name][0] / sums[name][1] for name in self._metrics if sums[name][1]}
-        return {**means, **self._skipped.read()}
+        return {name: sums[name][0] / sums[name][1] for name in self._metrics if sums[name][1]}
 
     def _check_that_all_have(self, names: Sequence[str]) -> None:
         """Check that the losses of all micro-batches have given metrics of these names.
@@ -290,7 +286,6 @@ class Trainer:
         if state.loss_scale and (scaler := self.accelerator.scaler) is not None:
             interval = scaler.get_growth_interval()  # torch takes no float, as numbers in a checkpoint are
             scaler.load_state_dict({**state.loss_scale, "growth_interval": interval})
-            self._skipped = SkippedSteps(self.accelerator)  # the scale has changed, and no step was skipped
         return state
 
 
@@ -322,31 +317,6 @@ def as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
             text = printable(repr(value)).partition("\n")[0]
             raise UserError(f"the evaluation gives {name} = {text:.99}: give a number") from None
     return found
-
-
-class SkippedSteps:
-    """Counts, on the device, the steps in which an fp16 gradient overflowed and an optimizer did not move.
-
-    The scaler halves its scale after each; Accelerate's `step_was_skipped` misses them with fused Adam.
-    """
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        scaler = accelerator.scaler
-        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        if self._scaler is not None:
-            self._scale = torch.tensor(self._scaler.get_scale(), device=accelerator.device)
-            self._count = torch.zeros((), device=accelerator.device)
-
-    def observe(self) -> None:
-        """Look at the scale after a step."""
-        if self._scaler is not None:
-            scale = self._scaler._get_scale_async().clone()  # the public `get_scale` waits for the device
-            self._count = self._count + (scale < self._scale)
-            self._scale = scale
-
-    def read(self) -> dict[str, float]:
-        """The count since this process started; nothing without a scaler."""
-        return {} if self._scaler is None else {SKIPPED: self._count.item()}
 
 
 class Run:
@@ -419,8 +389,7 @@ class Run:
             while not self.is_over(completed):
                 completed += 1
                 is_logged = config.is_due(completed, config.log_every)
-                with trackers.profiled(completed):
-                    trainer.step(completed - 1, is_logged=is_logged)
+                trainer.step(completed - 1, is_logged=is_logged)
                 if is_logged:
                     values = trainer.read_metrics()
                     trackers.log_step(completed, values)

@@ -20,9 +20,9 @@ HEAD = """# The public API
 `python docs/api.py` makes this page from the docstrings; [your_own_task.md](your_own_task.md) shows it at
 work. `Float[Tensor, "batch classes"]` is a tensor of floats of two dimensions, `Float[Tensor, ""]` of none.
 
-Other types that appear below: `Interval` bounds a number, `Seed` is an integer from 0, `StepRange` is a text
-such as `10:13`, and `ScheduleName` is `constant`, `linear`, `cosine` or `wsd`. `Weights` is `averaged` or
-`raw`; `Model` is the class that you give.
+Other types that appear below: `Interval` bounds a number, `Seed` is an integer from 0, and `ScheduleName`
+is `constant`, `linear`, `cosine` or `wsd`. `Weights` is `averaged` or `raw`; `Model` is the class that you
+give.
 """
 PARTS = {  # by module
     "From `cs324dist`": {

@@ -49,7 +49,6 @@ MUTABLE_OPTIONS = {
     "wandb",
     "wandb_project",
     "tensorboard",
-    "profile_steps",
     "dry_run",
     "data_root",
     "kernel",
@@ -202,11 +201,6 @@ class TestOptions:
             ("--learning-rat 3", "--learning-rat is unknown: did you mean --learning-rate?"),
             ("--xylophone", "--xylophone is unknown: see --help"),
             ("stray", "stray is not an option: see --help"),
-            *(
-                (f"--profile-steps {steps}", f"--profile-steps {steps} is not allowed: give FIRST:LAST, "
-                                             f"counted from 1, such as 10:13")
-                for steps in ("10", "13:10", "0:3", "a:b", "1:2:3")
-            ),
             *(
                 (words, f"{words.split()[0].split('=')[0]} {LAUNCHER}")
                 for words in ("--mixed_precision bf16", "--num_processes 2", "--num-processes=2",
@@ -657,7 +651,6 @@ class TestHelp:
                     "--wandb",
                     "--wandb-project",
                     "--tensorboard",
-                    "--profile-steps",
                     "--dry-run",
                 ),
             },

@@ -8,9 +8,7 @@ from typing import Any
 from cs324dist.config import option
 from cs324dist.report.reading import Run, plain
 
-WITHOUT_EFFECT = {  # on the result
-    "preset", "run_dir", "dry_run", "wandb", "wandb_project", "tensorboard", "profile_steps",
-}  # fmt: skip
+WITHOUT_EFFECT = {"preset", "run_dir", "dry_run", "wandb", "wandb_project", "tensorboard"}  # on the result
 MINUTE = 60
 
 

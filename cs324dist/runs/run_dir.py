@@ -119,7 +119,7 @@ class RunDir:
         Raises:
             UserError: it is something else.
         """
-        for name in (*FOLDERS, "wandb", ".wandb", "tensorboard", "profile", "metrics.jsonl"):
+        for name in (*FOLDERS, "wandb", ".wandb", "tensorboard", "metrics.jsonl"):
             if name in FOLDERS and (self.path / name).exists() and not (self.path / name).is_dir():
                 raise UserError(f"{self.path / name} is no folder: it is damaged, or not of this project")
             if (self.path / name).is_symlink():

@@ -21,7 +21,7 @@ ON_A_GPU = {
     "scaler",
     "_scaler",
 }  # fp16's scaler needs one
-ELSEWHERE = ("on_cpu", "not on_gpu", "self._scaler is None")  # conditions of the others
+ELSEWHERE = ("on_cpu", "not on_gpu")  # conditions of the others
 CASES = (("fp16", "gan", "lstm course"), ("bf16", "lstm"), ("no", "classifier exact"))
 TESTS = (
     "tests/gpu/test_process.py",
