@@ -29,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
 from cs324dist.distributed.process import prepare_process
-from cs324dist.models.convolutions import ConvTranspose2d, OneChannelConv2d
 from cs324dist.models.gan import Discriminator, Generator
 from cs324dist.models.lstm import LSTM
 from cs324dist.report.reading import read_run
@@ -79,10 +78,6 @@ def gan_bare(without: str = "") -> float:
     """The mathematics of preset `course` on one fixed batch, without the trainer; and without one measure."""
     prepare_process(on_cpu=not ON_GPU)
     generator, discriminator = Generator().to(DEVICE), Discriminator().to(DEVICE)
-    if without == "own_convolutions":
-        for layer in (*generator.modules(), *discriminator.modules()):
-            if isinstance(layer, OneChannelConv2d | ConvTranspose2d):
-                layer.__class__ = layer.__class__.__base__
     if without == "pooling_first":
         layers = list(discriminator.net)
         for pool in (1, 4):
@@ -302,8 +297,7 @@ CASES: dict[str, Callable[[], float]] = {
     "gan_notebook_in_memory": partial(gan_notebook, in_memory=True),
     "gan_accelerate": partial(gan_notebook, accelerated=True),
     **{f"gan_without_{measure}": partial(gan_bare, measure) for measure in (
-        "channels_last", "own_convolutions", "fused_adam", "frozen_discriminator", "one_forward",
-        "pooling_first")},
+        "channels_last", "fused_adam", "frozen_discriminator", "one_forward", "pooling_first")},
     **{f"lstm_{kernel}_{n}": partial(lstm_ours, n, kernel) for kernel in ("fused", "equations")
        for n in (10, 50, 1000)},
     **{f"lstm_torch_{n}": lambda n=n: lstm_step(TorchLSTM(), n) for n in (50, 1000)},

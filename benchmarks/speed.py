@@ -40,7 +40,6 @@ COMPARISONS = {  # the slower case, the faster one, and the goal of their ratio
     },
     "ablation": {  # one measure left out, against all of them
         "channels_last": ("gan_without_channels_last", "gan_bare", ""),
-        "convolutions of its own": ("gan_without_own_convolutions", "gan_bare", ""),
         "fused Adam": ("gan_without_fused_adam", "gan_bare", ""),
         "discriminator frozen in the generator's step": ("gan_without_frozen_discriminator", "gan_bare", ""),
         "one discriminator forward": ("gan_without_one_forward", "gan_bare", ""),

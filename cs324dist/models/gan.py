@@ -7,8 +7,6 @@ and its final sigmoid is part of the loss (binary cross-entropy with logits), wh
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cs324dist.models.convolutions import ConvTranspose2d, OneChannelConv2d
-
 
 class Generator(nn.Module):
     """Maps latent vectors with `input_dim` components to images in [-1, 1]."""
@@ -25,10 +23,10 @@ class Generator(nn.Module):
             nn.ReLU(),
         )
         self.upconv = nn.Sequential(
-            ConvTranspose2d(128, 64, 4, stride=2, padding=1),
+            nn.ConvTranspose2d(128, 64, 4, stride=2, padding=1),
             nn.BatchNorm2d(64),
             nn.ReLU(),
-            ConvTranspose2d(64, 1, 4, stride=2, padding=1),
+            nn.ConvTranspose2d(64, 1, 4, stride=2, padding=1),
             nn.Tanh(),
         )
 
@@ -50,7 +48,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.config = {"classes": classes}
         self.net = nn.Sequential(
-            OneChannelConv2d(32, 5),
+            nn.Conv2d(1, 32, 5, stride=1),
             nn.MaxPool2d(2, stride=2),
             nn.LeakyReLU(0.2),
             nn.Conv2d(32, 64, 5, stride=1),
