@@ -305,7 +305,6 @@ CASES: dict[str, Callable[[], float]] = {
     "lstm_without_allocator": partial(lstm_ours, 50, without="allocator"),
     **{f"{processes} x {samples}": partial(scaled, processes, samples)
        for processes, samples in ((1, 32), (1, 64), (2, 32), (2, 64), (1, 256), (2, 128), (2, 256))},
-    "2 x 32 local": partial(scaled, 2, 32, "--batch-norm", "local"),
     "2 x 32 exact": partial(scaled, 2, 32, "--micro-batches", 2),
     "2 x 128 exact": partial(scaled, 2, 128, "--micro-batches", 2),
     "samples_file": partial(samples, to_file=True),

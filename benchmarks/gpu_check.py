@@ -29,7 +29,6 @@ COURSE = ("--preset", "course", "--length", "20")
 TASKS = {
     "gan fast": GAN,
     "gan course": (*GAN, "--preset", "course"),
-    "gan, local BatchNorm": (*GAN, "--batch-norm", "local"),
     "lstm fast": (*LSTM, "--curriculum", "1"),
     "lstm course": ("launch/lstm.py", *COURSE),
     "lstm equations": (*LSTM, "--curriculum", "1", "--kernel", "equations"),

@@ -78,9 +78,6 @@ class Config:
     wandb: Annotated[Literal["online", "offline", "disabled"], MUTABLE] = "online"
     """Weights & Biases: online (offline if there is no login or network), offline or disabled."""
 
-    wandb_project: Annotated[str, MUTABLE] = "cs324dist"
-    """Weights & Biases' project."""
-
     tensorboard: Annotated[bool, MUTABLE] = False
     """Write the metrics for TensorBoard too, into tensorboard/ of the run folder."""
 
@@ -109,9 +106,9 @@ class Config:
 
     groups: ClassVar[Mapping[str, Sequence[str]]] = {
         "run": ("preset", "run_dir", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_last",
-                "keep_best", "peer_timeout", "wandb", "wandb_project", "tensorboard", "dry_run"),
+                "keep_best", "peer_timeout", "wandb", "tensorboard", "dry_run"),
         "data": ("seed", "batch_size", "micro_batches", "dataset", "data_root", "data", "length", "encoding"),
-        "model": ("model", "kernel", "hidden_size", "latent_dim", "initialisation", "batch_norm"),
+        "model": ("model", "kernel", "hidden_size", "latent_dim", "initialisation"),
     }  # fmt: skip
     """Headings of the help page and the options below them; all others are below `recipe`."""
 

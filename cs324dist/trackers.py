@@ -226,7 +226,8 @@ def _init(accelerator: Accelerator, config: Config, run: RunDir, mode: str) -> N
         wandb.teardown()
     _set_up()
     accelerator.log_with, accelerator.trackers = ["wandb"], []
-    accelerator.init_trackers(config.wandb_project, as_json(config), {"wandb": wandb_run})
+    project = os.environ.get("WANDB_PROJECT", "cs324dist")
+    accelerator.init_trackers(project, as_json(config), {"wandb": wandb_run})
 
 
 def _log_again(accelerator: Accelerator, run: RunDir) -> None:

@@ -86,7 +86,7 @@ class Trainer:
         self.compiled = None if plugin.backend.value == "NO" else plugin.backend.value.lower()
         for network in networks:
             freeze_cancelled_biases(network)
-            if self.count > 1 and task.sync_batch_norm:
+            if self.count > 1:
                 convert_sync_batchnorm(network)
             accelerator.prepare_model(network, evaluation_mode=True)  # place and precision, not yet DDP
             if self.compiled:
@@ -104,7 +104,7 @@ class Trainer:
         if self.config.micro_batches is None:
             self._gradients = DDPGradients(self._trained.values(), accelerator)
         else:
-            meet = task.sync_batch_norm and any(map(spans_the_batch, networks))
+            meet = any(map(spans_the_batch, networks))
             plain = () if self.compiled else networks
             self._gradients = ExactGradients(plain, self.count, len(self._own), accelerator, meet=meet)
         self._step, self._is_logged = 0, False

@@ -61,12 +61,3 @@ def test_every_relative_link_of_a_page_holds(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not missing
-
-
-def test_the_image_takes_what_there_is() -> None:
-    section = (
-        (REPOSITORY / "slurm" / "cs324dist.def").read_text().partition("%files\n")[2].partition("\n\n")[0]
-    )
-    sources = [line.split()[0] for line in section.splitlines()]
-    assert sources
-    assert all((REPOSITORY / source).exists() for source in sources)

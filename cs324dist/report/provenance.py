@@ -8,7 +8,7 @@ from typing import Any
 from cs324dist.config import option
 from cs324dist.report.reading import Run, plain
 
-WITHOUT_EFFECT = {"preset", "run_dir", "dry_run", "wandb", "wandb_project", "tensorboard"}  # on the result
+WITHOUT_EFFECT = {"preset", "run_dir", "dry_run", "wandb", "tensorboard"}  # on the result
 MINUTE = 60
 
 

@@ -62,9 +62,6 @@ class Task(Generic[ConfigT]):
     presets: ClassVar[Mapping[str, Any]]
     """Recipes by name, each a `Config`; the first is the default."""
 
-    sync_batch_norm = True
-    """Whether BatchNorm's statistics span the global batch."""
-
     sizes: ClassVar[Mapping[str, tuple[type[nn.Module], str, str]]] = {}
     """For audit, by a network's name: its class, an argument in its `config`, and the option that sets it,
     such as `{"net": (Net, "hidden", "hidden_size")}`. Before audit builds a network, it checks that the

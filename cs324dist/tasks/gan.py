@@ -78,10 +78,6 @@ class GANConfig(Config):
     discriminator_unit: Literal["step", "epoch"] = "step"
     """What --discriminator-every counts: step, or epoch (passes over the images)."""
 
-    batch_norm: Literal["synced", "local"] = "synced"
-    """synced: BatchNorm's statistics span the global batch. local: each process has its own, which saves six
-    collectives a step, and the result then depends on the number of processes."""
-
     default_precision: ClassVar[Literal["no", "bf16"]] = "bf16"  # the same digits, in two thirds of the time
 
 
@@ -115,7 +111,6 @@ class GANTask(Task[GANConfig]):
 
     def __init__(self, config: GANConfig, device: torch.device) -> None:
         super().__init__(config, device)
-        self.sync_batch_norm = config.batch_norm == "synced"
         self.train_set, test_set = (
             load_images(config.dataset, split, config.data_root).to(device) for split in ("train", "test")
         )

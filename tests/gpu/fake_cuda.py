@@ -57,7 +57,6 @@ CASES = {
     "gan": ("gan", "fast", FAKE_DATA),
     "gan course": ("gan", "course", FAKE_DATA),
     "gan epochs": ("gan", "course", {**FAKE_DATA, "discriminator_unit": "epoch"}),
-    "gan local": ("gan", "fast", {**FAKE_DATA, "batch_norm": "local"}),
     "classifier exact": ("classifier", "smoke", {**FAKE_DATA, "micro_batches": 1}),
     "classifier": ("classifier", "smoke", FAKE_DATA),
     "mlp": (f"{MLP}:MLPTask", "fast", {"data": MLP.with_name("spirals.csv")}),

@@ -13,7 +13,7 @@ import pytest
 
 HERE = Path(__file__).parent
 CASES = ("lstm", "lstm curriculum", "lstm equations", "lstm course", "lstm long", "lstm equations, rmsprop",
-         "rnn", "rnn, adam", "gan", "gan course", "gan epochs", "gan local", "classifier", "mlp")  # fmt: skip
+         "rnn", "rnn, adam", "gan", "gan course", "gan epochs", "classifier", "mlp")  # fmt: skip
 EXACT = ("lstm exact", "classifier exact")
 NOT_FUSED = ("lstm course", "lstm equations, rmsprop", "rnn", "mlp")
 LARGEST = "a value is read: cs324dist/distributed/exact_mean.py, __call__:"

@@ -30,11 +30,13 @@ def test_two_jobs_on_the_same_nodes_do_not_meet(submit, uninterrupted, outcomes)
     outcomes += mine
 
 
-def test_array(submit, uninterrupted, outcomes):
-    array = submit("lengths.sbatch", "--wandb", "disabled", nodes=1, options=("--array=0-1",))
+def test_array(submit, uninterrupted, outcomes, tmp_path):
+    (tmp_path / "sweep.txt").write_text("lstm --length 5\nlstm --length 10\n")
+    common = (str(tmp_path / "sweep.txt"), "--preset", "course", "--wandb", "disabled")
+    array = submit("sweep.sbatch", *common, nodes=1, options=("--array=1-2",))
     tasks = [
         Job(array.cluster, array.checkout, f"{array.number}_{task}", f"runs/lstm-length{length}-course-0")
-        for task, length in enumerate((5, 10))
+        for task, length in ((1, 5), (2, 10))
     ]
     # The last task of an array has the number of the whole array.
     tasks[1].wait_for_step(100)

@@ -79,7 +79,7 @@ def test_the_settings_in_a_run_folder_name_no_server(tmp_path, monkeypatch, plac
 @pytest.fixture(scope="module")
 def recorded(launch, tmp_path_factory):
     run = tmp_path_factory.mktemp("offline") / "run"
-    return run, launch(*SMOKE, "--wandb-project", "mine", "--run-dir", run).stderr
+    return run, launch(*SMOKE, "--run-dir", run, environment={"WANDB_PROJECT": "mine"}).stderr
 
 
 def test_without_a_login_it_records_offline_and_says_so_in_one_line(recorded):
