@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all coverage same-bits bench speedrun gpu-check chaos crash-points fuzz slurm-test package docs docs-check lint clean
+.PHONY: help install train test test-all coverage same-bits bench gpu-check chaos crash-points fuzz slurm-test package docs docs-check lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -53,10 +53,6 @@ same-bits: .venv/installed  ## every task on 1 to 8 processes, killed and not: t
 bench: .venv/installed  ## speed, against what users would write (a quarter of an hour on 2 cores)
 	$(BIN)/python launch/fetch_data.py --dataset mnist
 	$(BIN)/python benchmarks/speed.py
-
-speedrun: .venv/installed  ## as near to MNIST as the course recipe, 20 seeds, against the clock (10 minutes on 2 cores)
-	$(BIN)/python launch/fetch_data.py --dataset mnist
-	$(BIN)/python benchmarks/speedrun.py
 
 gpu-check: .venv/installed  ## what only a GPU can show (under 25 minutes on one; ARGS=--pretend: on a CPU, small)
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)

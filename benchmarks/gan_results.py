@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from common import IMAGES, REPOSITORY, Row, on_each_core, run_parts, run_python
-from second_judge import opinions
 from torch import Tensor
 
 from cs324dist.data.images import load_images, to_unit_range
@@ -140,13 +139,6 @@ def draws() -> list[Row]:
     return rows
 
 
-def judged() -> list[Row]:
-    """The runs of part `best` as another classifier sees them."""
-    generators = [load_generator(run) for run in best_runs()]
-    samples = [generate(generator, latents(generator, 0, 10_000)) for generator in generators]
-    return opinions({f"samples, seed {seed}": images for seed, images in enumerate(samples)})
-
-
 def pace() -> list[Row]:
     """How long a step of each recipe takes."""
     rows = []
@@ -214,4 +206,4 @@ def fashion() -> list[Row]:
 
 
 if __name__ == "__main__":
-    run_parts(__doc__, "gan", course, fast, bf16, best, draws, judged, pace, ablation, memorised, fashion)
+    run_parts(__doc__, "gan", course, fast, bf16, best, draws, pace, ablation, memorised, fashion)

@@ -16,7 +16,6 @@ import jinja2
 from common import IMAGES, REPOSITORY, RESULTS, Row, load, where
 from gpu_check import PARTS
 from speed import history
-from speedrun import records
 
 LENGTHS = (5, 10, 15, 20, 50)
 TRIALS = 10_000  # palindromes of an evaluation
@@ -233,7 +232,7 @@ class StepModel:
 FUNCTIONS = (number, percent, share, spread, spread_of, met, yes, effect,
              percents_more, machines, commits, grouped, means, where, solved, median_steps,
              accuracy, accuracies, wrong, error_rate, steps_to_fit, floors, sure, digits, last_fifth,
-             smallest, overtaken, readers, StepModel, history, records, statistics.median)  # fmt: skip
+             smallest, overtaken, readers, StepModel, history, statistics.median)  # fmt: skip
 
 
 def page(name: str) -> str:

@@ -192,26 +192,19 @@ class GANTask(Task[GANConfig]):
     def logits_and_penalty(
         self, images: Float[Tensor, "batch 1 28 28"], batch: MicroBatch
     ) -> tuple[Float[Tensor, "batch classes"], Float[Tensor, ""] | float]:
-        """The discriminator's logits, and the weighted mean of |∇D|², which is summed over the classes."""
+        """The discriminator's logits, and the weighted mean of |∇D|², which is summed over the classes.
+
+        With random signs ε, the expectation of ((D(x + σε) - D(x)) / σ)² is |∇D(x)|² to first order in σ: one
+        more forward pass where the exact R1 and R2 (Mescheder et al. 2018) need a double backward.
+        """
         if not self.config.gradient_penalty:
             return self.discriminator(images), 0.0
-        logits, moved_logits = self.logits_here_and_nearby(images, batch)
-        slopes = (moved_logits - logits) / FINITE_DIFFERENCE
-        return logits, self.config.gradient_penalty * slopes.square().sum(1).mean()
-
-    def logits_here_and_nearby(
-        self, images: Float[Tensor, "batch 1 28 28"], batch: MicroBatch
-    ) -> tuple[Float[Tensor, "batch classes"], Float[Tensor, "batch classes"]]:
-        """The discriminator's logits of the images, and of the images moved by σε, with random signs ε.
-
-        The expectation of ((D(x + σε) - D(x)) / σ)² is |∇D(x)|² to first order in σ: one more forward pass
-        where the exact R1 and R2 (Mescheder et al. 2018) need a double backward.
-        """
         shape = (len(images) // 2, 2, *images.shape[1:])
         signs = self.signs.signs(batch.samples, 2 * images[0].numel()).view(shape)
         moved = images + FINITE_DIFFERENCE * torch.cat(signs.unbind(1))
         logits, moved_logits = self.discriminator(torch.cat([images, moved])).chunk(2)
-        return logits, moved_logits
+        slopes = (moved_logits - logits) / FINITE_DIFFERENCE
+        return logits, self.config.gradient_penalty * slopes.square().sum(1).mean()
 
     def _discriminator_trains(self, step: int) -> bool:
         period = step
