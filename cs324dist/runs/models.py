@@ -169,7 +169,7 @@ def load_model(folder: str | Path, expected: type[Model]) -> Model:
     """Read a model of the class `expected`, in eval mode, on the CPU.
 
     Args:
-        folder: what launch/export.py wrote, or a network's folder in a checkpoint.
+        folder: a network's folder in a checkpoint, or a copy of it.
         expected: its class, whose arguments are in `config.json`.
 
     Raises:

@@ -19,7 +19,7 @@ def load_network(run_or_checkpoint: str | Path, name: str, model: type[Model]) -
     """The network `name` of a run's newest checkpoint, or of a checkpoint, in eval mode on the CPU.
 
     Args:
-        run_or_checkpoint: a run folder, one of its `checkpoints/STEP-OWNER`, or what launch/export.py wrote.
+        run_or_checkpoint: a run folder, one of its `checkpoints/STEP-OWNER`, or a network's folder.
         name: what the task calls it in `networks`.
         model: its class, whose arguments the network had in its `config`.
 
@@ -33,7 +33,7 @@ def load_generator(run_or_checkpoint: str | Path, weights: Weights = "averaged")
     """The generator of a GAN; see `load_network`.
 
     Args:
-        run_or_checkpoint: a run folder, one of its `checkpoints/STEP-OWNER`, or what launch/export.py wrote.
+        run_or_checkpoint: a run folder, one of its `checkpoints/STEP-OWNER`, or a network's folder.
         weights: `averaged` takes the averaged generator if there is one; `raw` the one being trained.
     """
     return load_model(find_generator(run_or_checkpoint, weights), Generator)

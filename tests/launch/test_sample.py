@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,6 +28,10 @@ from cs324dist.runs.run_dir import RunDir, RunRecord
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "sample.py"
 PITCH, TILE = 30, 28  # pixels from tile to tile, and of a tile; a border of two all around
+
+
+class PublishedGenerator(Generator, PyTorchModelHubMixin):
+    pass
 
 
 class Answer(NamedTuple):
@@ -269,6 +274,20 @@ class TestLoadGenerator:
             generator = cs324dist.load_generator(tmp_path / "run", weights)
             assert generator.config == {"input_dim": 8}
             assert_holds(generator, folder)
+
+    def test_a_network_s_folder_needs_no_checkpoint_around_it(self, draw, newest, tmp_path):
+        folder = tmp_path / "digits"
+        shutil.copytree(newest / "generator_ema", folder)
+        for generator in (
+            cs324dist.load_model(folder, Generator),
+            cs324dist.load_generator(folder),
+            PublishedGenerator.from_pretrained(folder, strict=True),
+        ):
+            assert generator.config == {"input_dim": 100}
+            assert not generator.training
+            assert_holds(generator, folder)
+        assert draw("grid", folder, "--rows", 1, "--columns", 2, "--out", tmp_path / "grid.png").code == 0
+        assert_shows(tiles(tmp_path / "grid.png", 1, 2), images_of(folder, 0, 2))
 
     def test_what_is_no_run_is_refused(self, tmp_path):
         with pytest.raises(UserError, match="neither a run nor a checkpoint"):
