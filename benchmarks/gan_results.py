@@ -3,7 +3,7 @@
     python benchmarks/gan_results.py               # everything: about four hours on two cores
     python benchmarks/gan_results.py course fast   # some of it
 
-Each part is runs of `launch/gan.py` in `runs/results/`, measured by `launch/evaluate.py`; a part that was
+Each part is runs of `launch/gan.py` in `runs/results/`, measured by `measure_gan.py`; a part that was
 stopped continues where it was. It writes `benchmarks/results/gan/PART.json`, and pictures to `docs/images/`;
 `python benchmarks/results_page.py` then writes the page. Parts `fast`, `bf16`, `best` and `pace` hold
 times: nothing else may run then.
@@ -42,26 +42,26 @@ DRAWS = 5  # of latents
 COMPARED = 1000  # samples whose nearest training images are looked for
 
 
-def trained(name: str, options: str = "", script: str = "gan", precision: str = "no") -> Path:
+def trained(name: str, options: str = "", precision: str = "no") -> Path:
     """The finished run of these options; `seconds` of it, if it was made in one go, is stored beside it."""
     run, began = RUNS / name, time.monotonic()
     new = not run.exists()
     arguments = (*options.split(), "--wandb", "disabled", "--run-dir", run)
-    run_python(f"launch/{script}.py", *arguments, ACCELERATE_MIXED_PRECISION=precision)
+    run_python("launch/gan.py", *arguments, ACCELERATE_MIXED_PRECISION=precision)
     if new:
         (run / "seconds").write_text(str(round(time.monotonic() - began)))
     return run
 
 
-def measured(name: str, options: str = "", *evaluation: str | Path, precision: str = "no") -> Row:
+def quality(run: Path, seed: int = 0) -> Row:
+    """What `measure_gan.py` finds."""
+    return json.loads(run_python("benchmarks/measure_gan.py", run, "--seed", seed))
+
+
+def measured(name: str, options: str = "", precision: str = "no") -> Row:
     """What a run of these options achieves, and its curve: steps, distance, sure share."""
     run = trained(name, options, precision=precision)
-    run_python("launch/evaluate.py", run, *evaluation)
-    made, seconds, found = (
-        read_run(run, name),
-        run / "seconds",
-        json.loads((run / "evaluation.json").read_text()),
-    )
+    made, seconds, found = read_run(run, name), run / "seconds", quality(run)
     shares = {f"share_of_{digit}": share for digit, share in enumerate(found.pop("shares"))}
     distances, sure = made.series("eval/frechet_distance"), made.series("eval/sure")
     return {
@@ -132,11 +132,10 @@ def best_runs() -> list[Path]:
 
 def draws() -> list[Row]:
     """The runs of part `best`, each measured on several draws of latents."""
-    rows = []
-    for (trial, run), seed in product(enumerate(best_runs()), range(DRAWS)):
-        run_python("launch/evaluate.py", run, "--seed", seed)
-        rows.append({"trial": trial, **json.loads((run / "evaluation.json").read_text())})
-    return rows
+    return [
+        {"trial": trial, **quality(run, seed)}
+        for (trial, run), seed in product(enumerate(best_runs()), range(DRAWS))
+    ]
 
 
 def pace() -> list[Row]:
@@ -194,16 +193,5 @@ def memorised() -> list[Row]:
     ]
 
 
-def fashion() -> list[Row]:
-    """Preset `fast`, untouched, on Fashion-MNIST."""
-    data = "--dataset fashion-mnist"
-    classifier = trained("classifier-fashion-mnist", data, "classifier")
-    accuracy = read_run(classifier, "classifier").last("eval/accuracy")
-    row = measured("fashion-mnist-0", data, "--classifier", classifier)
-    grid = ("grid", RUNS / "fashion-mnist-0", "--out", IMAGES / "gan-fashion-mnist.png")
-    run_python("launch/sample.py", *grid)
-    return [{"classifier_accuracy": accuracy, **row}]
-
-
 if __name__ == "__main__":
-    run_parts(__doc__, "gan", course, fast, bf16, best, draws, pace, ablation, memorised, fashion)
+    run_parts(__doc__, "gan", course, fast, bf16, best, draws, pace, ablation, memorised)

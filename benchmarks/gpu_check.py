@@ -33,7 +33,7 @@ TASKS = {
     "lstm course": ("launch/lstm.py", *COURSE),
     "lstm equations": (*LSTM, "--curriculum", "1", "--kernel", "equations"),
     "rnn": ("launch/lstm.py", *COURSE, "--model", "rnn"),
-    "classifier": ("launch/classifier.py", "--dataset", "fake"),
+    "classifier": ("examples/classifier.py", "--dataset", "fake"),
     "examples/mlp.py": ("examples/mlp.py",),
 }
 COMPILED = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_DYNAMO_MODE": "reduce-overhead"}

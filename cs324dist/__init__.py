@@ -47,7 +47,7 @@ def main(task: "str | type[Task[Any]]", description: str | None) -> None:
     Exits with 0 when done, 1 when the run failed, 2 when the input was refused, 75 when it was stopped early.
 
     Args:
-        task: a `Task`, or the name of one: lstm, gan, classifier, path/file.py:Class, package.module:Class.
+        task: a `Task`, or the name of one: lstm, gan, path/file.py:Class, package.module:Class.
         description: shown by `--help`, such as the script's `__doc__`.
     """
     from cs324dist.errors import errors_as_exit_codes

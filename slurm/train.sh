@@ -3,7 +3,7 @@
 #
 #   slurm/train.sh TASK [options]
 #
-# TASK is gan, lstm or classifier, or a task of your own: path/to/file.py:Class or package.module:Class.
+# TASK is gan or lstm, or a task of your own: path/to/file.py:Class or package.module:Class.
 set -euo pipefail
 
 main() { # a function is read as a whole: the file may change while the job runs

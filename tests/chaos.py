@@ -39,10 +39,11 @@ REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 EVERY = ("--log-every", "1", "--checkpoint-every", "5", "--evaluate-every", "10", "--wandb", "disabled")
+FAKE = ("--preset", "smoke", "--dataset", "fake", "--steps", "30", *EVERY)
 TASKS = {
     "lstm": ("launch/lstm.py", "--preset", "smoke", "--steps", "60", *EVERY),
-    "gan": ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--steps", "30", *EVERY),
-    "classifier": ("launch/classifier.py", "--preset", "smoke", "--dataset", "fake", "--steps", "30", *EVERY),
+    "gan": ("launch/gan.py", *FAKE),
+    "classifier": ("examples/classifier.py", *FAKE),
 }
 EXAMPLE = {"mlp": ("examples/mlp.py", "--steps", "60", *EVERY)}
 MOMENTS = {"start-up": 2, "training": 4, "writing": 5}

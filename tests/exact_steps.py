@@ -31,11 +31,9 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def cases() -> dict[str, tuple[str, dict[str, Any]]]:
-    small = {"dataset": "fake", "batch_size": 16}
     return {
         "lstm": ("lstm", {"batch_size": 32, "length": 9}),
-        "gan": ("gan", {**small, "max_grad_norm": 0.05}),
-        "classifier": ("classifier", small),
+        "gan": ("gan", {"dataset": "fake", "batch_size": 16, "max_grad_norm": 0.05}),
         "mlp": (f"{EXAMPLES / 'mlp.py'}:MLPTask", {"batch_size": 32, "data": EXAMPLES / "spirals.csv"}),
     }
 

@@ -59,10 +59,9 @@ from cs324dist.data import fetch
 from cs324dist.distributed.process import start_accelerator
 from cs324dist.distributed.stop import StopRequest
 from cs324dist.errors import ReportedError, RunFailed
-from cs324dist.metrics import generators
 from cs324dist.models.gan import Generator
 from cs324dist.report.page import write_report
-from cs324dist.runs import checkpoints, environment, lease, models
+from cs324dist.runs import checkpoints, environment, lease
 from cs324dist.runs.run_dir import RunDir
 from cs324dist.runs.trained import load_generator
 from cs324dist.sampling import generators as sampling
@@ -249,8 +248,8 @@ IMPOSSIBLE = (OSError, ValueError, LookupError, TypeError, AttributeError, Runti
 
 JSON = words("""config.json status.json metrics.jsonl owners/1.json @/trainer.json @/trainer.json
 @/*/config.json @/*/model.safetensors @/optimizers.safetensors""")
-WRITTEN = words(""".config.json.tmp .status.json.tmp .metrics.jsonl.tmp evaluation.json wandb
-checkpoints/.000000000-2.tmp .evaluation.json.tmp
+WRITTEN = words(""".config.json.tmp .status.json.tmp .metrics.jsonl.tmp wandb
+checkpoints/.000000000-2.tmp
 owners/.2.json.tmp owners/2.json owners/1-0123456789abcdef.lock owners/999999999.json
 owners/1000000000.json owners/999999998.json samples/000000007.png samples/.000000007.png.tmp
 checkpoints/000000007-2 checkpoints/.000000007-2.tmp checkpoints/.000000007-99.tmp
@@ -451,18 +450,6 @@ def sampled(w: Copy) -> None:
     w.note({"images": load_file(out)})
 
 
-def evaluated(w: Copy) -> None:
-    """launch/evaluate.py, as far as it reads the run."""
-
-    def load(folder: Path, expected: type[Any]) -> Any:
-        generator = models.load_model(folder, expected)
-        w.note({f"{folder.name}/model.safetensors": generator.state_dict()})
-        return generator
-
-    with mock.patch.multiple(generators, load_model=load, load_images=mock.Mock(side_effect=Enough)):
-        generators.measure(w.run, 1000, 0, "averaged", None, Path("data"))
-
-
 def audited(w: Copy) -> None:
     """launch/audit.py: what it accepts, it has found equal to the last bit."""
     audit(w.run, None, None, from_start=False)
@@ -492,7 +479,7 @@ def resumed(w: Copy) -> None:
 
 READERS = {
     "lstm": (status, reported, sampled, audited, resumed),
-    "gan": (status, reported, loaded, sampled, evaluated, resumed),
+    "gan": (status, reported, loaded, sampled, resumed),
 }
 
 

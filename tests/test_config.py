@@ -34,7 +34,7 @@ from cs324dist.trainer import main, run_record
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.py"))
-TASKS = {name: find_task(name) for name in ("gan", "lstm", "classifier")}
+TASKS = {name: find_task(name) for name in ("gan", "lstm")}
 PRESETS = {name: task.presets for name, task in TASKS.items()}
 MUTABLE_OPTIONS = {
     "peer_timeout",
@@ -460,11 +460,10 @@ class TestContinuing:
         [
             PRESETS["gan"]["fast"],
             replace(PRESETS["gan"]["course"], schedule="linear"),
-            PRESETS["classifier"]["fast"],
             PRESETS["lstm"]["fast"],
             replace(PRESETS["lstm"]["fast"], schedule="cosine", warmup_steps=7),
         ],
-        ids=["gan fast", "gan course with decay", "classifier", "lstm fast", "lstm with warm-up"],
+        ids=["gan fast", "gan course with decay", "lstm fast", "lstm with warm-up"],
     )
     def test_steps_that_the_learning_rate_depends_on_stay(self, old, change):
         new = replace(old, steps=old.steps + change)
@@ -700,7 +699,6 @@ class TestHelp:
         [
             ("gan.py", "runs/gan-fake-smoke-7"),
             ("lstm.py", "runs/lstm-length10-smoke-7"),
-            ("classifier.py", "runs/classifier-fake-smoke-7"),
         ],
     )
     def test_a_dry_run_prints_all_options_and_touches_nothing(
@@ -724,10 +722,10 @@ class TestHelp:
             ("sample.py RUN", "RUN is not a command: give grid, tensor, interpolate, and then the run"),
             ("sample.py grid", "missing: RUN"),
             ("sample.py grid RUN --row 3", "--row is unknown: did you mean --rows?"),
-            ("evaluate.py RUN --count 10", "--count 10 is not allowed: give at least 1 000 and at most "
-                                           "1 000 000 000"),
+            ("sample.py tensor RUN --count 0", "--count 0 is not allowed: give at least 1 and at most "
+                                               "1 000 000"),
             ("train.py", "a task is missing: give path/to/file.py:Class or package.module:Class first"),
-            ("train.py mlp", "task 'mlp' is unknown: give lstm, gan, classifier, path/file.py:Class, or "
+            ("train.py mlp", "task 'mlp' is unknown: give lstm, gan, path/file.py:Class, or "
                              "package.module:Class"),
         ],
     )  # fmt: skip

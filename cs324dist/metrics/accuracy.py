@@ -5,7 +5,6 @@ from collections.abc import Callable
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cs324dist.data.images import LabelledImages, to_unit_range
 from cs324dist.data.palindromes import DIGITS, all_palindromes, free_digits, palindromes
 from cs324dist.data.streams import Stream
 from cs324dist.distributed.sum_over import SumOver
@@ -26,28 +25,13 @@ def palindrome_accuracy(predict: Predict, length: int, stream: Stream, sum_over:
     all_there_are = DIGITS ** free_digits(length)
     trials = min(all_there_are, TRIALS if length <= LONG else TRIALS_WHEN_LONG)
 
-    def answer(indices: Int64[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
+    def count_right(indices: Int64[Tensor, " batch"]) -> dict[str, Tensor]:
         is_all = trials == all_there_are
         digits, last = all_palindromes(length, indices) if is_all else palindromes(stream, indices, length)
-        return predict(digits), last
+        return {"right": count_correct(predict(digits), last)}
 
-    return _share_right(answer, trials, sum_over, max(LEAST_AT_ONCE, DIGITS_AT_ONCE // length))
-
-
-def image_accuracy(predict: Predict, images: LabelledImages, sum_over: SumOver) -> float:
-    """The share of images that are classified correctly."""
-
-    def answer(indices: Int64[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
-        return predict(to_unit_range(images.images[indices])), images.labels[indices]
-
-    return _share_right(answer, len(images.labels), sum_over)
-
-
-def _share_right(
-    answer: Callable[[Tensor], tuple[Tensor, Tensor]], count: int, sum_over: SumOver, at_once: int = 500
-) -> float:
-    found = sum_over(lambda some: {"right": count_correct(*answer(some))}, count, at_once)
-    return found["right"].item() / count
+    found = sum_over(count_right, trials, max(LEAST_AT_ONCE, DIGITS_AT_ONCE // length))
+    return found["right"].item() / trials
 
 
 def count_correct(

@@ -21,7 +21,7 @@ SURE = 0.95  # confidence above which a digit counts as readable
 
 @cache
 def digit_classifier(device: torch.device) -> DigitClassifier:
-    """The classifier that the project ships, made by `launch/classifier.py`."""
+    """The classifier that the project ships, made by `examples/classifier.py`."""
     classifier = DigitClassifier()
     classifier.load_state_dict(read_tensors(WEIGHTS, classifier.state_dict()))
     return classifier.eval().requires_grad_(False).to(device)

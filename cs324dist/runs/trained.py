@@ -6,7 +6,6 @@ from typing import Literal
 
 from cs324dist.data.images import SHA256
 from cs324dist.errors import UserError
-from cs324dist.models.digit_classifier import DigitClassifier
 from cs324dist.models.gan import Generator
 from cs324dist.runs.checkpoints import TRAINER, WEIGHTS, checkpoints_in, verify_checkpoint
 from cs324dist.runs.models import Model, load_model
@@ -42,11 +41,6 @@ def load_generator(run_or_checkpoint: str | Path, weights: Weights = "averaged")
 def find_generator(run_or_checkpoint: str | Path, weights: Weights) -> Path:
     """The folder of the generator that `load_generator` loads; raises as it does."""
     return find_network(run_or_checkpoint, ("generator_ema", "generator")[weights == "raw" :])
-
-
-def load_classifier(run_or_checkpoint: str | Path) -> DigitClassifier:
-    """The classifier that launch/classifier.py trained; see `load_network`."""
-    return load_network(run_or_checkpoint, "classifier", DigitClassifier)
 
 
 def find_network(run_or_checkpoint: str | Path, names: Sequence[str]) -> Path:

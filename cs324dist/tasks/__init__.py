@@ -14,7 +14,6 @@ from cs324dist.tasks.base import Task
 TASKS = {
     "lstm": "cs324dist.tasks.lstm:LSTMTask",
     "gan": "cs324dist.tasks.gan:GANTask",
-    "classifier": "cs324dist.tasks.classifier:ClassifierTask",
 }
 
 

@@ -46,12 +46,12 @@ COMMON = (
     "--steps 6 --checkpoint-every 2 --evaluate-every 3 --keep-last 2 --log-every 1 --batch-size 4 "
     "--wandb disabled"
 )
-TABLE = REPOSITORY / "examples" / "spirals.csv"
+EXAMPLES = REPOSITORY / "examples"
 COMMANDS = {
     "lstm": Command("lstm", f"{COMMON} --length 4 --hidden-size 4".split()),
     "lstm launched": Command("lstm", f"{COMMON} --length 4 --hidden-size 4 --micro-batches 4".split()),
-    "classifier": Command("classifier", f"{COMMON} --dataset fake".split()),
-    "mlp": Command(f"{REPOSITORY}/examples/mlp.py:MLPTask", f"{COMMON} --data {TABLE}".split()),
+    "classifier": Command(f"{EXAMPLES}/classifier.py:ClassifierTask", f"{COMMON} --dataset fake".split()),
+    "mlp": Command(f"{EXAMPLES}/mlp.py:MLPTask", f"{COMMON} --data {EXAMPLES}/spirals.csv".split()),
     "gan": Command("gan", f"{COMMON} --dataset fake --latent-dim 8 --keep-last 1 --steps 4".split()),
 }
 # What is wrong and known, by what it looks like; delete an entry when nothing shows it any more.

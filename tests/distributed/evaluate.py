@@ -10,7 +10,7 @@ from cs324dist.errors import exit_process
 from cs324dist.tasks import find_task
 from cs324dist.trainer import Trainer
 
-CASES = {"gan": {"dataset": "fake"}, "lstm": {"length": 12}, "classifier": {"dataset": "fake"}}
+CASES = {"gan": {"dataset": "fake"}, "lstm": {"length": 12}}
 
 if __name__ == "__main__":
     found, accelerator = {}, start_accelerator()

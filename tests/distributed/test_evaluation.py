@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("evaluate.py")
-FIGURES = {"gan": 12, "lstm": 1, "classifier": 1}
+FIGURES = {"gan": 12, "lstm": 1}
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cs324dist.distributed import gradients
 from cs324dist.distributed.exact_mean import ExactMean
 from cs324dist.distributed.process import end_openmp_threads
-from cs324dist.tasks.classifier import ClassifierTask
+from cs324dist.tasks.gan import GANTask
 from cs324dist.trainer import Trainer
 
 STEPS = Path(__file__).parents[1] / "exact_steps.py"
@@ -91,11 +91,12 @@ class TestEachMechanismIsNeeded:
 
 def test_what_is_only_measured_spans_the_batch_too():
     """BatchNorm in a loss that trains nothing spans all micro-batches, as in one that trains."""
-    config = replace(ClassifierTask.presets["smoke"], dataset="fake", batch_size=16, micro_batches=4)
+    config = replace(GANTask.presets["smoke"], dataset="fake", batch_size=16, micro_batches=4)
     cores = torch.get_num_threads()
-    trainer = Trainer(task := ClassifierTask(config, torch.device("cpu")), Accelerator(cpu=True))
+    trainer = Trainer(task := GANTask(config, torch.device("cpu")), Accelerator(cpu=True))
     found = []
-    for step in (lambda: trainer.measure(task.loss), lambda: trainer.update("classifier", task.loss)):
+    loss = task.generator_loss
+    for step in (lambda: trainer.measure(loss), lambda: trainer.update("generator", loss)):
         task.step = lambda *_, step=step: step()
         trainer.step(0, is_logged=True)
         found.append(trainer.read_metrics())

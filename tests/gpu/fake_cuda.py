@@ -37,7 +37,7 @@ from cs324dist.distributed.process import start_accelerator  # noqa: E402
 from cs324dist.metrics import accuracy, digits  # noqa: E402
 from cs324dist.models.lstm import LSTM  # noqa: E402
 from cs324dist.runs import checkpoints, models, optimizers  # noqa: E402
-from cs324dist.tasks import classifier, find_task, lstm  # noqa: E402
+from cs324dist.tasks import find_task, gan, lstm  # noqa: E402
 from cs324dist.trainer import Trainer  # noqa: E402
 
 aten = torch.ops.aten
@@ -57,8 +57,6 @@ CASES = {
     "gan": ("gan", "fast", FAKE_DATA),
     "gan course": ("gan", "course", FAKE_DATA),
     "gan epochs": ("gan", "course", {**FAKE_DATA, "discriminator_unit": "epoch"}),
-    "classifier exact": ("classifier", "smoke", {**FAKE_DATA, "micro_batches": 1}),
-    "classifier": ("classifier", "smoke", FAKE_DATA),
     "mlp": (f"{MLP}:MLPTask", "fast", {"data": MLP.with_name("spirals.csv")}),
 }
 
@@ -246,16 +244,16 @@ FAULTS = {  # where it is planted, and the case that it is seen in
             self, x, state or (torch.zeros(x.shape[1], self.W_h.shape[1]),) * 2)
     ),
     "a constant on the CPU": (
-        "classifier", classifier, "to_unit_range", lambda images: images[:, None] / torch.full((28,), 127.5)
+        "gan", gan, "to_unit_range", lambda images: images[:, None] / torch.full((28,), 127.5)
     ),
     "an index on the CPU": (
-        "classifier", ShuffledEpochs, "items", lambda self, batch: torch.arange(batch.batch_size)
+        "gan", ShuffledEpochs, "items", lambda self, batch: torch.arange(batch.batch_size)
     ),
     "float(loss)": (
         "lstm", lstm, "accuracy", lambda logits, _: torch.tensor(float(logits.detach().mean()))
     ),
     "data left on the CPU": (
-        "classifier", LabelledImages, "to", lambda self, device: self
+        "gan", LabelledImages, "to", lambda self, device: self
     ),
     "a generator on the CPU": (
         "gan", Stream, "normals", lambda self, indices, components: torch.randn(

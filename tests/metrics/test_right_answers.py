@@ -5,10 +5,9 @@ import torch
 from ranks import on_ranks
 from torch import Tensor, nn
 
-from cs324dist.data.images import LabelledImages
 from cs324dist.data.palindromes import palindromes
 from cs324dist.data.streams import Stream
-from cs324dist.metrics.accuracy import accuracy, count_correct, image_accuracy, palindrome_accuracy
+from cs324dist.metrics.accuracy import accuracy, count_correct, palindrome_accuracy
 from cs324dist.models.lstm import LSTM
 
 STREAM = Stream(0, "palindromes/test")
@@ -98,22 +97,6 @@ class TestPalindromes:
         alone = measure(model, 1)
         assert alone * 10 == pytest.approx(round(alone * 10))  # of the ten that there are
         assert measure(model, 1, ranks=16) == alone
-
-
-def test_images_are_counted_over_all_ranks() -> None:
-    labels = torch.arange(1203) % 10
-    images = torch.zeros(1203, 28, 28, dtype=torch.uint8)
-    images[:, 0, 0] = labels
-    images[[5, 700, 1202], 0, 0] = 10  # read wrong, in each of three pieces
-
-    class FirstPixel(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.one_hot(((x[:, 0, 0, 0] + 1) * 127.5).round().long(), 11).float()
-
-    labelled = LabelledImages(images, labels)
-    for ranks in (1, 2, 3, 4):
-        found = on_ranks(ranks, lambda sum_over: image_accuracy(FirstPixel(), labelled, sum_over))
-        assert found == [1200 / 1203] * ranks
 
 
 def test_the_share_of_right_answers_in_a_batch() -> None:

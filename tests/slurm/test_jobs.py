@@ -54,13 +54,13 @@ def test_array(submit, uninterrupted, outcomes, tmp_path):
 
 
 def test_a_sweep_trains_each_line_of_a_file(submit, tmp_path):
-    lines = ("lstm --length 5 --run-dir one", "classifier --preset smoke --dataset fake --run-dir two")
+    lines = ("lstm --length 5 --run-dir one", "gan --preset smoke --dataset fake --run-dir two")
     (tmp_path / "sweep.txt").write_text("\n".join(lines) + "\n")
     common = ("--steps", "20", "--wandb", "disabled")
     array = submit(*("sweep.sbatch", str(tmp_path / "sweep.txt"), *common), nodes=1, options=("--array=1-3",))
     tasks = [Job(array.cluster, array.checkout, f"{array.number}_{n}", run) for n, run in
              ((1, "one"), (2, "two"), (3, "none"))]  # fmt: skip
-    for task, name in zip(tasks[:2], ("lstm", "classifier"), strict=True):
+    for task, name in zip(tasks[:2], ("lstm", "gan"), strict=True):
         task.wait_for_end()
         assert (task.state, task.step) == ("finished", 20)
         assert task.run.read_record().task == name

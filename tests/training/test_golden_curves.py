@@ -15,6 +15,7 @@ from cs324dist.tasks import find_task
 from cs324dist.trainer import Trainer
 
 STORED = Path(__file__).with_name("golden_curves.json")
+EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS = 8
 FAKE = {"dataset": "fake", "batch_size": 8}
 RECIPES = {
@@ -24,7 +25,7 @@ RECIPES = {
     "gan, preset course": ("gan", "course", FAKE),
     "gan, preset fast": ("gan", "fast", {**FAKE, "steps": 2500}),
     "gan, preset fast without labels": ("gan", "fast", {**FAKE, "steps": 2500, "label_weight": 0.0}),
-    "classifier": ("classifier", "fast", FAKE),
+    "classifier": (f"{EXAMPLES}/classifier.py:ClassifierTask", "fast", FAKE),
 }
 
 

@@ -19,7 +19,6 @@ CASES = {
     "LSTM": ("lstm", "smoke", {"curriculum": 1.0}),
     "GAN": ("gan", "smoke", {"dataset": "fake"}),
     "GAN, course": ("gan", "course", {"dataset": "fake"}),
-    "classifier": ("classifier", "smoke", {"dataset": "fake"}),
 }
 
 

@@ -1,4 +1,7 @@
-"""The digit classifier that labels samples and measures distances."""
+"""The digit classifier whose weights the package ships, which label samples and measure distances.
+
+CS324DIST_THREADS=1 python examples/classifier.py
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,14 +11,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cs324dist.config import MUTABLE, BatchSize, Config, Count, Positive
+from cs324dist import (
+    MUTABLE,
+    BatchSize,
+    Config,
+    Count,
+    Evaluation,
+    MicroBatch,
+    Positive,
+    ShuffledEpochs,
+    Stream,
+    Task,
+    accuracy,
+    count_correct,
+    main,
+    seeded,
+)
 from cs324dist.data.images import load_images, to_unit_range
-from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream, seeded
-from cs324dist.distributed.sum_over import SumOver
-from cs324dist.metrics.accuracy import accuracy, image_accuracy
 from cs324dist.models.digit_classifier import DigitClassifier
 from cs324dist.schedules import ScheduleName
-from cs324dist.tasks.base import Evaluation, Metrics, Task
 
 LARGEST_SHIFT = 2  # pixels
 
@@ -32,8 +46,8 @@ class ClassifierConfig(Config):
     checkpoint_every: Annotated[Count, MUTABLE] = 1000
     schedule: ScheduleName = "cosine"
 
-    dataset: Literal["mnist", "fashion-mnist", "fake"] = "mnist"
-    """Images: mnist, fashion-mnist, or fake (noise, needs no files)."""
+    dataset: Literal["mnist", "fake"] = "mnist"
+    """Images: mnist, or fake (noise, needs no files)."""
 
     data_root: Annotated[Path, MUTABLE] = Path("data")
     """Folder of the data sets, in torchvision's layout; missing files are fetched into it."""
@@ -53,8 +67,9 @@ class ClassifierTask(Task[ClassifierConfig]):
 
     def __init__(self, config: ClassifierConfig, device: torch.device) -> None:
         super().__init__(config, device)
-        self.train_set = load_images(config.dataset, "train", config.data_root).to(device)
-        self.test_set = load_images(config.dataset, "test", config.data_root).to(device)
+        self.train_set, self.test_set = (
+            load_images(config.dataset, split, config.data_root).to(device) for split in ("train", "test")
+        )
         self.order = ShuffledEpochs(config.seed, "images/train", len(self.train_set.labels))
         self.shifts = Stream(config.seed, "shifts/train")
         with seeded(config.seed, "weights"):
@@ -64,30 +79,24 @@ class ClassifierTask(Task[ClassifierConfig]):
             "classifier": torch.optim.Adam(self.classifier.parameters(), config.learning_rate, fused=True)
         }
 
-    @classmethod
-    def run_name(cls, config: ClassifierConfig) -> str:
-        """The name of a run's default folder."""
-        return f"{cls.name}-{config.dataset}-{config.preset}-{config.seed}"
-
-    @classmethod
-    def bytes_per_sample(cls, config: ClassifierConfig) -> int:
-        """The activations, and their gradients."""
-        return 1 << 18
-
-    def loss(self, batch: MicroBatch) -> tuple[Tensor, Metrics]:
-        """Cross-entropy of the classes."""
+    def loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of the digits."""
         items = self.order.items(batch)
-        images = shifted(
-            self.train_set.images[items], self.shifts.integers(batch.samples, 2, 2 * LARGEST_SHIFT + 1)
-        )
-        labels = self.train_set.labels[items]
+        shifts = self.shifts.integers(batch.samples, 2, 2 * LARGEST_SHIFT + 1)
+        images, labels = shifted(self.train_set.images[items], shifts), self.train_set.labels[items]
         logits = self.classifier(to_unit_range(images))
         loss = F.cross_entropy(logits, labels)
         return loss, {"loss": loss, "accuracy": accuracy(logits, labels)}
 
-    def evaluate(self, sum_over: SumOver) -> Evaluation:
+    def evaluate(self, sum_over) -> Evaluation:
         """Accuracy on the test set."""
-        return Evaluation({"accuracy": image_accuracy(self.classifier, self.test_set, sum_over)})
+        images, labels = self.test_set.images, self.test_set.labels
+
+        def count_right(items: Tensor) -> dict[str, Tensor]:
+            return {"right": count_correct(self.classifier(to_unit_range(images[items])), labels[items])}
+
+        right = sum_over(count_right, len(labels))["right"]
+        return Evaluation({"accuracy": right.item() / len(labels)})
 
 
 def shifted(images: Tensor, shifts: Tensor) -> Tensor:
@@ -98,3 +107,7 @@ def shifted(images: Tensor, shifts: Tensor) -> Tensor:
     rows = (shifts[:, :1] + ahead)[:, :, None]
     columns = (shifts[:, 1:] + ahead)[:, None, :]
     return padded[torch.arange(len(images), device=images.device)[:, None, None], rows, columns]
+
+
+if __name__ == "__main__":
+    main(ClassifierTask, __doc__)
