@@ -20,7 +20,7 @@ install: .venv/installed  ## make .venv and install the package into it
 	@touch $@
 
 train: .venv/installed  ## train both models on real data, draw from the GAN, and write the report (minutes)
-	$(BIN)/python launch/fetch_data.py --dataset mnist
+	$(BIN)/python launch/fetch_data.py
 	@config=$$($(BIN)/python -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")') && set -ex && \
 	    $(BIN)/accelerate launch --config_file accelerate_configs/$$config.yaml launch/gan.py --run-dir runs/gan && \
 	    $(BIN)/accelerate launch --config_file accelerate_configs/$$config.yaml launch/lstm.py --run-dir runs/lstm
@@ -51,7 +51,7 @@ same-bits: .venv/installed  ## every task on 1 to 8 processes, killed and not: t
 	$(BIN)/python tests/same_bits.py
 
 bench: .venv/installed  ## speed, against what users would write (a quarter of an hour on 2 cores)
-	$(BIN)/python launch/fetch_data.py --dataset mnist
+	$(BIN)/python launch/fetch_data.py
 	$(BIN)/python benchmarks/speed.py
 
 gpu-check: .venv/installed  ## what only a GPU can show (under 25 minutes on one; ARGS=--pretend: on a CPU, small)

@@ -19,10 +19,9 @@ from annotated_types import Interval
 from cs324dist.command_line import parse_command
 from cs324dist.config import POSITIONAL, Seed
 from cs324dist.errors import UserError, errors_as_exit_codes
-from cs324dist.models.gan import Generator
 from cs324dist.runs.files import check_writable, replaced
 from cs324dist.runs.models import save_tensors
-from cs324dist.runs.trained import data_set_of, load_generator
+from cs324dist.runs.trained import load_generator
 from cs324dist.sampling.generators import generate, latents, surest
 from cs324dist.sampling.grids import grid, save_gif, save_png
 from cs324dist.sampling.interpolation import interpolate, strip
@@ -43,12 +42,6 @@ class Drawing:
 
     weights: Literal["averaged", "raw"] = "averaged"
     """averaged: the averaged generator if there is one; raw: the one being trained."""
-
-    def latents_of(self, digit: int, generator: Generator, count: int) -> torch.Tensor:
-        """Latents whose images are surely this digit."""
-        if (dataset := data_set_of(self.run)) != "mnist":
-            raise UserError(f"{self.run} draws {dataset}, which holds no digits: leave out what asks for one")
-        return surest(generator, digit, count, self.seed)
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class Grid(Drawing):
         if self.digit is None:
             z = latents(generator, self.seed, count)
         else:
-            z = self.latents_of(self.digit, generator, count)
+            z = surest(generator, self.digit, count, self.seed)
         save_png(grid(generate(generator, z), self.columns), self.out)
 
 
@@ -137,7 +130,7 @@ class Interpolation(Drawing):
         def latent(digit: int, seed: int | None) -> torch.Tensor:
             if seed is not None:
                 return latents(generator, seed, 1)[0]
-            return self.latents_of(digit, generator, 1)[0]
+            return surest(generator, digit, 1, self.seed)[0]
 
         start = latent(self.start_digit, self.start_seed)
         end = latent(self.end_digit, self.end_seed)

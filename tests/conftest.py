@@ -53,7 +53,7 @@ def float64() -> Iterator[None]:
 def mnist_root() -> Path:
     """A data root that holds MNIST: the environment's CS324DIST_TEST_DATA, or the repository's data/."""
     root = Path(os.environ.get("CS324DIST_TEST_DATA") or REPOSITORY / "data")
-    fetch("mnist", root)
+    fetch(root)
     return root
 
 

@@ -55,7 +55,7 @@ from torch import Tensor
 
 from cs324dist.audit import audit
 from cs324dist.config import as_json
-from cs324dist.data import fetch
+from cs324dist.data import images
 from cs324dist.distributed.process import start_accelerator
 from cs324dist.distributed.stop import StopRequest
 from cs324dist.errors import ReportedError, RunFailed
@@ -596,7 +596,7 @@ def fuzz(numbers: Sequence[int], seed: int, folder: Path) -> dict[str, Any]:
         mock.patch.multiple(lease, PATIENCE=0.01, SILENCE=0.02, HEARTBEAT=0.01),
         mock.patch.object(environment, "_commit", mock.Mock(return_value=environment._commit())),
         mock.patch.object(sampling, "CANDIDATES", 20),  # of digits to walk between: a second for the page
-        mock.patch.object(fetch, "fetch", mock.Mock(side_effect=Stopped("touched"))),
+        mock.patch.object(images, "fetch", mock.Mock(side_effect=Stopped("touched"))),
     ):
         for number in numbers:
             w = Copy(originals, folder / "work", seed, number)

@@ -91,7 +91,7 @@ def walk(run: Run) -> Walk:
         UserError: there is no checkpoint that can be used.
     """
     generator = load_generator(run.path)
-    start, end, ends = walk_ends(generator, run.setting("dataset"))
+    start, end, ends = walk_ends(generator)
     strips = {method: _as_png(strip(generator, start, end, STRIP_IMAGES, method)) for method in METHODS}
     walks = [generate(generator, interpolate(start, end, WALK_FRAMES, method)) for method in METHODS]
     frames = [

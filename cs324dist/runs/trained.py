@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from cs324dist.data.images import SHA256
 from cs324dist.errors import UserError
 from cs324dist.models.gan import Generator
 from cs324dist.runs.checkpoints import TRAINER, WEIGHTS, checkpoints_in, verify_checkpoint
@@ -54,20 +53,6 @@ def find_network(run_or_checkpoint: str | Path, names: Sequence[str]) -> Path:
         raise UserError(f"{checkpoint} holds no {names[-1]}: give a run of a task that trains one")
     verify_checkpoint(checkpoint, [f"{name}/config.json", f"{name}/{WEIGHTS}"])
     return checkpoint / name
-
-
-def run_of(run_or_checkpoint: Path) -> RunDir:
-    """The run that it is, or that it belongs to as far as can be seen."""
-    run, around = RunDir(run_or_checkpoint), RunDir(run_or_checkpoint.absolute().parent.parent)
-    return around if around.exists and not run.exists else run
-
-
-def data_set_of(run_or_checkpoint: Path) -> str:
-    """The data set it was trained on; mnist if that is unknown, or noise."""
-    run = run_of(run_or_checkpoint)
-    is_run = run.exists and not (run.path / WEIGHTS).is_file()
-    dataset = run.read_record().config.get("dataset") if is_run else None
-    return dataset if isinstance(dataset, str) and dataset in SHA256 else "mnist"
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -36,19 +36,14 @@ def interpolate(
     return ((1 - t) * a + t * b).to(start.dtype)
 
 
-def walk_ends(
-    generator: Generator, dataset: str
-) -> tuple[Float[Tensor, " latent"], Float[Tensor, " latent"], str]:
-    """Two latents to walk between, and what they show: a 4 and a 1, or any two images without digits."""
-    if dataset != "fashion-mnist":  # whose images are no digits
-        try:
-            start, end = (surest(generator, digit, 1, seed=0)[0] for digit in (START, END))
-        except UserError:  # it draws no such digits, or not yet
-            pass
-        else:
-            return start, end, f"from a {START} to a {END}"
-    start, end = latents(generator, 0, 2)
-    return start, end, "from one image to another"
+def walk_ends(generator: Generator) -> tuple[Float[Tensor, " latent"], Float[Tensor, " latent"], str]:
+    """Two latents to walk between, and what they show: a 4 and a 1, or any two images."""
+    try:
+        start, end = (surest(generator, digit, 1, seed=0)[0] for digit in (START, END))
+    except UserError:  # it draws no such digits, or not yet
+        start, end = latents(generator, 0, 2)
+        return start, end, "from one image to another"
+    return start, end, f"from a {START} to a {END}"
 
 
 def strip(

@@ -1,7 +1,7 @@
 """The GAN on MNIST: the course report's Part II."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from cs324dist.tasks.base import Evaluation, Metrics, Task, Updater
 
 GRID = 5  # rows and columns of the picture, as in the course report
 FINITE_DIFFERENCE = 0.05  # of the gradient penalty, in units of the images' range [-1, 1]
-CLASSES = 10  # of each data set
+CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class GANConfig(Config):
     steps: Annotated[Count, MUTABLE] = 2750
     schedule: ScheduleName = "linear"
 
-    dataset: Literal["mnist", "fashion-mnist", "fake"] = "mnist"
-    """Images: mnist, fashion-mnist, or fake (noise, needs no files)."""
+    dataset: Literal["mnist", "fake"] = "mnist"
+    """Images: mnist, or fake (noise, needs no files)."""
 
     data_root: Annotated[Path, MUTABLE] = Path("data")
     """Folder of the data sets, in torchvision's layout; missing files are fetched into it."""
@@ -213,7 +213,7 @@ class GANTask(Task[GANConfig]):
         return period % self.config.discriminator_every == 0
 
     def evaluate(self, sum_over: SumOver) -> Evaluation:
-        """A grid of samples; for digits also their Fréchet distance to the test set, and what can be read."""
+        """A grid of samples, their Fréchet distance to the test set, and what can be read."""
         generator = self.networks["generator_ema" if self.config.ema_decay else "generator"]
         seed, latent_dim, count = self.config.seed, self.config.latent_dim, len(self.test_images)
 
@@ -221,10 +221,8 @@ class GANTask(Task[GANConfig]):
             return generator(Stream(seed, stream).normals(indices, latent_dim))
 
         picture = grid(draw("latents/grid", torch.arange(GRID * GRID, device=self.device)), GRID)
-        found: Mapping[str, float] = {}
-        if self.config.dataset != "fashion-mnist":  # its images are no digits
-            samples = DigitStatistics.of(lambda indices: draw("latents/evaluation", indices), count, sum_over)
-            found = samples.compared_with(self._test_digits(sum_over))
+        samples = DigitStatistics.of(lambda indices: draw("latents/evaluation", indices), count, sum_over)
+        found = samples.compared_with(self._test_digits(sum_over))
         return Evaluation(found, picture, lambda: self._strip(generator))
 
     def _test_digits(self, sum_over: SumOver) -> DigitStatistics:
@@ -239,7 +237,7 @@ class GANTask(Task[GANConfig]):
         # As launch/sample.py draws it: on the CPU, in float32, from the weights alone.
         drawn = Generator(self.config.latent_dim).eval()
         drawn.load_state_dict(generator.state_dict())
-        start, end, _ = walk_ends(drawn, self.config.dataset)
+        start, end, _ = walk_ends(drawn)
         return strip(drawn, start, end, STRIP_IMAGES, "spherical")
 
 

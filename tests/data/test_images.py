@@ -1,20 +1,15 @@
 """The images are MNIST's to the byte, and what the classifier and the GAN see of them."""
 
 import hashlib
-import struct
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as npst
 
-from cs324dist.data.images import check_fetched, decode_idx, encode_idx, load_images, to_unit_range
+from cs324dist.data.images import check_fetched, load_images, to_unit_range
 from cs324dist.errors import UserError
 
 # Of the published files, from elsewhere than the SHA-256s in the module.
@@ -76,23 +71,6 @@ def test_what_is_not_there_is_named_and_nothing_is_made(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="MNIST/raw lacks train-images-idx3-ubyte: give --data-root"):
         check_fetched("mnist", tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-class TestIdx:
-    @given(npst.arrays(np.uint8, npst.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=5)))
-    def test_roundtrip(self, array: np.ndarray) -> None:
-        decoded = decode_idx(encode_idx(array)).numpy()
-        assert decoded.shape == array.shape
-        assert np.array_equal(decoded, array)
-
-    @given(st.integers(1, 300))
-    def test_header_is_the_published_one(self, count: int) -> None:
-        assert encode_idx(np.zeros((count, 2, 3), np.uint8))[:16] == struct.pack(">4I", 0x803, count, 2, 3)
-        assert encode_idx(np.zeros(count, np.uint8))[:8] == struct.pack(">2I", 0x801, count)
-
-    def test_sizes_that_do_not_fit_the_bytes(self) -> None:
-        with pytest.raises(ValueError, match="reshape"):
-            decode_idx(encode_idx(np.zeros((3, 4), np.uint8))[:-1])
 
 
 @pytest.mark.parametrize("module", ["images", "fetch"])

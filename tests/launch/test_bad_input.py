@@ -1,6 +1,5 @@
 """Bad input as a user meets it: one `error:` line for each thing to change, exit code 2, nothing touched."""
 
-import json
 import subprocess
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def test_all_values_that_are_not_allowed_are_named_together(launch, tmp_path):
     wrong = ("--dataset", "cifar", "--batch-size", "-64", "--steps", "0")
     assert_refused(
         launch("launch/gan.py", *wrong, "--run-dir", run, check=False),
-        "--dataset cifar … give one of mnist, fashion-mnist, fake",
+        "--dataset cifar … give one of mnist, fake",
         "--batch-size -64 … give at least 1 and at most 1 000 000",
         "--steps 0 … give at least 1 and at most 1 000 000 000",
     )
@@ -118,7 +117,7 @@ def test_a_truncated_file_of_the_data_set_is_named_before_a_run_begins(launch, t
     run = tmp_path / "run"
     options = ("--data-root", tmp_path / "data", "--steps", "1", "--wandb", "disabled", "--run-dir", run)
     done = launch("launch/gan.py", *options, check=False)
-    assert_refused(done, f"{raw / name} is damaged … found 1000; delete it")
+    assert_refused(done, f"{raw / name} is damaged … delete it")
     assert not run.exists()
     assert (raw / name).stat().st_size == 1000
 
@@ -164,17 +163,3 @@ def test_two_commands_for_one_new_folder(launch, lstm_run, tmp_path):
     assert_refused(launch(*command, environment=fault, check=False), "--length 5 … run's 4")
     left, before = content_of(run), content_of(lstm_run)
     assert left == {name: content for name, content in before.items() if not name.endswith(".lock")}
-
-
-@pytest.mark.slow
-def test_digits_of_a_run_that_draws_none(launch, tmp_path, lstm_run):
-    run = tmp_path / "run"
-    options = ("--preset", "smoke", "--dataset", "fake", "--steps", "1", "--wandb", "disabled")
-    launch("launch/gan.py", *options, "--run-dir", run)
-    config = json.loads((run / "config.json").read_text())
-    config["config"]["dataset"] = "fashion-mnist"
-    (run / "config.json").write_text(json.dumps(config))
-    out = tmp_path / "grid.png"
-    done = launch("launch/sample.py", "grid", run, "--digit", "7", "--out", out, check=False)
-    assert_refused(done, f"{run} draws fashion-mnist, which holds no digits")
-    launch("launch/sample.py", "grid", run, "--out", out)
