@@ -5,7 +5,6 @@ other code: each makes the replay end elsewhere.
 """
 
 import dataclasses
-import math
 import os
 import random
 import shlex
@@ -23,7 +22,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cs324dist.config import Config, from_json
-from cs324dist.data.images import check_fetched
 from cs324dist.distributed.failures import translate_errors
 from cs324dist.distributed.process import on_main_process, start_accelerator
 from cs324dist.errors import RunFailed, UserError, printable, say, warn
@@ -38,7 +36,7 @@ from cs324dist.runs.checkpoints import (
 )
 from cs324dist.runs.environment import Environment, environment
 from cs324dist.runs.lease import Owner, owner_of
-from cs324dist.runs.models import load_model, read_tensors
+from cs324dist.runs.models import read_tensors
 from cs324dist.runs.run_dir import RunDir
 from cs324dist.tasks import TASKS, find_task
 from cs324dist.tasks.base import Task
@@ -79,7 +77,6 @@ def audit(
     count: int | None,
     from_start: bool,
     data_root: Path = Path("data"),
-    memory: int = 4,
 ) -> None:
     """Replay `count` intervals of a run, drawn at random, or all, and compare what they end in bit for bit.
 
@@ -88,8 +85,7 @@ def audit(
         task_name: names a task that is none of the project's; see `find_task`.
         count: how many intervals between kept checkpoints; None for all.
         from_start: also replay from the first step to the oldest kept checkpoint.
-        data_root: folder of the data sets, whatever the run names; nothing is fetched into it.
-        memory: GiB that a step may take, by the task's own estimate, whatever the run's options ask for.
+        data_root: folder of the data sets, whatever the run names.
 
     Raises:
         UserError: the run cannot be replayed here.
@@ -112,17 +108,14 @@ def audit(
 
     def config_of(interval: Interval) -> Config:
         config: Any = from_json(config_type, interval.config, str(interval.owner))
-        if not hasattr(config, "data_root"):
-            return config
-        check_fetched(config.dataset, data_root)
-        return dataclasses.replace(config, data_root=data_root)
+        return dataclasses.replace(config, data_root=data_root) if hasattr(config, "data_root") else config
 
     config = run.read_config(config_type)
     with translate_errors(config):
         intervals = list(_intervals(run, config.steps, from_start))
         made = intervals[-1].environment
         if config.micro_batches is None:
-            os.environ.setdefault("CS324DIST_THREADS", str(min(made.threads, 1024)))
+            os.environ.setdefault("CS324DIST_THREADS", str(made.threads))
         accelerator = start_accelerator(config.batch_size, config.micro_batches, precision=made.precision)
         here = environment(accelerator.num_processes, accelerator.mixed_precision, _backend(accelerator))
         needed = NEEDED if config.micro_batches else NEEDED | BY_DDP
@@ -137,9 +130,6 @@ def audit(
         trainer, trained_config = None, None
         for interval in chosen:
             config = config_of(interval)
-            check_sizes(interval.owner, task_type, config, interval.end)
-            batch = config.batch_size // accelerator.num_processes
-            check_memory(interval.owner, task_type, config, batch, memory)
             if trainer is None or config != trained_config or interval.start is None:
                 trainer, trained_config = Trainer(task_type(config, accelerator.device), accelerator), config
             differences = _replay(trainer, interval, rows)
@@ -210,36 +200,6 @@ def _choose(
         say(reason)
     drawn = comparable if count is None else random.sample(comparable, min(count, len(comparable)))
     return sorted(drawn, key=lambda interval: interval.first)
-
-
-def check_sizes(owner: Path, task: type[Task[Any]], config: Config, checkpoint: Path) -> None:
-    """Check that an owner's options ask for networks of the stored size, and so for no more memory.
-
-    Raises:
-        UserError: they do not.
-    """
-    found = [name for name in task.sizes if (checkpoint / name).is_dir()]
-    if task.sizes and not found:
-        raise UserError(f"{checkpoint} holds no network of this run: it is damaged")
-    for network in found:
-        model, argument, name = task.sizes[network]
-        stored: Any = load_model(checkpoint / network, model)
-        if (given := getattr(config, name)) != (there := stored.config[argument]):
-            raise UserError(f"{owner}: {name} is {given}, but {there} in {checkpoint}")
-
-
-def check_memory(owner: Path, task: type[Task[Any]], config: Config, batch: int, memory: int) -> None:
-    """Check that a step of a process's `batch` samples takes about `memory` GiB at most.
-
-    Raises:
-        UserError: it takes more.
-    """
-    needed = batch * task.bytes_per_sample(config) / (1 << 30)
-    if needed > memory:
-        raise UserError(
-            f"{owner}: a step of {batch} samples takes about {needed:.0f} GiB, and may take {memory}: "
-            f"if you trust the run, give --memory {math.ceil(needed)}"
-        )
 
 
 def _replay(trainer: Trainer, interval: Interval, rows: Mapping[int, Mapping[str, float]]) -> list[str]:

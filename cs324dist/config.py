@@ -115,9 +115,6 @@ class Config:
     default_precision: ClassVar[Literal["no", "bf16"]] = "no"
     """Mixed precision where the launcher is given none. bf16: if the machine is faster in it."""
 
-    memory_options: ClassVar[tuple[str, ...]] = ("batch_size",)
-    """Options that are suggested when memory runs out."""
-
     def learning_rate_factor(self, step: int) -> float:
         """The factor on every learning rate at `step`, counted from 0."""
         return learning_rate_factor(self.schedule, step, self.steps, self.warmup_steps)

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from annotated_types import Interval
-
 from cs324dist.audit import audit
 from cs324dist.command_line import parse
 from cs324dist.config import POSITIONAL, Count
@@ -36,21 +34,11 @@ class Audit:
     """Also replay from the first step to the oldest kept checkpoint."""
 
     data_root: Path = Path("data")
-    """Folder of the data sets; nothing is fetched into it."""
-
-    memory: Annotated[int, Interval(ge=1, le=1 << 20)] = 4
-    """GiB that a step may take in each process, whatever the run's options ask for."""
+    """Folder of the data sets, whatever the run names."""
 
 
 if __name__ == "__main__":
     with errors_as_exit_codes():
         options = parse(Audit, __doc__)
-        audit(
-            options.run,
-            options.task,
-            options.intervals,
-            options.from_start,
-            options.data_root,
-            options.memory,
-        )
+        audit(options.run, options.task, options.intervals, options.from_start, options.data_root)
         exit_process(0)

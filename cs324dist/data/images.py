@@ -42,17 +42,6 @@ def load_images(
     )
 
 
-def check_fetched(dataset: Literal["mnist", "fake"], data_root: Path) -> None:
-    """Check that a data set can be loaded without fetching.
-
-    Raises:
-        UserError: files are missing.
-    """
-    folder = folder_in(data_root)
-    if dataset == "mnist" and (missing := missing_in(folder)):
-        raise UserError(f"{folder} lacks {missing[0]}: give --data-root, or run launch/fetch_data.py first")
-
-
 def to_unit_range(images: UInt8[Tensor, "batch 28 28"]) -> Float[Tensor, "batch 1 28 28"]:
     """Scale bytes to [-1, 1], the range of the generator's tanh, in torch's default dtype."""
     return images.unsqueeze(1).to(torch.get_default_dtype()) / 127.5 - 1

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from cs324dist.config import Config, option
+from cs324dist.config import Config
 from cs324dist.errors import RunFailed
 
 NO_MEMORY = ("can't allocate memory", "out of memory", "bad allocation")
@@ -38,10 +38,7 @@ def translate_errors(config: Config) -> Iterator[None]:
     except (RuntimeError, MemoryError, OSError) as error:
         text = str(error).lower()
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(text, NO_MEMORY):
-            ways = ", ".join(
-                f"{option(name)} (now {getattr(config, name)})" for name in config.memory_options
-            )
-            raise OneProcessFailed(f"out of memory: lower {ways}") from error
+            raise OneProcessFailed(f"out of memory: lower --batch-size (now {config.batch_size})") from error
         if isinstance(error, OSError) and error.strerror:
             raise OneProcessFailed(f"{error.filename or 'a file'}: {error.strerror}") from error
         if _says(text, LOADER_GONE):

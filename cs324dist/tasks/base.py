@@ -62,10 +62,6 @@ class Task(Generic[ConfigT]):
     presets: ClassVar[Mapping[str, Any]]
     """Recipes by name, each a `Config`; the first is the default."""
 
-    sizes: ClassVar[Mapping[str, tuple[type[nn.Module], str, str]]] = {}
-    """For audit, by a network's name: its class, an argument in its `config`, and the option that sets it,
-    such as `{"net": (Net, "hidden", "hidden_size")}`. Before audit builds a network, it checks that the
-    argument in the checkpoint equals the option. A checkpoint must hold at least one of these networks."""
 
     def __init__(self, config: ConfigT, device: torch.device) -> None:
         """Build the networks, their optimizers, and the data on `device`."""
@@ -77,14 +73,6 @@ class Task(Generic[ConfigT]):
     def run_name(cls, config: ConfigT) -> str:
         """The name of a run's default folder."""
         return f"{cls.name}-{config.preset}-{config.seed}"
-
-    @classmethod
-    def bytes_per_sample(cls, config: ConfigT) -> int:
-        """About how many bytes of memory a step takes for each sample.
-
-        Audit refuses a step that would take more than its `--memory`. 0: audit does not check.
-        """
-        return 0
 
     def step(self, step: int, trainer: Updater) -> None:
         """Take step `step`, counted from 0: by default one update of the only optimizers there are."""

@@ -107,8 +107,6 @@ class GANTask(Task[GANConfig]):
         "smoke": replace(FAST, steps=20, batch_size=16, log_every=5, evaluate_every=20, checkpoint_every=10),
     }
 
-    sizes: ClassVar = {"generator": (Generator, "input_dim", "latent_dim")}
-
     def __init__(self, config: GANConfig, device: torch.device) -> None:
         super().__init__(config, device)
         self.train_set, test_set = (
@@ -141,11 +139,6 @@ class GANTask(Task[GANConfig]):
         """The name of a run's default folder."""
         prefix = cls.name if config.dataset == "mnist" else f"{cls.name}-{config.dataset}"
         return f"{prefix}-{config.preset}-{config.seed}"
-
-    @classmethod
-    def bytes_per_sample(cls, config: GANConfig) -> int:
-        """The activations of both networks, and their gradients."""
-        return 1 << 20
 
     def step(self, step: int, trainer: Updater) -> None:
         """See the class."""

@@ -14,7 +14,7 @@ from cs324dist.data.streams import MicroBatch, Stream, seeded
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import UserError, printable
 from cs324dist.metrics.accuracy import accuracy, count_correct, palindrome_accuracy
-from cs324dist.models.lstm import LSTM, steps_at_once
+from cs324dist.models.lstm import LSTM
 from cs324dist.models.rnn import RNN
 from cs324dist.schedules import ScheduleName
 from cs324dist.tasks.base import Evaluation, Metrics, Task, Updater
@@ -68,8 +68,6 @@ class LSTMConfig(Config):
     """Factor by which a short start length grows to --length, each time that 97 % of a batch are right (every
     second batch is looked at); 1: no curriculum."""
 
-    memory_options: ClassVar[tuple[str, ...]] = ("batch_size", "length", "hidden_size")
-
 
 FAST = LSTMConfig()
 
@@ -98,11 +96,6 @@ class LSTMTask(Task[LSTMConfig]):
         ),
     }
 
-    sizes: ClassVar = {
-        "lstm": (LSTM, "hidden_size", "hidden_size"),
-        "rnn": (RNN, "hidden_size", "hidden_size"),
-    }
-
     def __init__(self, config: LSTMConfig, device: torch.device) -> None:
         super().__init__(config, device)
         with seeded(config.seed, "weights"):
@@ -125,15 +118,6 @@ class LSTMTask(Task[LSTMConfig]):
         """The name of a run's default folder."""
         kind = config.model if cls is LSTMTask else cls.name
         return f"{kind}-length{config.length}-{config.preset}-{config.seed}"
-
-    @classmethod
-    def bytes_per_sample(cls, config: LSTMConfig) -> int:
-        """Two bytes a digit, what the steps that are computed at once keep, and the states between parts."""
-        at_once = steps_at_once(config.length, config.batch_size) if config.model == "lstm" else config.length
-        parts = config.length // at_once
-        return 2 * config.length + 4 * (
-            at_once * (12 * config.hidden_size + 20) + parts * 2 * config.hidden_size
-        )
 
     def step(self, step: int, trainer: Updater) -> None:
         """One update, and every second time the curriculum's decision."""

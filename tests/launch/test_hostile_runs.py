@@ -245,29 +245,14 @@ def test_a_run_of_another_model(lstm, refused):
     assert [line.split()[1] for line in lines] == ["--length", "--hidden-size"]
 
 
-def test_an_audit_fetches_nothing_and_reads_no_data_that_the_run_names(gan, refused):
+def test_an_audit_reads_no_data_that_the_run_names(gan, refused):
     path = gan.run / "owners" / "1.json"
     owner = json.loads(path.read_text())
     owner["config"] |= {"dataset": "mnist", "data_root": str(gan.outside)}
     path.write_text(json.dumps(owner))
-    empty = gan.run.parent / "empty"
-    (line,) = refused(gan, "launch/audit.py", gan.run, "--from-start", "--data-root", empty)
-    assert f"{empty}/MNIST/raw lacks train-images-idx3-ubyte: give --data-root" in line
-
-
-@pytest.mark.parametrize(("name", "gib"), [("lstm", 51), ("gan", 977)])
-def test_an_audit_takes_no_more_memory_than_it_may(name, gib, refused, request):
-    hostile = request.getfixturevalue(name)
-    owner = hostile.run / "owners" / "1.json"
-    for path in (hostile.run / "config.json", owner):
-        content = json.loads(path.read_text())
-        content["config"] |= {"batch_size": 1_000_000} | ({"length": 10_000} if name == "lstm" else {})
-        path.write_text(json.dumps(content))
-    (line,) = refused(hostile, "launch/audit.py", hostile.run, "--from-start")
-    assert line == (
-        f"error: {owner}: a step of 1000000 samples takes about {gib} GiB, and may take 4: "
-        f"if you trust the run, give --memory {gib}"
-    )
+    (root := gan.run.parent / "root").touch()
+    (line,) = refused(gan, "launch/audit.py", gan.run, "--from-start", "--data-root", root)
+    assert f"data root {root} is unusable" in line
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "owners", "wandb", ".wandb", "tensorboard"])

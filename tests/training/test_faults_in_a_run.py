@@ -256,15 +256,14 @@ def with_little_memory() -> None:
 
 
 class TestMemory:
-    def test_too_little_names_the_options_to_lower_and_their_values(self, start_python, tmp_path):
+    def test_too_little_names_the_option_to_lower_and_its_value(self, start_python, tmp_path):
         run = tmp_path / "run"
         command = (*LSTM, "--hidden-size", "65536", "--run-dir", run)
         process = start_python(*command, preexec_fn=with_little_memory)
         said = process.stderr.read()
         assert process.wait() == 1
         (line,) = errors(said)
-        values = "--batch-size (now 8), --length (now 4), --hidden-size (now 65536)"
-        assert f"out of memory: lower {values}" in line
+        assert line.endswith("out of memory: lower --batch-size (now 8)")
         assert not (run / "status.json").exists()
 
     def test_a_batch_too_large_in_mid_run(self, start_python, tmp_path):
@@ -275,5 +274,5 @@ class TestMemory:
         said = process.stderr.read()
         assert process.wait() == 1
         (line,) = errors(said)
-        assert "out of memory: lower --batch-size (now 1000000), --length (now 300)" in line
+        assert line.endswith("out of memory: lower --batch-size (now 1000000)")
         assert status(run)["state"] == "failed"
