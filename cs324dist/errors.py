@@ -60,20 +60,14 @@ def warn(text: str) -> None:
 
 @contextmanager
 def errors_as_exit_codes() -> Iterator[None]:
-    """Turn `ReportedError` and Ctrl-C into lines on stderr and an exit code, without a traceback."""
+    """Turn errors that a user understands, and Ctrl-C, into lines on stderr and an exit code."""
     stderr = sys.stderr
     sys.stderr = _StderrThatMayFail(stderr)
     try:
         yield
         sys.stdout.flush()
     except ReportedError as error:
-        if error.same_on_all_ranks:
-            _wait_for_the_first_rank()
-            place = "" if RANK == "0" else f" on rank {RANK}"
-        else:
-            place = f" on rank {RANK}" if WORLD_SIZE > 1 else ""
-        sys.stderr.writelines(f"error{place}: {printable(line, None)}\n" for line in error.lines)
-        exit_process(error.exit_code)
+        _end_with(error)
     except KeyboardInterrupt:
         if RANK == "0":
             say("stopped by a signal")
@@ -81,8 +75,22 @@ def errors_as_exit_codes() -> Iterator[None]:
     except BrokenPipeError:  # the reader of stdout, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         exit_process(EXIT_FAILED)
+    except OSError as error:
+        if not error.strerror:
+            raise
+        _end_with(RunFailed(f"{error.filename or 'a file'}: {error.strerror}"))
     finally:
         sys.stderr = stderr
+
+
+def _end_with(error: ReportedError) -> NoReturn:
+    if error.same_on_all_ranks:
+        _wait_for_the_first_rank()
+        place = "" if RANK == "0" else f" on rank {RANK}"
+    else:
+        place = f" on rank {RANK}" if WORLD_SIZE > 1 else ""
+    sys.stderr.writelines(f"error{place}: {printable(line, None)}\n" for line in error.lines)
+    exit_process(error.exit_code)
 
 
 def exit_process(exit_code: int) -> NoReturn:

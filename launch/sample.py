@@ -149,8 +149,5 @@ if __name__ == "__main__":
         for path in (command.out, getattr(command, "gif", None)):
             if path:
                 check_writable(path)
-        try:
-            command.draw()
-        except OSError as error:
-            raise UserError(f"{error.filename or command.out} cannot be written: {error.strerror}") from None
+        command.draw()
         print(command.out)

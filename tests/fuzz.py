@@ -1,4 +1,4 @@
-"""Damage and forge real run folders in thousands of ways, and read them with everything that reads a run.
+"""Damage real run folders in thousands of ways, and read them with everything that reads a run.
 
     python tests/fuzz.py --mutations 10000 --seed 0
 
@@ -10,9 +10,9 @@ harmless    what was read is what was there before the mutation
 forged      well-formed content whose digests were corrected: no reader can tell
 unsigned    well-formed content of a file without a digest: no reader can tell
 
-All else is bad: another exception, other content, code that ran, a file outside the folder that was read or
-written, memory or time without bound. Prints the counts, writes them as JSON, and exits with 1 if anything
-was bad. `--only N` repeats mutation N of a seed.
+All else is bad: a traceback, other content, code that ran, a file outside the folder that was written.
+Prints the counts, writes them as JSON, and exits with 1 if anything was bad. `--only N` repeats mutation N of
+a seed.
 """
 
 import argparse
@@ -23,17 +23,13 @@ import math
 import os
 import random
 import re
-import resource
 import runpy
 import shutil
-import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -55,10 +51,9 @@ from torch import Tensor
 
 from cs324dist.audit import audit
 from cs324dist.config import as_json
-from cs324dist.data import images
 from cs324dist.distributed.process import start_accelerator
 from cs324dist.distributed.stop import StopRequest
-from cs324dist.errors import ReportedError, RunFailed
+from cs324dist.errors import errors_as_exit_codes
 from cs324dist.models.gan import Generator
 from cs324dist.report.page import write_report
 from cs324dist.runs import checkpoints, environment, lease
@@ -85,10 +80,6 @@ STEPS = (2, 4, 6)  # of the three checkpoints
 NEWEST = f"{STEPS[-1]:09d}-1"
 GAN_EVERY = 8  # of so many mutations, one is of the GAN's run: its files are ten thousand times as large
 SMALL = 1 << 16  # bytes; larger files of a run are linked, not copied, until they are mutated
-PATIENCE = 20  # seconds for one reader
-LONGEST_LINE = 1000  # characters
-ADDRESS_SPACE = 2 << 30  # bytes that a reader may reserve
-MEMORY = 600 << 20  # bytes by which a reader may grow: a GAN's checkpoint has 119 MB, and is held twice
 
 
 # Runs, and copies of them
@@ -108,12 +99,12 @@ def train(name: str, path: Path) -> SimpleNamespace:
 def content(checkpoint: Path) -> dict[str, Any]:
     """The facts of a checkpoint's tensors by file, of what its averaged generator draws, and trainer.json."""
     files = sorted(checkpoint.rglob("*.safetensors"))
-    tensors = {str(path.relative_to(checkpoint)): load_file(own(path)) for path in files}
+    tensors = {str(path.relative_to(checkpoint)): load_file(path) for path in files}
     if weights := tensors.get("generator_ema/model.safetensors"):
         (generator := Generator(8).eval()).load_state_dict(weights)
         with torch.no_grad():
             tensors["images"] = {"images": generator(sampling.latents(generator, 0, 2))}
-    trainer = json.loads(own(checkpoint / "trainer.json").read_bytes())
+    trainer = json.loads((checkpoint / "trainer.json").read_bytes())
     return {**{file: facts(part) for file, part in tensors.items()}, "trainer.json": trainer}
 
 
@@ -131,7 +122,7 @@ def facts(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:
 
 
 def own(path: Path) -> Path:
-    """A file that may be read or replaced: an earlier mutation may have put a pipe or a link there."""
+    """A file that may be replaced: an earlier mutation may have put a link there."""
     if os.path.realpath(path) != str(path) or not path.is_file():
         raise OSError(f"{path} is no file any more")
     return path
@@ -150,7 +141,7 @@ def copy_or_link(source: str, target: str) -> None:
 
 
 class Copy:
-    """A mutated copy of a run, a place beside it that nothing may read or write, and what a reader found."""
+    """A mutated copy of a run, a place beside it that nothing may write, and what a reader found."""
 
     def __init__(
         self, originals: Mapping[str, SimpleNamespace], folder: Path, seed: int, number: int
@@ -164,11 +155,8 @@ class Copy:
         self.unsigned = False  # a file without a digest was changed
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.original.path, self.run, copy_function=copy_or_link)
-        large = shutil.ignore_patterns("*.safetensors") if names[0] == "gan" else None
-        shutil.copytree(self.original.path, self.outside / "run", ignore=large)
-        (self.outside / "folder").mkdir()
+        (self.outside / "folder").mkdir(parents=True)
         (self.outside / "victim").write_text("mine")
-        (self.outside / "victim.json").write_text('{"state": "finished", "step": 6, "why": ""}')
         self.done: list[str] = []
         wanted = self.rng.choice((1, 1, 1, 2))
         while len(self.done) < wanted:  # a mutation before may have made the next impossible
@@ -188,7 +176,7 @@ class Copy:
         self.mend(path, mend)
 
     def mend(self, path: Path, probability: float) -> None:
-        """Correct the digests after a change, as a forger would."""
+        """Correct the digests after a change, so that a reader has to look further."""
         folder, *rest = path.relative_to(self.run).parts
         self.unsigned |= folder != "checkpoints"
         with suppress(*IMPOSSIBLE):
@@ -228,9 +216,9 @@ class Copy:
         """What a reader could have noticed in a checkpoint whose digests are right."""
         trainer = found["trainer.json"]
         counts = [trainer.get(key) for key in ("step", "metrics_lines", "processes")]
-        if not all(type(n) is int and low <= n <= 2**53 for n, low in zip(counts, (0, 0, 1), strict=True)):
+        if not all(type(n) is int and n >= low for n, low in zip(counts, (0, 0, 1), strict=True)):
             return f"counts {counts}"
-        if trainer.get("task") not in STATES or type(trainer.get("evaluation_owed")) is not bool:
+        if trainer.get("task") not in STATES:
             return f"state {trainer}"
         known = [run.checkpoints[STEPS[-1]] for run in (self.original, self.other)]
         like = next(one for one in known if one.keys() == found.keys())
@@ -249,32 +237,25 @@ IMPOSSIBLE = (OSError, ValueError, LookupError, TypeError, AttributeError, Runti
 JSON = words("""config.json status.json metrics.jsonl owners/1.json @/trainer.json @/trainer.json
 @/*/config.json @/*/model.safetensors @/optimizers.safetensors""")
 WRITTEN = words(""".config.json.tmp .status.json.tmp .metrics.jsonl.tmp wandb
-checkpoints/.000000000-2.tmp
-owners/.2.json.tmp owners/2.json owners/1-0123456789abcdef.lock owners/999999999.json
-owners/1000000000.json owners/999999998.json samples/000000007.png samples/.000000007.png.tmp
-checkpoints/000000007-2 checkpoints/.000000007-2.tmp checkpoints/.000000007-99.tmp
-checkpoints/.000000007-2.tmp/.trainer.json.tmp checkpoints/damaged-000000006-1""")
+checkpoints/.000000000-2.tmp owners/.2.json.tmp owners/2.json owners/1-0123456789abcdef.lock
+owners/999999999.json samples/000000007.png samples/.000000007.png.tmp checkpoints/000000007-2
+checkpoints/.000000007-2.tmp checkpoints/.000000007-99.tmp checkpoints/damaged-000000006-1""")
 FOREIGN = words("""checkpoints/000000000-1 checkpoints/000000004-2 checkpoints/000000008-1
-checkpoints/999999999-1 checkpoints/0999999999-1 checkpoints/000000004-999999999 checkpoints/.000000006-1.tmp
-checkpoints/000000004 checkpoints/٠٠٠٠٠٠٠٠٩-1 checkpoints/latest @/.hidden
-@/pytorch_model.bin @/lstm/pytorch_model.bin @/x.json @/extra.safetensors @/X.SAFETENSORS owners/x.json""")
+checkpoints/0999999999-1 checkpoints/000000004-999999999 checkpoints/.000000006-1.tmp checkpoints/000000004
+checkpoints/latest @/.hidden @/pytorch_model.bin @/x.json @/extra.safetensors owners/x.json""")
 FOLDERS = words("checkpoints owners samples @ @/*")
-TARGETS = words("victim victim.json folder absent /dev/zero /dev/full ../run/config.json")
 THINGS: dict[str, Callable[[Copy, Path], Any]] = {
     "nothing": lambda w, path: None,
     "a file": lambda w, path: path.write_text("x"),
     "a folder": lambda w, path: path.mkdir(),
     "a full folder": lambda w, path: (path / "inside").mkdir(parents=True),
-    "a pipe": lambda w, path: os.mkfifo(path),
     "a pickle": lambda w, path: path.write_text(f"cos\nmkdir\n(V{w.marker}\ntR."),  # makes a folder
-    "100 MB": lambda w, path: path.write_bytes(w.rng.choice((b'{"a":', b"[[[[[", b"\0    ")) * 20_000_000),
     "PostScript": lambda w, path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
     "another of the run": lambda w, path: w.rng.choice(sorted(w.run.rglob("*"))).rename(path),
     "a copy of its like": lambda w, path: copy_like(w, path, w.original),
     "a copy of the other run's": lambda w, path: copy_like(w, path, w.other),
+    "a link": lambda w, path: path.symlink_to(w.outside / w.rng.choice(("victim", "folder", "absent"))),
     "a link to itself": lambda w, path: path.symlink_to(path),
-    "a link to its like outside": lambda w, path: path.symlink_to(w.outside / path.relative_to(w.folder)),
-    **dict.fromkeys(("a link", "one"), lambda w, path: path.symlink_to(w.outside / w.rng.choice(TARGETS))),
 }
 
 
@@ -297,13 +278,13 @@ def put_something(w: Copy) -> str:
     if w.rng.random() < 0.2:  # so that the newest is set aside
         w.write(own(w.run / "checkpoints" / NEWEST / "trainer.json"), b"{")
         what += ", and the newest trainer.json is damaged"
-    return f"{path}: {what}" + (f" to {path.readlink()}" if path.is_symlink() else "")
+    return f"{path}: {what}"
 
 
 def change_bytes(w: Copy) -> str:
     """Some bytes are replaced by noise, zeros or a copy of others, or left out."""
     path, rng = own(w.path(*JSON, "samples/*.png")), w.rng
-    data, count = path.read_bytes(), rng.choice((1, 2, 8, 64, 4096, 20 << 20))
+    data, count = path.read_bytes(), rng.choice((1, 2, 8, 64, 4096))
     places = (0, 1, 7, 8, len(data) - 1, len(data), *(rng.randrange(n) for n in (400, 400, 400, len(data))))
     start = rng.choice(places)
     end = rng.choice((start, start + 1, start + count, len(data)))
@@ -312,30 +293,15 @@ def change_bytes(w: Copy) -> str:
     return f"{path}: bytes {start} to {end} are now {len(new)} others"
 
 
-HOSTILE = [
-    *words(r"""null true false 0 -1 1 2 3 7 1.5 -0.0 NaN Infinity -Infinity 1e999 -1e999 1e9 65536 65537
-    999999999 1000000000 2147483648 9007199254740992 9007199254740993 "" "x" "lstm" "gan" "running" "mnist"
-    "course" "../../outside/victim" "../outside/folder" "/etc/passwd" "a\u0000b" "\ud800"
-    "\u202e\u001b[31m\n\r" "<script>alert(1)</script>" "</script><script>" "<img/src=x>" [] [0] {}
-    {"a":{"b":[1,2,{}]}} {"length":4} {"length":1000000000000} {"length":-4} {"length":0} {"other":4}
-    {"../../outside/victim":"0"} {"/etc/passwd":"0"} {"a\u0000b.json":"0"} {"scale":0.0} {"$tensor":"x"}
-    {"_growth_tracker":-1,"scale":65536.0}"""),
-    *("9" * count for count in (30, 4000, 5000)),
-    *('"' + "x" * count + '"' for count in (300, 100_000)),
-    *("[" * depth + "]" * depth for depth in (100, 500, *range(880, 1000, 30), 2000, 400_000)),
-    *('{"a":' * depth + "1" + "}" * depth for depth in (120, 130, 1000, 100_000)),
-]
-OF_TENSORS = [
-    *words("""[] [0] [1] [-1] [9223372036854775808] [65536,65536] [4294967296,4294967296] [1.5] ["4"] "4"
-    [true] [8,32,1] [32,8] [0,0] [-8,8] [8,0] [4,8] [0,9223372036854775808] [0,1180591620717411303424]
-    [0,134217728] "F64" "F16" "BF16" "I64" "I32" "U8" "BOOL" "F8_E4M3" "F4" "X" {"a":"b"}
-    {"dtype":"F32","shape":[0],"data_offsets":[0,0]}"""),
-    *map(json.dumps, ([1] * 1000, {"a": "x" * 100_000}, {str(number): {} for number in range(30_000)})),
-]
-SIZES = (0, 1, 2**20, 2**20 + 1, 10**8, 2**31, 2**32, 2**63, 2**64 - 1)  # that a header claims to have
-KEYS = ("new", "class", "__class__", "", "\x00", "x" * 5000, "../../outside/victim", "/etc/passwd", "\ud800",
-        "lstm/../../x.json", "$tensor", "__metadata__", "\u202e\x1b[31m\n", "<img/src=x>")  # fmt: skip
-VALUE, KEY = "\x01", "\x02"  # stand for hostile JSON, and for a key that is there twice
+VALUES = words(r"""null true false 0 -1 1 2 3 7 1.5 -0.0 NaN Infinity 1e999 "" "x" "lstm" "gan" "running"
+"mnist" "course" "../../outside/victim" "/etc/passwd" "a\u0000b" "\ud800" "\u202e\u001b[31m\n\r"
+"<script>alert(1)</script>" "</script><script>" "<img/src=x>" [] [0] {} {"a":{"b":[1,2,{}]}} {"length":4}
+{"length":-4} {"length":0} {"other":4} {"../../outside/victim":"0"} {"scale":0.0} {"$tensor":"x"}
+[4] [-1] [32,8] [0,0] [0,64] "F64" "F16" "I64" "BOOL" "F4" "X"
+{"dtype":"F32","shape":[0],"data_offsets":[0,0]}""")
+KEYS = ("new", "class", "__class__", "", "\x00", "../../outside/victim", "\ud800", "lstm/../../x.json",
+        "$tensor", "__metadata__", "\u202e\x1b[31m\n", "<img/src=x>")  # fmt: skip
+VALUE, KEY = "\x01", "\x02"  # stand for one of the values, and for a key that is there twice
 CHANGES: dict[str, Callable[[dict[str, Any], str, random.Random], Any]] = {
     "value": lambda parent, key, rng: parent.update({key: VALUE}),
     "absent": lambda parent, key, rng: parent.pop(key),
@@ -347,7 +313,7 @@ CHANGES: dict[str, Callable[[dict[str, Any], str, random.Random], Any]] = {
 
 
 def change_json(w: Copy) -> str:
-    """A value or a key becomes hostile: in a JSON file, in rows of metrics, or in the header of tensors."""
+    """A value or a key becomes another: in a JSON file, in rows of metrics, or in the header of tensors."""
     path, rng, size, body = own(w.path(*JSON)), w.rng, 0, b""
     data = path.read_bytes()
     if path.suffix == ".safetensors":
@@ -361,14 +327,14 @@ def change_json(w: Copy) -> str:
         key = rng.choice(sorted(parent))
     how = rng.choice(("value", *CHANGES))
     CHANGES[how](parent, key, rng)
-    value = rng.choice(rng.choice((HOSTILE, OF_TENSORS)) if body else HOSTILE)
+    value = rng.choice(VALUES)
     text = "\n".join(map(json.dumps, root.values())) + "\n"
     data = text.replace(json.dumps(KEY), json.dumps(key)).replace(json.dumps(VALUE), value).encode()
     if body:
-        claimed = rng.choice((size - 1, size + 1, *SIZES)) if rng.random() < 0.1 else len(data)
+        claimed = rng.choice((size - 1, size + 1)) if rng.random() < 0.1 else len(data)
         data = claimed.to_bytes(8, "little") + data + body
     w.write(path, data, mend=0.7)
-    return f"{path}: {how} of {key[:60]!r}: {value[:60]}"
+    return f"{path}: {how} of {key!r}: {value}"
 
 
 TENSORS: dict[Any, Callable[[Tensor], Tensor | None]] = {
@@ -393,29 +359,14 @@ def change_tensor(w: Copy) -> str:
     return f"{path}: {name} is {how}"
 
 
-def change_picture(w: Copy) -> str:
-    """A picture of another width, height, depth and kind, with a text that fills 200 MB once unpacked."""
-    path, length = own(w.path("samples/*.png")), w.rng.choice((1, 200 << 20))
-    shape = w.rng.choice(((152, 152, 16, 6), (60_000, 60_000, 1, 0), (2**31 - 1, 1, 8, 0), (0, 0, 77, 9)))
-    chunks = (b"IHDR" + struct.pack(">IIBBxxx", *shape), b"zTXta\0\0" + zlib.compress(bytes(length)),
-              b"IDAT" + zlib.compress(bytes(1 << 20)))  # fmt: skip
-    packed = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
-    w.write(path, b"\x89PNG\r\n\x1a\n" + b"".join(packed))
-    return f"{path}: {shape}, text of {length} bytes"
-
-
-MUTATIONS = {put_something: 20, change_bytes: 12, change_json: 20, change_tensor: 6, change_picture: 2}
+MUTATIONS = {put_something: 20, change_bytes: 12, change_json: 20, change_tensor: 6}
 
 
 # Readers. Each reads a copy, and notes what it found in it.
 
 
-class Enough(RunFailed):
+class Enough(Exception):
     """All that was to be read has been."""
-
-
-class Stopped(BaseException):
-    """The verdict on a reader that was stopped."""
 
 
 def status(w: Copy) -> None:
@@ -423,7 +374,6 @@ def status(w: Copy) -> None:
     run = RunDir(w.run)
     run.check_fits(w.original.name, w.original.config)
     run.newest_step()
-    lease.newest_generation(w.run / "owners")
     run.read_status()
     w.rows = list(run.read_metrics())
 
@@ -439,7 +389,6 @@ def reported(w: Copy) -> None:
 def loaded(w: Copy) -> None:
     """What a program of one's own loads."""
     path = w.rng.choice((w.run, w.run / "checkpoints" / NEWEST))
-    path = path if os.path.realpath(path) == str(path) else w.run  # a link that is named is followed
     name, weights = w.rng.choice((("generator_ema", "averaged"), ("generator", "raw")))
     w.note({f"{name}/model.safetensors": load_generator(path, weights).state_dict()})
 
@@ -486,69 +435,53 @@ READERS = {
 # Judgement
 
 FINE = ("refused", "set aside", "harmless", "forged", "unsigned")
-BAD = ("crash", "silent acceptance", "code run", "touched", "memory", "hang", "unreadable line")
-COLUMNS = (*FINE, *BAD, "grown_mib")
+BAD = ("crash", "silent acceptance", "code run", "touched", "unreadable line")
 
 
 def snapshot(w: Copy) -> set[tuple[Any, ...]]:
-    """What there is except for locks and temporary files, which hold nothing; outside, also when read."""
+    """What there is except for locks and temporary files, which hold nothing."""
     found = set()
     for path in w.folder.rglob("*"):
         place = path.relative_to(w.folder)
         if not any(part.endswith((".lock", ".tmp")) for part in place.parts):
             stat, is_folder = path.lstat(), path.is_dir() and not path.is_symlink()
-            read = path.is_relative_to(w.outside) and stat.st_atime
-            about = () if is_folder else (stat.st_ino, stat.st_size, stat.st_mtime_ns, read)
+            about = () if is_folder else (stat.st_ino, stat.st_size, stat.st_mtime_ns)
             found.add((str(place), stat.st_mode, *about))
     return found
 
 
-def peak() -> int:
-    """Most bytes of memory held since it was reset."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
-
-
-def judge(reader: Callable[[Copy], None], w: Copy) -> tuple[str, str, int]:
-    """A verdict, what speaks for it, and by how much memory grew."""
+def judge(reader: Callable[[Copy], None], w: Copy) -> tuple[str, str]:
+    """A verdict, and what speaks for it."""
     AcceleratorState._reset_state(reset_partial_state=True)  # a reader is a process of its own
-    for path in w.outside.rglob("*"):  # the time of an access is recorded if the last one was long ago
-        os.utime(path, ns=(0, path.lstat().st_mtime_ns))
     there_was = snapshot(w)
-    folders = (path for path in w.run.glob("checkpoints/0*") if path.is_dir() and not path.is_symlink())
-    there = {path.name for path in folders}
-    said, raised, trace = io.StringIO(), None, ""
+    there = {path.name for path in w.run.glob("checkpoints/0*") if path.is_dir() and not path.is_symlink()}
+    said, ended, trace = io.StringIO(), False, ""
     w.rows, w.step = None, None  # of metrics; that it goes on from
     w.origin, w.problem = STEPS[-1], ""  # the original checkpoint that it has read, or what is wrong
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = peak()
-    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
     try:
-        with redirect_stderr(said), redirect_stdout(io.StringIO()), suppress(Enough):
+        with redirect_stderr(said), redirect_stdout(io.StringIO()), suppress(Enough), errors_as_exit_codes():
             reader(w)
-    except (Exception, Stopped, SystemExit) as error:
-        raised, trace = error, traceback.format_exc()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    grown = peak() - before
-    lines = said.getvalue().splitlines() + list(getattr(raised, "lines", ()))
-    is_refusal = isinstance(raised, ReportedError) and w.step is None
+    except SystemExit:
+        ended = True
+    except Exception:
+        trace = traceback.format_exc()
+    lines = said.getvalue().splitlines()
+    is_refusal = ended and w.step is None
     touched = [one for one in snapshot(w) ^ there_was if is_refusal or one[0].startswith("outside")]
     bad = {
-        **({raised.args[0]: trace} if isinstance(raised, Stopped) else {}),
         "code run": w.marker.exists(),
         "touched": touched,
-        "crash": not isinstance(raised, ReportedError) and trace,
-        "memory": [line for line in lines if "out of memory" in line] or max(grown - MEMORY, 0),
-        "unreadable line": [line for line in lines if len(line) > LONGEST_LINE or not line.isprintable()],
+        "crash": trace,
+        "unreadable line": [line for line in lines if not line.isprintable()],
     }
     if found := next((verdict for verdict, detail in bad.items() if detail), None):
-        return found, f"{bad[found]}; {lines}"[:3000], grown
+        return found, f"{bad[found]}; {lines}"[:3000]
     if is_refusal:
-        return "refused", lines[0], grown
+        return "refused", lines[-1]
     verdict, detail = accepted(w, there, lines)
-    if raised is not None and verdict == "harmless":  # it has read, but cannot go on
+    if ended and verdict == "harmless":  # it has read, but cannot go on
         verdict = "refused"
-    return verdict, detail, grown
+    return verdict, detail
 
 
 def accepted(w: Copy, there: set[str], lines: list[str]) -> tuple[str, str]:
@@ -576,7 +509,7 @@ def accepted(w: Copy, there: set[str], lines: list[str]) -> tuple[str, str]:
 
 def is_row(row: Any) -> bool:
     values = row.values() if isinstance(row, dict) and type(row.get("step")) is int else [()]
-    return all(v is None or (type(v) in (int, float) and math.isfinite(v)) for v in values)
+    return all(v is None or type(v) in (int, float) for v in values)
 
 
 # The whole
@@ -588,31 +521,24 @@ def fuzz(numbers: Sequence[int], seed: int, folder: Path) -> dict[str, Any]:
     untouched = [sha256(path.read_bytes()) for path in files]
     found: dict[str, Counter[str]] = {}
     bad: list[dict[str, Any]] = []
-    largest = 0
-    signal.signal(signal.SIGALRM, mock.Mock(side_effect=Stopped("hang")))
-    reserved = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (reserved + ADDRESS_SPACE,) * 2)
     with (
         mock.patch.multiple(lease, PATIENCE=0.01, SILENCE=0.02, HEARTBEAT=0.01),
         mock.patch.object(environment, "_commit", mock.Mock(return_value=environment._commit())),
         mock.patch.object(sampling, "CANDIDATES", 20),  # of digits to walk between: a second for the page
-        mock.patch.object(images, "fetch", mock.Mock(side_effect=Stopped("touched"))),
     ):
         for number in numbers:
             w = Copy(originals, folder / "work", seed, number)
             for reader in READERS[w.original.name]:
-                verdict, detail, grown = judge(reader, w)
+                verdict, detail = judge(reader, w)
                 name = f"{w.original.name} {reader.__name__}"
-                counts = found.setdefault(name, Counter(dict.fromkeys(COLUMNS, 0)))
-                counts[verdict] += 1
-                counts["grown_mib"], largest = max(counts["grown_mib"], grown >> 20), max(largest, peak())
+                found.setdefault(name, Counter(dict.fromkeys((*FINE, *BAD), 0)))[verdict] += 1
                 if verdict in BAD:
                     found_bad = {"mutation": number, "reader": name, "verdict": verdict, "what": w.done}
                     bad.append({**found_bad, "detail": detail})
                     print(*bad[-1].values(), sep="; ", flush=True)
     if [sha256(path.read_bytes()) for path in files] != untouched:
         bad.append({"verdict": "touched", "detail": "the originals, which the mutated folders have links to"})
-    return {"peak_rss_mib": largest >> 20, "readers": found, "bad": bad}
+    return {"readers": found, "bad": bad}
 
 
 def together(numbers: Sequence[int], seed: int, folder: Path, jobs: int) -> dict[str, Any]:
@@ -627,16 +553,12 @@ def together(numbers: Sequence[int], seed: int, folder: Path, jobs: int) -> dict
         parts = list(pool.map(fuzz, shares, [seed] * jobs, folders))
     readers: dict[str, Counter[str]] = {}
     for name, counts in (item for part in parts for item in part["readers"].items()):
-        sums = readers.setdefault(name, Counter(dict.fromkeys(COLUMNS, 0)))
-        grown = max(sums["grown_mib"], counts["grown_mib"])
-        sums.update(counts)
-        sums["grown_mib"] = grown
+        readers.setdefault(name, Counter(dict.fromkeys(counts, 0))).update(counts)
     return {
         "environment": as_json(environment.environment()),
         "seed": seed,
         "mutations": len(numbers),
         "seconds": round(time.monotonic() - began),
-        "peak_rss_mib": max(part["peak_rss_mib"] for part in parts),
         "readers": readers,
         "bad": [one for part in parts for one in part["bad"]],
     }

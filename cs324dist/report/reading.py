@@ -1,17 +1,15 @@
 """What run folders say, as far as it can be read: running, failed and damaged runs are reported too.
 
-Nothing in a folder is trusted: records are read strictly, and a file that cannot be read becomes a problem.
+Records are read strictly, and a file that cannot be read becomes a problem.
 """
 
 import dataclasses
 import json
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,14 +17,12 @@ from cs324dist.config import Config, from_json
 from cs324dist.errors import UserError
 from cs324dist.runs.checkpoints import checkpoints_in, read_state
 from cs324dist.runs.environment import Environment
-from cs324dist.runs.files import read_record
-from cs324dist.runs.lease import Owner
+from cs324dist.runs.files import matches, read_record
+from cs324dist.runs.lease import Owner, generations
 from cs324dist.runs.run_dir import RunDir, RunRecord, State
 
 Series = dict[int, float | None]  # value by step, in the order of steps; None: it was not finite
 LARGEST = 1e15  # larger values are not drawn
-LONGEST = 300  # characters of a text
-MOST_ROWS, MOST_METRICS, MOST_OWNERS = 200_000, 40, 100
 BASE_OPTIONS = {field.name for field in dataclasses.fields(Config)}
 Answer = TypeVar("Answer")
 
@@ -50,10 +46,7 @@ class Run:
     metrics: Mapping[str, Series]
     samples: Mapping[int, Path]
     owners: Mapping[int, Owner]
-    """The last processes that ran it, by generation."""
-
-    started: int
-    """How many processes ran it."""
+    """The processes that ran it, by generation."""
 
     environment: Environment | None
     """The last owner's that wrote it down."""
@@ -108,15 +101,10 @@ class Run:
 
 
 def plain(value: Any) -> str:
-    """Any JSON value as one line of printable text, not too long."""
-    if not isinstance(value, str):
-        try:
-            value = json.dumps(value, ensure_ascii=False)
-        except RecursionError:
-            value = "…"
-    value = "; ".join(value[: LONGEST + 1].splitlines())
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in value)
-    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
+    """Any JSON value as one line of printable text."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = "; ".join(text.splitlines())
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def read_runs(paths: tuple[Path, ...]) -> tuple[list[Run], list[str]]:
@@ -162,16 +150,16 @@ def read_run(path: Path, name: str) -> Run:
     options = read(from_json, Config, base, f"{path}/config.json") if record else None
     begun = (path / "status.json").exists()
     status = read(folder.read_status) if begun else None
-    owners = _numbered(path / "owners", r"([1-9][0-9]{0,8})\.json")
-    touched = read(Path.stat, owners[-1][1]) if owners and status and status.state == "running" else None
-    last = ((number, read(read_record, Owner, file)) for number, file in owners[-MOST_OWNERS:])
-    read_owners = {number: owner for number, owner in last if owner}
-    environment = next((o.environment for o in reversed(read_owners.values()) if o.environment), None)
+    numbers = read(generations, path / "owners") or ()
+    files = {number: path / "owners" / f"{number}.json" for number in numbers}
+    touched = (
+        read(Path.stat, files[numbers[-1]]) if numbers and status and status.state == "running" else None
+    )
+    owners = {number: owner for number, file in files.items() if (owner := read(read_record, Owner, file))}
+    environment = next((o.environment for o in reversed(owners.values()) if o.environment), None)
     states = (read(read_state, checkpoint) for checkpoint in read(checkpoints_in, folder.checkpoints) or ())
     saved = next((state for state in states if state), environment)  # either says how many processes
-    metrics, are_more = read(_read_metrics, folder) or ({}, False)
-    if are_more:
-        problems.append(f"metrics.jsonl has more than {MOST_ROWS} rows: only the first ones are shown")
+    samples = read(matches, path / "samples", r"([0-9]+)\.png") or ()
     return Run(
         path=path,
         name=plain(name),
@@ -181,35 +169,20 @@ def read_run(path: Path, name: str) -> Run:
         step=status.step if status else 0,
         why=plain(status.why) if status else "",
         silent_for=time.time() - touched.st_mtime if touched else 0.0,
-        metrics=metrics,
-        samples=dict(_numbered(path / "samples", r"([0-9]{1,18})\.png")),
-        owners=read_owners,
-        started=len(owners),
+        metrics=read(_read_metrics, folder) or {},
+        samples=dict(sorted((int(match[1]), path / "samples" / match[0]) for match in samples)),
+        owners=owners,
         environment=environment,
         processes=saved.processes if saved else None,
         problems=problems,
     )
 
 
-def _read_metrics(run: RunDir) -> tuple[dict[str, Series], bool]:
-    """The metrics in the first `MOST_ROWS` rows, and whether there are more rows."""
+def _read_metrics(run: RunDir) -> dict[str, Series]:
     found: dict[str, Series] = {}
-    rows = run.read_metrics()
-    for row in islice(rows, MOST_ROWS):
-        for name, value in row.items() if row["step"] >= 0 else ():
-            if name != "step" and (name in found or len(found) < MOST_METRICS):
+    for row in run.read_metrics():
+        for name, value in row.items():
+            if name != "step":
                 fits = value is not None and abs(value) <= LARGEST
                 found.setdefault(name, {})[row["step"]] = float(value) if fits else None
-    series = {plain(name): dict(sorted(points.items())) for name, points in found.items()}
-    return series, next(rows, None) is not None
-
-
-def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
-    """The paths in a folder that are named by a number, in its order."""
-    try:
-        found = () if folder.is_symlink() else folder.iterdir()
-        paths = [path for path in found if not path.is_symlink()]
-    except OSError:
-        return []
-    matches = ((re.fullmatch(pattern, path.name), path) for path in paths)
-    return sorted((int(match[1]), path) for match, path in matches if match)
+    return {plain(name): dict(sorted(points.items())) for name, points in found.items()}

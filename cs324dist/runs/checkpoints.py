@@ -12,13 +12,10 @@ No two owners write under the same name, so none can replace or delete what a la
 import hashlib
 import json
 import math
-import os
 import re
-import stat
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
@@ -28,16 +25,15 @@ from torch import Tensor, nn
 
 from cs324dist.config import as_json, from_json
 from cs324dist.errors import RunFailed, UserError, printable
-from cs324dist.runs.files import Writer, clear, patiently, read_json, sha256, sync, write_json
-from cs324dist.runs.models import copy_into, model_tensors, read_tensors, save_model, save_tensors
+from cs324dist.runs.files import Writer, clear, matches, read_json, sha256, sync, write_json
+from cs324dist.runs.models import copy_into, kind_of, model_tensors, read_tensors, save_model, save_tensors
 from cs324dist.runs.optimizers import Optimizers, load_optimizers, optimizer_tensors, read_optimizers
 
 TRAINER = "trainer.json"
 OPTIMIZERS = "optimizers.safetensors"
 TASK = "task.safetensors"
 WEIGHTS = "model.safetensors"
-LARGEST_GENERATION = 999_999_990
-CHECKPOINT = r"([0-9]{9}|1[0-9]{9})-([1-9][0-9]{0,8})"  # step, and the owner that wrote it
+CHECKPOINT = r"([0-9]{9}|1[0-9]{9})-([1-9][0-9]*)"  # step, and the owner that wrote it
 NAME = r"\w{1,99}"  # of a network
 Number = Annotated[int, Interval(ge=0, le=1 << 53)]
 
@@ -221,7 +217,7 @@ def verify_checkpoint(folder: Path, needed: Iterable[str] = ()) -> TrainerState:
 
     Raises:
         UserError: naming the first file that is missing or damaged.
-        Unreadable: a file cannot be read now; it may be whole.
+        OSError: a file cannot be read now; it may be whole.
     """
     state = read_state(folder)
     if OPTIMIZERS not in state.sha256:
@@ -229,11 +225,8 @@ def verify_checkpoint(folder: Path, needed: Iterable[str] = ()) -> TrainerState:
     for name, expected in state.sha256.items():
         if not re.fullmatch(rf"({NAME}/)?{NAME}\.(json|safetensors)", name, re.ASCII):
             raise UserError(f"{folder / TRAINER} names {name[:200]!r}, which is no file of a checkpoint")
-        path = folder / name
-        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-            raise UserError(f"{folder / TRAINER} names {name!r}, outside the checkpoint")
-        if patiently(partial(sha256, path), path) != expected:
-            raise UserError(f"{path} is damaged: its SHA-256 is not the one in {TRAINER}")
+        if sha256(folder / name) != expected:
+            raise UserError(f"{folder / name} is damaged: its SHA-256 is not the one in {TRAINER}")
     for name in needed:
         if name not in state.sha256:
             raise UserError(f"{folder} holds no {name}: it is a checkpoint of another task")
@@ -284,7 +277,7 @@ def layout(trained: Trained) -> dict[str, str]:
     }
     for network_name, network in trained.networks.items():
         named |= {f"{network_name}.{name}": tensor for name, tensor in model_tensors(network).items()}
-    return {name: f"{tensor.dtype} of shape {tuple(tensor.shape)}" for name, tensor in named.items()}
+    return {name: kind_of(tensor) for name, tensor in named.items()}
 
 
 def plain_state(trained: Trained) -> dict[str, Any]:
@@ -294,7 +287,7 @@ def plain_state(trained: Trained) -> dict[str, Any]:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints below `folder`: those of the latest owner first, and of one owner the newest first."""
-    found = [path for path in _named(folder) if stat.S_ISDIR(patiently(path.lstat, path).st_mode)]
+    found = (folder / match[0] for match in matches(folder, CHECKPOINT))
     return sorted(found, key=lambda path: (generation_of(path), step_of(path)), reverse=True)
 
 
@@ -312,18 +305,7 @@ def history_of(folder: Path) -> list[Path]:
 
 def newest_generation(folder: Path) -> int:
     """The latest owner in a name below `folder`; 0 without one."""
-    return max(map(generation_of, _named(folder)), default=0)
-
-
-def _named(folder: Path) -> list[Path]:
-    def find() -> list[Path]:
-        try:
-            is_folder = stat.S_ISDIR(folder.lstat().st_mode)
-        except FileNotFoundError:
-            is_folder = False
-        return [path for path in folder.iterdir() if re.fullmatch(CHECKPOINT, path.name)] if is_folder else []
-
-    return patiently(find, folder)
+    return max(map(generation_of, checkpoints_in(folder)), default=0)
 
 
 def keep_newest(folder: Path, count: int, generation: int, *, best: int | None = None) -> None:

@@ -2,14 +2,11 @@
 
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
 import shutil
-import stat
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -17,35 +14,30 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from cs324dist.config import as_json, from_json
 from cs324dist.errors import UserError
 
-LARGEST_JSON = 1 << 20  # bytes; ours have a few hundred
-LARGEST_FILE = 1 << 36  # bytes of a file of a checkpoint; ours have 119 MB
-PAUSES = (0.1, 0.4)  # seconds before a read that failed is tried again
-Answer = TypeVar("Answer")
 Record = TypeVar("Record")
 
 
-class Unreadable(UserError):
-    """What cannot be read now: it may be whole, so it is not passed over, replaced or deleted."""
-
-
-def patiently(read: Callable[[], Answer], path: Path, pauses: Sequence[float] = PAUSES) -> Answer:
-    """What `read` finds at `path`, tried again if it fails.
+def content_of(path: Path) -> bytes:
+    """What a file holds.
 
     Raises:
-        UserError: nothing is there.
-        Unreadable: it failed each time.
+        UserError: there is no such file.
+        OSError: it cannot be read now, and may be whole.
     """
     try:
-        return read()
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except OSError as error:
-        if not pauses:
-            raise Unreadable(
-                f"{path} cannot be read now: {error.strerror}; nothing was changed: try again when it can be"
-            ) from None
-    time.sleep(pauses[0])
-    return patiently(read, path, pauses[1:])
+        error.filename = str(path)  # a read does not know it
+        raise
+
+
+def matches(folder: Path, pattern: str) -> list[re.Match[str]]:
+    """The names in a folder that are of this form; none without a folder."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return [match for path in folder.iterdir() if (match := re.fullmatch(pattern, path.name))]
+    return []
 
 
 def sync(path: Path) -> None:
@@ -105,6 +97,9 @@ def replaced(path: Path, writer: Writer | None = None) -> Iterator[Path]:
             writer.check_owned()
         temporary.replace(path)
         sync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -112,21 +107,14 @@ def replaced(path: Path, writer: Writer | None = None) -> Iterator[Path]:
 def clear_temporaries(folder: Path, name: str, generation: int) -> None:
     """Remove what writers before `generation` left: they were killed, or have nothing to rename any more."""
     for path in folder.glob(f".{name}*.tmp"):
-        by = re.search(r"\.([0-9]{1,9})-[0-9a-f]{8}\.tmp", path.name)
+        by = re.search(r"\.([0-9]+)-[0-9a-f]{8}\.tmp", path.name)
         if not by or int(by[1]) < generation:
             clear(path)
 
 
 def write_json(path: Path, content: Mapping[str, Any], writer: Writer | None = None) -> None:
-    """Replace `path` by `content`; see `replaced`.
-
-    Raises:
-        UserError: `read_json` would refuse it for its size.
-        OSError: it cannot be written.
-    """
+    """Replace `path` by `content`; see `replaced`."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    if len(text) > LARGEST_JSON:
-        raise UserError(f"{path.name} would be larger than {LARGEST_JSON} bytes: give it less to hold")
     with replaced(path, writer) as temporary:
         temporary.write_text(text)
 
@@ -135,18 +123,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        UserError: no such file, or not a JSON object of a reasonable size.
-        Unreadable: it cannot be read now.
+        UserError: no such file, or not a JSON object.
+        OSError: it cannot be read now.
     """
-
-    def read() -> bytes:
-        if path.is_symlink():
-            raise UserError(f"{path} is not a file")  # it may lead anywhere
-        check_file(path, LARGEST_JSON)
-        return path.read_bytes()
-
     try:
-        content = parse_json(patiently(read, path))
+        content = parse_json(content_of(path))
     except (ValueError, RecursionError):
         raise UserError(f"{path} is not valid JSON: it is damaged, or not a file of this project") from None
     if not isinstance(content, dict):
@@ -181,31 +162,6 @@ def _refuse(word: str) -> None:
     raise ValueError(f"{word} is not JSON")
 
 
-def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number that every reader can hold."""
-    return (
-        type(value) in (int, float)
-        and abs(value) < math.inf
-        and (type(value) is float or abs(value) <= 1 << 53)
-    )
-
-
-def check_file(path: Path, largest: int) -> None:
-    """Check that it is a file, of at most so many bytes: a pipe would never end.
-
-    Raises:
-        UserError: it is not.
-        OSError: it is not there.
-    """
-    about = path.stat()
-    if not stat.S_ISREG(about.st_mode):
-        raise UserError(f"{path} is not a file")
-    if about.st_size > largest:
-        raise UserError(f"{path} is larger than {largest} bytes: it is not a file of this project")
-
-
 def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
-    check_file(path, LARGEST_FILE)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hexadecimal digest of a file; raises as `content_of` does."""
+    return hashlib.sha256(content_of(path)).hexdigest()

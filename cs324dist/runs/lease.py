@@ -13,7 +13,6 @@ was superseded, or nothing that it could rename.
 import errno
 import fcntl
 import os
-import re
 import secrets
 import socket
 import threading
@@ -21,7 +20,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,16 +27,15 @@ from annotated_types import Interval
 from pydantic import StringConstraints
 
 from cs324dist.errors import UserError, printable, say
-from cs324dist.runs.checkpoints import LARGEST_GENERATION
+from cs324dist.runs.checkpoints import Number
 from cs324dist.runs.environment import Environment
-from cs324dist.runs.files import Unreadable, clear, patiently, read_record, sync, write_record
+from cs324dist.runs.files import clear, matches, read_record, sync, write_record
 
 PATIENCE = 10  # seconds that a new owner waits for one that is about to end
 HEARTBEAT = 5  # seconds between signs of life
 POLL = 0.1  # seconds between looks at a lock
 SILENCE = 20  # seconds without a sign of life after which an owner on another machine counts as dead
 BOOT = Path("/proc/sys/kernel/random/boot_id")
-Steps = Annotated[int, Interval(ge=0, le=1 << 53)]
 
 
 @dataclass(frozen=True)
@@ -59,10 +56,10 @@ class Owner:
     seconds_since_previous: Annotated[float, Interval(ge=0, le=1e15)] | None = None
     """From the last sign of life of the owner before."""
 
-    from_step: Steps | None = None
+    from_step: Number | None = None
     """The step that it went on from."""
 
-    lost_steps: Steps | None = None
+    lost_steps: Number | None = None
     """Steps past that one which had been logged, and are taken again."""
 
     environment: Environment | None = None
@@ -94,12 +91,8 @@ class Lease:
         self._run, self._folder = run, run / "owners"
         self._is_first = not self._folder.exists()
         before = newest_generation(self._folder)
-        if before >= LARGEST_GENERATION:
-            raise UserError(f"{self._folder / f'{before}.json'} is no owner of this run: delete it")
-        if after >= LARGEST_GENERATION:
-            raise UserError(f"{run}/checkpoints holds one that no owner of this run wrote: delete it")
         if before:
-            _wait_for_the_end_of(self._folder / f"{before}.json", run)
+            _wait_for_the_end_of(before, run)
         self._folder.mkdir(parents=True, exist_ok=True)  # who withdraws while it is watched, may take it away
         last_sign = _last_sign(self._folder / f"{before}.json")
         self.generation = max(before, after) + 1
@@ -113,10 +106,9 @@ class Lease:
         if last_sign and (now := _last_sign(self._path)):
             self._update(seconds_since_previous=round(max(now - last_sign, 0) / 1e9, 1))
         sync(self._folder)
-        for left in self._folder.iterdir():
-            of = re.fullmatch(r"\.*([1-9][0-9]{0,8})\W.*\.(lock|tmp)", left.name)
-            if of and int(of[1]) <= self.generation and self._owner.nonce not in left.name:
-                clear(left)
+        for left in matches(self._folder, r"\.*([1-9][0-9]*)\W.*\.(lock|tmp)"):
+            if int(left[1]) <= self.generation and self._owner.nonce not in left[0]:
+                clear(self._folder / left[0])
         self._released = threading.Event()
         threading.Thread(target=self._give_signs_of_life, daemon=True).start()
 
@@ -152,7 +144,7 @@ class Lease:
         """
         newest = newest_generation(self._folder)
         if newest > self.generation:
-            owner = _read(self._folder / f"{newest}.json") or "another process"
+            owner = owner_of(self._run, newest) or "another process"
             raise Superseded(f"{self._run} was taken over by {owner}: this process writes nothing more")
         if not self._is_there():
             raise Superseded(f"{self._run} was moved or replaced: this process writes nothing more")
@@ -200,32 +192,31 @@ class Lease:
                 os.utime(self._path)
 
 
+def generations(owners: Path) -> list[int]:
+    """The numbers of the owners, in order."""
+    return sorted(int(match[1]) for match in matches(owners, r"([1-9][0-9]*)\.json"))
+
+
 def newest_generation(owners: Path) -> int:
     """The number of the last owner; 0 without one."""
-    files = [path for path in owners.glob("*.json") if path.is_file() and not path.is_symlink()]
-    found = (re.fullmatch(r"([1-9][0-9]{0,8})\.json", path.name) for path in files)
-    return max((int(match[1]) for match in found if match), default=0)
+    return max(generations(owners), default=0)
 
 
 def owner_of(run: Path, generation: int) -> Owner | None:
     """What the owner of this generation wrote down; None if there is nothing that an owner would write.
 
     Raises:
-        Unreadable: it cannot be read now.
+        OSError: it cannot be read now.
     """
-    folder = run / "owners"
-    if patiently(folder.is_symlink, folder):
-        return None
     try:
-        return read_record(Owner, folder / f"{generation}.json")
-    except Unreadable:
-        raise
+        return read_record(Owner, run / "owners" / f"{generation}.json")
     except UserError:
         return None
 
 
-def _wait_for_the_end_of(path: Path, run: Path) -> None:
-    owner, me = _read(path), this_process()
+def _wait_for_the_end_of(generation: int, run: Path) -> None:
+    owner, me = owner_of(run, generation), this_process()
+    path = run / "owners" / f"{generation}.json"
     name = owner or "another process"
     in_use = UserError(f"{run} is in use by {name}: wait for it, stop it, or give another --run-dir")
     if owner and owner.slurm_job == me.slurm_job is not None and owner.slurm_restarts < me.slurm_restarts:
@@ -260,11 +251,11 @@ def _look_at(pattern: Path) -> Literal["locked", "free", "unknown"]:
     """Whether one of these locks is held; unknown where the file system has no locks."""
     for path in pattern.parent.glob(pattern.name):
         try:
-            lock = patiently(partial(os.open, path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK), path)
-        except Unreadable:  # another user's, perhaps
+            lock = os.open(path, os.O_RDWR)
+        except FileNotFoundError:
+            continue
+        except OSError:  # another user's, perhaps
             return "unknown"
-        except UserError:
-            continue  # it is gone
         try:
             if not _try_to_lock(lock):
                 return "unknown"
@@ -301,13 +292,6 @@ def this_process() -> Owner:
         slurm_restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         since=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def _read(path: Path) -> Owner | None:
-    try:
-        return read_record(Owner, path)
-    except UserError:
-        return None
 
 
 def _last_sign(owner: Path) -> int | None:

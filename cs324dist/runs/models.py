@@ -1,32 +1,21 @@
 """One model in a folder: `config.json` (class and arguments) and `model.safetensors`, the Hub's file names.
 
-Reading is strict: every tensor must be there and no other, each of the right shape and dtype. What a file
-claims to hold is compared with what is expected before any of it is read.
+Reading is strict: every tensor must be there and no other, each of the right shape and dtype.
 """
 
 import inspect
-import json
-import os
-import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from cs324dist.errors import UserError, printable
-from cs324dist.runs.files import LARGEST_FILE, check_file, patiently, read_json, write_json
+from cs324dist.runs.files import content_of, read_json, write_json
 
-LARGEST_SIZE = 1 << 20  # of an argument of a model
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -38,29 +27,12 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, from whatever device, as safetensors.
-
-    Raises:
-        UserError: safetensors has no name for the dtype of one.
-        OSError: the file cannot be written.
-    """
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise UserError(f"{name} is of {tensor.dtype}, which no checkpoint can hold")
-    path.touch()  # the mode that the umask gives, which safetensors replaces by 0600
-    mode, stored, memory = path.stat().st_mode, {}, set()
-    for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        pointer = plain.untyped_storage().data_ptr()
-        stored[name] = plain.clone() if pointer in memory else plain  # safetensors refuses shared memory
-        memory.add(pointer)
-    try:
-        save_file(stored, path)
-    except SafetensorError as error:  # which says "… (os error 28)" for a full disk
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else 0
-        raise OSError(code, os.strerror(code) if number else str(error), str(path)) from None
-    path.chmod(mode)
+    """Write tensors, from whatever device, as safetensors."""
+    copies = {  # safetensors refuses tensors that share their memory
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    path.write_bytes(save(copies))
 
 
 def read_tensors(path: Path, expected: Mapping[str, Tensor], *, all_needed: bool = True) -> dict[str, Tensor]:
@@ -70,35 +42,29 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor], *, all_needed: bool
 
     Raises:
         UserError: it does not, is missing or damaged, or holds NaN, or a parameter that is infinite.
-        Unreadable: it cannot be read now.
+        OSError: it cannot be read now.
     """
-    tensors = patiently(lambda: _read_tensors(path, expected, all_needed), path)
+    content = content_of(path)
+    try:
+        tensors = load(content)
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
+        raise UserError(f"{path} cannot be read as safetensors: {printable(error)}") from None
+    absent, foreign = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if absent and all_needed:
+        raise UserError(f"{path} lacks {len(absent)} tensors, the first of them {absent[0]!r:.99}")
+    if foreign:
+        raise UserError(f"{path} holds {len(foreign)} tensors too many, the first of them {foreign[0]!r:.99}")
     for name, tensor in tensors.items():
+        if (found := kind_of(tensor)) != (wanted := kind_of(expected[name])):
+            raise UserError(f"{path}: {name!r} is {found}, expected {wanted}")
         if not is_sound(tensor, expected[name]):
             raise UserError(f"{path}: {name!r} holds values that are not finite: it is damaged")
     return tensors
 
 
-def _read_tensors(path: Path, expected: Mapping[str, Tensor], all_needed: bool) -> dict[str, Tensor]:
-    check_file(path, LARGEST_FILE)
-    with path.open("rb") as file:  # the header, a list of the tensors, is read as a whole
-        if int.from_bytes(file.read(8), "little") > (1 << 20) + 1000 * len(expected):
-            raise UserError(f"{path} cannot be read as safetensors: its header is too large, or damaged")
-    try:
-        with safe_open(path, framework="pt") as stored:
-            present = set(stored.keys())
-            if all_needed and (absent := sorted(expected.keys() - present)):
-                raise UserError(f"{path} lacks {len(absent)} tensors, the first of them {absent[0]!r:.99}")
-            if foreign := sorted(present - expected.keys()):
-                raise UserError(
-                    f"{path} holds {len(foreign)} tensors too many, the first of them {foreign[0]!r:.99}"
-                )
-            _compare(path, stored, {name: expected[name] for name in present})
-            return {name: stored.get_tensor(name) for name in expected if name in present}
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be read as safetensors: {printable(error)}") from None
-    except (FileNotFoundError, RuntimeError) as error:  # it could not be opened once more, by either
-        raise OSError(0, printable(error)) from None
+def kind_of(tensor: Tensor) -> str:
+    """A tensor's dtype and shape."""
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
 def is_sound(tensor: Tensor, like: Tensor) -> bool:
@@ -106,16 +72,6 @@ def is_sound(tensor: Tensor, like: Tensor) -> bool:
     if not tensor.is_floating_point():
         return True
     return bool((tensor.isfinite() if isinstance(like, nn.Parameter) else ~tensor.isnan()).all())
-
-
-def _compare(path: Path, stored: safe_open, expected: Mapping[str, Tensor]) -> None:
-    for name, tensor in expected.items():
-        header = stored.get_slice(name)
-        found = (header.get_dtype(), tuple(header.get_shape()))
-        if found != (wanted := (DTYPES[tensor.dtype], tuple(tensor.shape))):
-            raise UserError(
-                f"{path}: {name!r} is {found[0]} {printable(found[1])}, expected {wanted[0]} {wanted[1]}"
-            )
 
 
 @torch.no_grad()
@@ -147,22 +103,12 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     if not isinstance(arguments, Mapping):
         raise UserError(f"{type(model).__name__}.config is no dictionary of the arguments of its constructor")
     arguments = dict(arguments)
-    if wrong := [name for name, value in arguments.items() if not _is_argument(value)]:
+    if wrong := [name for name, value in arguments.items() if type(value) not in (bool, int, float, str)]:
         raise UserError(
             f"{type(model).__name__}.config[{wrong[0]!r}] is {printable(arguments[wrong[0]])}: "
-            f"give a string, a boolean, a finite number, or an integer of at most {LARGEST_SIZE}"
+            f"give a string, a boolean or a number"
         )
     return arguments
-
-
-def _is_argument(value: object) -> bool:
-    if type(value) is int:
-        return abs(value) <= LARGEST_SIZE
-    return (
-        type(value) is bool
-        or (type(value) is str and len(value) < 1000)
-        or (type(value) is float and json.dumps(value) not in ("NaN", "Infinity", "-Infinity"))
-    )
 
 
 def load_model(folder: str | Path, expected: type[Model]) -> Model:
@@ -182,13 +128,15 @@ def load_model(folder: str | Path, expected: type[Model]) -> Model:
         raise UserError(
             f"{folder} holds a model of class {printable(repr(name))}, expected {expected.__name__!r}"
         )
-    if not all(map(_is_argument, arguments.values())):
-        raise UserError(f"{folder / 'config.json'} has values that no model takes: {printable(arguments)}")
-    weights = folder / "model.safetensors"
     try:
-        # Shapes without memory, whatever sizes the file claims; torch warns of zero.
-        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            tensors = read_tensors(weights, model_tensors(expected(**arguments)))
+        with torch.random.fork_rng(devices=[]):  # for initial weights, which are replaced
+            model = expected(**arguments)
+    except Exception:  # whatever its constructor raises
+        raise UserError(
+            f"{folder}/config.json has arguments that {name} does not take: {printable(sorted(arguments))}"
+        ) from None
+    try:
+        tensors = read_tensors(folder / "model.safetensors", model_tensors(model))
     except UserError as error:
         if arguments or not inspect.signature(expected).parameters:
             raise
@@ -197,12 +145,5 @@ def load_model(folder: str | Path, expected: type[Model]) -> Model:
             f"{folder} does not say how to build a {name}: "
             f"give the network `config`, a dict of its constructor's arguments",
         ) from None
-    except Exception:  # whatever its constructor raises
-        raise UserError(
-            f"{folder / 'config.json'} has arguments that {name} does not take: "
-            f"{printable(sorted(arguments))}"
-        ) from None
-    with torch.random.fork_rng(devices=[]):  # for initial weights, which are replaced
-        model = expected(**arguments)
     copy_into(model_tensors(model), tensors)
     return model.eval()

@@ -39,24 +39,20 @@ from cs324dist.runs.checkpoints import (
 )
 from cs324dist.runs.environment import Environment
 from cs324dist.runs.files import (
-    Unreadable,
     clear,
     clear_temporaries,
-    is_number,
+    content_of,
     parse_json,
-    patiently,
     read_record,
     replaced,
     write_record,
 )
-from cs324dist.runs.lease import Lease, owner_of
+from cs324dist.runs.lease import Lease, generations, owner_of
 
 OnMain = Callable[[Callable[[], None]], None]
 State = Literal["running", "stopped", "finished", "failed"]
 FOLDERS = {"owners", "checkpoints", "samples"}
 LEFTOVERS = r"\.config\.json.*\.tmp"  # of a start that was killed
-LARGEST_LINE = 1 << 20  # bytes of a line of metrics; ours have a few hundred
-MOST_DAMAGED = 1000  # lines of metrics after which nothing more is read
 
 
 @dataclass(frozen=True)
@@ -120,8 +116,6 @@ class RunDir:
             UserError: it is something else.
         """
         for name in (*FOLDERS, "wandb", ".wandb", "tensorboard", "metrics.jsonl"):
-            if name in FOLDERS and (self.path / name).exists() and not (self.path / name).is_dir():
-                raise UserError(f"{self.path / name} is no folder: it is damaged, or not of this project")
             if (self.path / name).is_symlink():
                 raise UserError(f"{self.path / name} is a link: a run writes only into its own folder")
         found = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
@@ -210,12 +204,9 @@ class RunDir:
         """What the last steps of the run were taken in; None if there is none yet.
 
         Raises:
-            Unreadable: they cannot be read now. Another precision might follow from passing them over.
+            OSError: they cannot be read now. Another precision might follow from passing them over.
         """
-        folder = self.path / "owners"
-        stems = patiently(lambda: [path.stem for path in folder.glob("*.json")], folder)
-        numbers = sorted((int(stem) for stem in stems if re.fullmatch("[1-9][0-9]{0,8}", stem)), reverse=True)
-        owners = (owner_of(self.path, number) for number in numbers)
+        owners = (owner_of(self.path, number) for number in reversed(generations(self.path / "owners")))
         return next((owner.environment for owner in owners if owner and owner.environment), None)
 
     def unwritable(self, error: OSError) -> UserError:
@@ -304,7 +295,7 @@ class RunDir:
         """
         try:
             keep_newest(self.checkpoints, count, self.generation, best=self._best_step(best))
-        except (OSError, Unreadable) as error:  # somebody reads it over a network file system, perhaps
+        except OSError as error:  # somebody reads it over a network file system, perhaps
             warn(f"an old checkpoint stays for now: {error}")
 
     def _best_step(self, best: str) -> int | None:
@@ -319,13 +310,9 @@ class RunDir:
 
         Raises:
             OSError: it cannot be written; it will be, together with the next.
-            UserError: it would be too long to be read again.
         """
         row = {"step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
-        line = json.dumps(row, allow_nan=False).encode() + b"\n"
-        if len(line) >= LARGEST_LINE:
-            raise UserError(f"{len(row)} metrics of one step take more than {LARGEST_LINE} bytes: give fewer")
-        self._unsynced += line
+        self._unsynced += json.dumps(row, allow_nan=False).encode() + b"\n"
         self._metrics_lines += 1
         self.write_metrics()
 
@@ -370,26 +357,18 @@ class RunDir:
         Raises:
             UserError: one is damaged.
         """
-        path = self.path / "metrics.jsonl"
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} is not a file")
         for number, (_, row) in enumerate(itertools.islice(self._lines_of_metrics(), lines), 1):
             if row is None:
                 raise UserError(
-                    f"{path}: line {number} is damaged: mend or delete it, then run the same command again"
+                    f"{self}/metrics.jsonl: line {number} is damaged: mend or delete it, "
+                    f"then run the same command again"
                 )
 
     def _lines_of_metrics(self) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-        """The lines and what they say; not all of a file that is mostly something else."""
-        path, damaged = self.path / "metrics.jsonl", 0
-        if path.is_file() and not path.is_symlink():
-            with path.open("rb") as file:
-                while (line := file.readline(LARGEST_LINE)).endswith(b"\n") or len(line) == LARGEST_LINE:
-                    row = _row(line)
-                    damaged += row is None
-                    if damaged > MOST_DAMAGED:
-                        return
-                    yield line, row
+        """The whole lines, and what they say."""
+        with suppress(UserError):
+            *lines, _ = content_of(self.path / "metrics.jsonl").split(b"\n")
+            yield from ((line + b"\n", _row(line)) for line in lines)
 
     def _rewind(self, step: int, metrics_lines: int) -> int:
         """Drop the metrics past the checkpoint of `step`; returns how many steps had been logged past it."""
@@ -424,14 +403,12 @@ class RunDir:
 
         Raises:
             UserError: all checkpoints are damaged, or there were some and none is left.
-            Unreadable: one cannot be read now.
+            OSError: one cannot be read now; it may be whole.
         """
         damaged = self._damaged = {}
         for folder in checkpoints_in(self.checkpoints):
             try:
                 verify_checkpoint(folder)
-            except Unreadable:
-                raise
             except UserError as error:
                 damaged[folder] = error
             else:
@@ -469,6 +446,6 @@ def _row(line: bytes) -> dict[str, Any] | None:
     well_formed = (
         isinstance(row, dict)
         and type(row.get("step")) is int
-        and all(value is None or is_number(value) for value in row.values())
+        and all(value is None or type(value) in (int, float) for value in row.values())
     )
     return row if well_formed else None

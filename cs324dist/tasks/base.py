@@ -62,7 +62,6 @@ class Task(Generic[ConfigT]):
     presets: ClassVar[Mapping[str, Any]]
     """Recipes by name, each a `Config`; the first is the default."""
 
-
     def __init__(self, config: ConfigT, device: torch.device) -> None:
         """Build the networks, their optimizers, and the data on `device`."""
         self.config, self.device = config, device

@@ -65,8 +65,6 @@ class TestContent:
         assert scaled.dtype == dtype
 
 
-
-
 @pytest.mark.parametrize("module", ["images", "fetch"])
 def test_importing_the_module_imports_no_torchvision(module: str) -> None:
     code = f"import sys, cs324dist.data.{module}; sys.exit('torchvision' in sys.modules)"

@@ -120,10 +120,6 @@ def flipped(path: Path) -> None:
     path.write_bytes(content)
 
 
-def claims_a_huge_header(path: Path) -> None:
-    path.write_bytes((1 << 62).to_bytes(8, "little") + path.read_bytes()[8:])
-
-
 def claims_huge_tensors(path: Path) -> None:
     header = {"W_h": {"dtype": "F32", "shape": [1 << 31, 1 << 31], "data_offsets": [0, 1 << 64 - 1]}}
     text = json.dumps(header).encode()
@@ -150,15 +146,14 @@ def with_one_more(path: Path) -> None:
     [
         (flipped, False, "is damaged: its SHA-256"),
         (cut_short, True, "cannot be read as safetensors"),
-        (claims_a_huge_header, True, "its header is too large"),
         (claims_huge_tensors, True, "cannot be read as safetensors"),
-        (change("W_h", lambda t: t.T.contiguous()), True, "'W_h' is F32 (8, 32), expected F32 (32, 8)"),
-        (change("W_h", lambda t: t.double()), True, "'W_h' is F64 (32, 8), expected F32 (32, 8)"),
+        (change("W_h", lambda t: t.T.contiguous()), True, "(8, 32), expected torch.float32 of shape (32, 8)"),
+        (change("W_h", lambda t: t.double()), True, "'W_h' is torch.float64 of shape (32, 8), expected"),
         (change("W_h", lambda t: None), True, "lacks 1 tensors, the first of them 'W_h'"),
         (change("W_h", lambda t: t / 0), True, "'W_h' holds values that are not finite"),
         (with_one_more, True, "holds 1 tensors too many"),
     ],
-    ids=["bit flipped", "cut short", "huge header", "huge tensors", "shape", "dtype", "missing",
+    ids=["bit flipped", "cut short", "huge tensors", "shape", "dtype", "missing",
          "not finite", "one more"],
 )  # fmt: skip
 def test_weights_that_were_tampered_with(lstm, refused, tamper, mend, said):
@@ -185,21 +180,13 @@ def test_a_pickle_by_another_name_is_not_run(gan, refused):
     assert gan.marker.exists()  # it would have been
 
 
-def test_a_picture_of_another_size_is_not_made(gan, refused):
-    config = {"class": "Generator", "input_dim": 65536}
-    gan.each(lambda path: path.write_text(json.dumps(config)), "generator_ema/config.json")
-    (line,) = refused(gan, *sample(gan))
-    assert "'fc.0.weight' is F32 (1024, 8), expected F32 (1024, 65536)" in line
-
-
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         ("[" * 100_000, "is not valid JSON"),
-        (" " * (100 << 20), "larger than 1048576 bytes"),
         ('{"step": NaN}', "is not valid JSON"),
     ],
-    ids=["deep", "100 MB", "NaN"],
+    ids=["deep", "NaN"],
 )
 def test_a_list_of_files_that_is_none(lstm, refused, content, said):
     lstm.each(lambda path: path.write_text(content), "trainer.json", mend=False)
@@ -253,6 +240,23 @@ def test_an_audit_reads_no_data_that_the_run_names(gan, refused):
     (root := gan.run.parent / "root").touch()
     (line,) = refused(gan, "launch/audit.py", gan.run, "--from-start", "--data-root", root)
     assert f"data root {root} is unusable" in line
+
+
+@pytest.mark.parametrize("name", ["trainer.json", "optimizers.safetensors"])
+def test_what_cannot_be_read_now_is_named_and_nothing_is_touched(gan, launch, name):
+    path = gan.checkpoints[0] / name
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # whoever reads it meets an input/output error
+    before = gan.content()
+    for command in (
+        (*GAN, "--steps", "2", "--run-dir", gan.run),
+        sample(gan),
+        ("launch/audit.py", gan.run, "--from-start"),
+    ):
+        done = launch(*command, check=False)
+        assert (done.returncode, done.stderr) == (1, f"error: {path}: Input/output error\n")
+    assert gan.content() == before
+    launch("launch/report.py", gan.run, "--out", gan.run.parent / "report.html")
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "owners", "wandb", ".wandb", "tensorboard"])

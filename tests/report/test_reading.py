@@ -6,8 +6,7 @@ import pytest
 from made_runs import ENDS_SCRIPT, HOSTILE, add_owner, edit, make_gan, make_lstm, started
 
 from cs324dist.errors import UserError
-from cs324dist.report import reading
-from cs324dist.report.reading import LONGEST, plain, read_run, read_runs
+from cs324dist.report.reading import plain, read_run, read_runs
 
 
 @pytest.mark.parametrize(
@@ -19,18 +18,10 @@ from cs324dist.report.reading import LONGEST, plain, read_run, read_runs
         (0.1, "0.1"),
         (None, "null"),
         ({"a": [1]}, '{"a": [1]}'),
-        ("ü" * 1000, "ü" * LONGEST + "…"),
     ],
 )
 def test_any_value_is_one_printable_line(value: object, text: str) -> None:
     assert plain(value) == text
-
-
-def test_what_is_deeply_nested_is_left_out() -> None:
-    value: list = []
-    for _ in range(100_000):
-        value = [value]
-    assert plain(value) == "…"
 
 
 def test_a_run_is_read(runs: Path) -> None:
@@ -44,15 +35,6 @@ def test_a_run_is_read(runs: Path) -> None:
     ]
     assert list(run.samples) == [100, 200, 300, 400]
     assert run.problems == []
-
-
-def test_of_many_owners_the_last_are_shown_and_all_are_counted(tmp_path: Path) -> None:
-    run = make_lstm(tmp_path / "run")
-    for number in range(2, 151):
-        add_owner(run, number, host=f"node{number}")
-    read = read_run(run, "run")
-    assert (read.started, list(read.owners)) == (150, list(range(51, 151)))
-    assert read.owners[150].host == "node150"
 
 
 def test_a_start_replaces_what_later_steps_were_started_by(tmp_path: Path) -> None:
@@ -82,21 +64,8 @@ def test_an_owner_that_holds_what_no_owner_writes_is_a_problem(
     run = make_lstm(tmp_path / "run")
     edit(run / "owners" / "1.json", **changes)
     read = read_run(run, "run")
-    assert (read.owners, read.started, read.environment) == ({}, 1, None)
+    assert (read.owners, read.environment) == ({}, None)
     assert [f"{run}/owners/1.json" in problem for problem in read.problems] == [True]
-
-
-def test_links_are_not_followed(tmp_path: Path) -> None:
-    """A folder from a stranger may hold a link to a file of the reader's."""
-    run, mine = make_gan(tmp_path / "run"), tmp_path / "mine"
-    for name in ("samples/000000100.png", "metrics.jsonl", "status.json"):
-        (run / name).rename(mine)
-        (run / name).symlink_to(mine)
-        mine = mine.with_name(mine.name + "'")
-    read = read_run(run, "run")
-    assert list(read.samples) == [200, 300, 400]
-    assert read.metrics == {}
-    assert read.problems == [f"{run}/status.json is not a file"]
 
 
 def test_what_is_no_number_is_a_gap(runs: Path) -> None:
@@ -169,18 +138,14 @@ def test_the_processes_are_those_of_the_newest_checkpoint_that_can_be_read(tmp_p
     assert ["000000500-1/trainer.json" in problem for problem in run.problems] == [True]
 
 
-def test_of_very_many_rows_the_first_are_shown(tmp_path: Path, monkeypatch) -> None:
-    assert reading.MOST_ROWS == 200_000
-    monkeypatch.setattr(reading, "MOST_ROWS", 30)
-    path = make_lstm(tmp_path / "run", steps=10)
-    with (path / "metrics.jsonl").open("w") as file:
-        file.writelines(f'{{"step": {step}, "x": 1}}\n' for step in range(30))
-    assert read_run(path, "run").problems == []
-    with (path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 30, "x": 1}\n')
+@pytest.mark.parametrize("name", ["status.json", "owners/1.json", "checkpoints/000000400-1/trainer.json"])
+def test_a_folder_in_the_place_of_a_file_is_a_problem_and_the_rest_is_read(tmp_path: Path, name: str) -> None:
+    path = make_gan(tmp_path / "run")
+    (path / name).rename(tmp_path / "elsewhere")
+    (path / name).mkdir()
     run = read_run(path, "run")
-    assert list(run.series("x")) == list(range(30))
-    assert run.problems == ["metrics.jsonl has more than 30 rows: only the first ones are shown"]
+    assert len(run.series("train/generator_loss")) == 8
+    assert [f"{path}/{name} cannot be read" in problem for problem in run.problems] == [True]
 
 
 def test_while_it_runs_the_metrics_say_how_far_it_is(tmp_path: Path) -> None:

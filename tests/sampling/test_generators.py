@@ -157,14 +157,6 @@ class TestLoadGenerator:
         with pytest.raises(UserError, match="holds no generator"):
             load_generator(run.path)
 
-    def test_a_folder_of_checkpoints_elsewhere_is_not_followed(self, tmp_path: Path) -> None:
-        run = empty_run(tmp_path / "run", "gan")
-        write(run.checkpoint(1), 1, generator=Generator(7))
-        run.checkpoints.rename(tmp_path / "elsewhere")
-        run.checkpoints.symlink_to(tmp_path / "elsewhere")
-        with pytest.raises(UserError, match="has no checkpoint yet"):
-            load_generator(run.path)
-
 
 def test_only_a_generator_of_digits_walks_from_a_4_to_a_1(four_or_one: Stub) -> None:
     assert interpolation.walk_ends(four_or_one)[2] == "from a 4 to a 1"
