@@ -21,7 +21,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm import tqdm
 
-from cs324dist.config import Config, from_json
+from cs324dist.config import from_json
 from cs324dist.distributed.failures import translate_errors
 from cs324dist.distributed.process import on_main_process, start_accelerator
 from cs324dist.errors import RunFailed, UserError, printable, say, warn
@@ -103,16 +103,10 @@ def audit(
     task_type = find_task(task_name or record.task)
     if task_type.name != record.task:
         raise UserError(f"{run} is a run of {record.task!r:.99}, not of {task_type.name}")
-    presets = task_type.presets
-    config_type = type(next(iter(presets.values())))
-
-    def config_of(interval: Interval) -> Config:
-        config: Any = from_json(config_type, interval.config, str(interval.owner))
-        return dataclasses.replace(config, data_root=data_root) if hasattr(config, "data_root") else config
-
+    config_type = type(next(iter(task_type.presets.values())))
     config = run.read_config(config_type)
     with translate_errors(config):
-        intervals = list(_intervals(run, config.steps, from_start))
+        intervals = list(_intervals(run, from_start))
         made = intervals[-1].environment
         if config.micro_batches is None:
             os.environ.setdefault("CS324DIST_THREADS", str(made.threads))
@@ -120,18 +114,15 @@ def audit(
         here = environment(accelerator.num_processes, accelerator.mixed_precision, _backend(accelerator))
         needed = NEEDED if config.micro_batches else NEEDED | BY_DDP
         chosen = on_main_process(accelerator, lambda: _choose(run, intervals, here, needed, count))
-        rows = {
-            row["step"]: row
-            for row in run.read_metrics()
-            if any(interval.first < row["step"] <= interval.state.step for interval in chosen)
-            and any("train/" in key for key in row)
-        }
+        rows = {row["step"]: row for row in run.read_metrics() if any("train/" in key for key in row)}
         wrong: list[str] = []
-        trainer, trained_config = None, None
+        trainer: Trainer | None = None
         for interval in chosen:
-            config = config_of(interval)
-            if trainer is None or config != trained_config or interval.start is None:
-                trainer, trained_config = Trainer(task_type(config, accelerator.device), accelerator), config
+            config = from_json(config_type, interval.config, str(interval.owner))
+            if hasattr(config, "data_root"):
+                config = dataclasses.replace(config, data_root=data_root)
+            if trainer is None or config != trainer.config or interval.start is None:
+                trainer = Trainer(task_type(config, accelerator.device), accelerator)
             differences = _replay(trainer, interval, rows)
             if accelerator.is_main_process:
                 print(f"{interval}: {'DIFFERENT' if differences else 'equal to the last bit'}")
@@ -145,7 +136,7 @@ def _backend(accelerator: Accelerator) -> str | None:
     return None if backend == "NO" else backend.lower()
 
 
-def _intervals(run: RunDir, steps: int, from_start: bool) -> Iterator[Interval]:
+def _intervals(run: RunDir, from_start: bool) -> Iterator[Interval]:
     """The intervals that checkpoints allow to replay, in order."""
     found = reversed(history_of(run.checkpoints))
     checkpoints: list[Path | None] = [None, *found] if from_start else [*found]
@@ -154,8 +145,6 @@ def _intervals(run: RunDir, steps: int, from_start: bool) -> Iterator[Interval]:
     for start, end in pairwise(checkpoints):
         assert end is not None
         state = verify_checkpoint(end)
-        if state.step > steps:
-            raise UserError(f"{end} is of a later step than the run's last, {steps}")
         file, owner = _owner_of_steps(run, end)
         if owner is None or owner.environment is None or owner.config is None:
             raise UserError(f"{file} does not say how {end} was made")

@@ -327,6 +327,8 @@ class Run:
         self.task, self.config, self.accelerator = trainer.task, trainer.config, trainer.accelerator
         self.on_main = partial(on_main_process, self.accelerator)
         self._task_is_done = False
+        self.owes_evaluation = False
+        """Whether a signal has cut off the evaluation after the step that it resumes at."""
         self._layout: dict[str, str] = {}  # of the tensors, at the start
 
     def is_over(self, completed: int) -> bool:
@@ -346,7 +348,8 @@ class Run:
             self.on_main(lambda: self._check_keep_best(0))
             return TrainerState(0)
         state = self.trainer.restore(newest)
-        self.on_main(lambda: self.run.check_metrics(state.metrics_lines))
+        found = self.on_main(lambda: self.run.has_evaluation(state.step, state.metrics_lines))
+        self.owes_evaluation = self.config.is_due(state.step, self.config.evaluate_every) and not found
         self.on_main(lambda: self._check_keep_best(state.step))
         self._task_is_done = self._ask_whether_done(state.step)
         return state
@@ -380,7 +383,7 @@ class Run:
         """
         config, trainer = self.config, self.trainer
         with Trackers(self.run, self.accelerator, config, start.step) as trackers:
-            if start.evaluation_owed:
+            if self.owes_evaluation:
                 if not self._evaluate(trackers, start.step):
                     return start.step
                 self.save(start.step)
@@ -397,16 +400,16 @@ class Run:
                         if not math.isfinite(value):
                             raise self._diverged(f"{name} is {value} after step {completed}")
                 evaluated = config.is_due(completed, config.evaluate_every)
-                owed = evaluated and not self._evaluate(trackers, completed)
-                stopping = self.stop.agreed() or owed
+                cut_off = evaluated and not self._evaluate(trackers, completed)
+                stopping = self.stop.agreed() or cut_off
                 due = config.is_due(completed, config.checkpoint_every) or self._task_is_done
                 due |= bool(config.keep_best) and evaluated
                 if stopping or due:
                     with trackers.paused():
-                        self.save(completed, evaluation_owed=owed)
-                if config.keep_best and evaluated and not owed:  # saved by now: nothing is lost
+                        self.save(completed)
+                if config.keep_best and evaluated and not cut_off:  # saved by now: nothing is lost
                     self.on_main(partial(self._check_keep_best, completed, evaluated=True))
-                if stopping and (owed or not self.is_over(completed)):
+                if stopping and (cut_off or not self.is_over(completed)):
                     return completed
         return None
 
@@ -440,15 +443,15 @@ class Run:
         text = f"--keep-best {wanted} is no metric of an evaluation: {todo}"
         raise RunFailed(f"{text}; {self._last_good()}") if evaluated else UserError(text)
 
-    def save(self, completed: int, *, evaluation_owed: bool = False) -> None:
+    def save(self, completed: int) -> None:
         """Write a checkpoint: every process enters, the main process writes, all wait.
 
         Raises:
             RunFailed: something is not finite, or it is the last checkpoint and cannot be written.
         """
-        self.on_main(lambda: self._save(completed, evaluation_owed))
+        self.on_main(lambda: self._save(completed))
 
-    def _save(self, completed: int, evaluation_owed: bool) -> None:
+    def _save(self, completed: int) -> None:
         run, scaler = self.run, self.accelerator.scaler
         self._check_state(completed)
         try:
@@ -457,7 +460,6 @@ class Run:
                 processes=self.accelerator.num_processes,
                 loss_scale=scaler.state_dict() if scaler is not None and scaler.is_enabled() else {},
                 metrics_lines=run.write_metrics(sync=True),
-                evaluation_owed=evaluation_owed,
             )
             write_checkpoint(run.checkpoint(completed), self.task, state, run)
         except OSError as error:
@@ -598,7 +600,7 @@ def run_task(
         trainer = Trainer(task, accelerator)
         run = Run(trainer, run_dir, stop)
         start = run.resume()
-        if run.is_over(start.step) and not start.evaluation_owed:
+        if run.is_over(start.step) and not run.owes_evaluation:
             on_main(lambda: run_dir.finish(start.step, config.keep_last, config.keep_best))
             can_be_more = not conflicts(dataclasses.replace(config, steps=2 * config.steps), config)
             more = f"for more, give {'--steps or ' * can_be_more}another --run-dir"

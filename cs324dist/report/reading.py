@@ -114,22 +114,21 @@ def read_runs(paths: tuple[Path, ...]) -> tuple[list[Run], list[str]]:
         UserError: none of them is a run.
     """
     found: dict[Path, Path] = {}
-    others: dict[Path, str] = {}
+    others = []
     for path in paths:
-        place = Path(os.path.realpath(path))
         try:
             if RunDir(path).exists:
-                found.setdefault(place, path)  # each once
+                found.setdefault(Path(os.path.realpath(path)), path)  # each once
             else:
-                others[place] = f"{plain(str(path))} is not a run folder"
+                others.append(f"{plain(str(path))} is not a run folder")
         except OSError as error:
-            others[place] = f"{plain(str(path))} cannot be read ({error.strerror})"
+            others.append(f"{plain(str(path))} cannot be read ({error.strerror})")
     if not found:
-        given = "; ".join(others.values()) or "no run was named"
+        given = "; ".join(others) or "no run was named"
         raise UserError(f"{given}: give run folders, such as runs/gan-fast-0")
     names = Counter(place.name for place in found)
     named = ((path, place.name if names[place.name] == 1 else str(path)) for place, path in found.items())
-    return [read_run(path, name) for path, name in named], list(others.values())
+    return [read_run(path, name) for path, name in named], others
 
 
 def read_run(path: Path, name: str) -> Run:

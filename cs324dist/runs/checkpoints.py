@@ -27,7 +27,7 @@ from cs324dist.config import as_json, from_json
 from cs324dist.errors import RunFailed, UserError, printable
 from cs324dist.runs.files import Writer, clear, matches, read_json, sha256, sync, write_json
 from cs324dist.runs.models import copy_into, kind_of, model_tensors, read_tensors, save_model, save_tensors
-from cs324dist.runs.optimizers import Optimizers, load_optimizers, optimizer_tensors, read_optimizers
+from cs324dist.runs.optimizers import Optimizers, optimizer_tensors, read_optimizers
 
 TRAINER = "trainer.json"
 OPTIMIZERS = "optimizers.safetensors"
@@ -76,13 +76,10 @@ class TrainerState:
     metrics_lines: Number = 0
     """Lines of `metrics.jsonl` that belong to the completed steps."""
 
-    evaluation_owed: bool = False
-    """Whether a signal interrupted this step's evaluation."""
-
     sha256: dict[str, str] = field(default_factory=dict)
     """Digests of the other files, by path."""
 
-    format: Literal[3] = 3
+    format: Literal[4] = 4
 
 
 def checkpoint_name(step: int, generation: int) -> str:
@@ -155,16 +152,13 @@ def _write_files(folder: Path, trained: Trained, state: TrainerState) -> None:
 @torch.no_grad()
 def _check_finite(trained: Trained, step: int) -> None:
     for file, tensors in tensors_by_file(trained).items():
-        finite: list[Tensor] = []
-        not_nan: list[Tensor] = []  # a mask may be infinite
-        for tensor in tensors.values():
-            is_finite = isinstance(tensor, nn.Parameter) or file == OPTIMIZERS
-            if tensor.is_floating_point():
-                (finite if is_finite else not_nan).append(tensor)
-        largest = torch._foreach_norm(finite, math.inf) if finite else ()  # NaN, if there is one
-        if not all(math.isfinite(x) for x in largest) or any(x.isnan().any() for x in not_nan):
-            name = {OPTIMIZERS: "optimizer", TASK: "task's state"}.get(file, file.partition("/")[0])
-            raise RunFailed(f"after step {step}, the {name} holds values that are not finite")
+        floats = [tensor for tensor in tensors.values() if tensor.is_floating_point() and tensor.numel()]
+        largest = torch._foreach_norm(floats, math.inf) if floats else ()  # NaN, if there is one
+        for tensor, value in zip(floats, largest, strict=True):
+            may_be_infinite = file != OPTIMIZERS and not isinstance(tensor, nn.Parameter)  # as a mask is
+            if value.isnan() or (value.isinf() and not may_be_infinite):
+                name = {OPTIMIZERS: "optimizer", TASK: "task's state"}.get(file, file.partition("/")[0])
+                raise RunFailed(f"after step {step}, the {name} holds values that are not finite")
 
 
 def _split(tree: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
@@ -220,14 +214,12 @@ def verify_checkpoint(folder: Path, needed: Iterable[str] = ()) -> TrainerState:
         OSError: a file cannot be read now; it may be whole.
     """
     state = read_state(folder)
-    if OPTIMIZERS not in state.sha256:
-        raise UserError(f"{folder / TRAINER} lists no files: it is damaged, or not a file of this project")
     for name, expected in state.sha256.items():
         if not re.fullmatch(rf"({NAME}/)?{NAME}\.(json|safetensors)", name, re.ASCII):
             raise UserError(f"{folder / TRAINER} names {name[:200]!r}, which is no file of a checkpoint")
         if sha256(folder / name) != expected:
             raise UserError(f"{folder / name} is damaged: its SHA-256 is not the one in {TRAINER}")
-    for name in needed:
+    for name in (OPTIMIZERS, *needed):
         if name not in state.sha256:
             raise UserError(f"{folder} holds no {name}: it is a checkpoint of another task")
     if re.fullmatch(CHECKPOINT, folder.name) and step_of(folder) != state.step:
@@ -243,13 +235,13 @@ def read_checkpoint(folder: Path, trained: Trained) -> TrainerState:
     """
     targets = tensors_by_file(trained)
     del targets[OPTIMIZERS]
-    state = verify_checkpoint(folder, [*targets, OPTIMIZERS])
+    state = verify_checkpoint(folder, targets)
     tensors = {file: read_tensors(folder / file, expected) for file, expected in targets.items()}
-    loaded = read_optimizers(folder / OPTIMIZERS, trained.optimizers, trained.networks)
+    load_optimizers = read_optimizers(folder / OPTIMIZERS, trained.optimizers, trained.networks)
     own = tensors.pop(TASK, {})
     for file, read in tensors.items():
         copy_into(targets[file], read)
-    load_optimizers(loaded)
+    load_optimizers()
     try:
         trained.load_state_dict(_join(state.task, own))
     except (KeyError, TypeError, ValueError):
@@ -301,11 +293,6 @@ def history_of(folder: Path) -> list[Path]:
         if not history or step_of(path) < step_of(history[-1]):
             history.append(path)
     return history
-
-
-def newest_generation(folder: Path) -> int:
-    """The latest owner in a name below `folder`; 0 without one."""
-    return max(map(generation_of, checkpoints_in(folder)), default=0)
 
 
 def keep_newest(folder: Path, count: int, generation: int, *, best: int | None = None) -> None:

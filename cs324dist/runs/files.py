@@ -127,7 +127,7 @@ def read_json(path: Path) -> dict[str, Any]:
         OSError: it cannot be read now.
     """
     try:
-        content = parse_json(content_of(path))
+        content = json.loads(content_of(path))
     except (ValueError, RecursionError):
         raise UserError(f"{path} is not valid JSON: it is damaged, or not a file of this project") from None
     if not isinstance(content, dict):
@@ -147,19 +147,6 @@ def read_record(record_type: type[Record], path: Path) -> Record:
 def write_record(path: Path, record: Any, writer: Writer | None = None) -> None:
     """Replace `path` by a record; see `replaced`."""
     write_json(path, as_json(record), writer)
-
-
-def parse_json(text: bytes) -> Any:
-    """A JSON value.
-
-    Raises:
-        ValueError, RecursionError: it is none; NaN and the infinities are not JSON.
-    """
-    return json.loads(text, parse_constant=_refuse)
-
-
-def _refuse(word: str) -> None:
-    raise ValueError(f"{word} is not JSON")
 
 
 def sha256(path: Path) -> str:

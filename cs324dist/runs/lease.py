@@ -104,7 +104,7 @@ class Lease:
         except (FileExistsError, FileNotFoundError):  # the latter: it has withdrawn, and the folder with it
             raise UserError(f"{run} was just taken by another process: wait for it, or stop it") from None
         if last_sign and (now := _last_sign(self._path)):
-            self._update(seconds_since_previous=round(max(now - last_sign, 0) / 1e9, 1))
+            self.note(seconds_since_previous=round(max(now - last_sign, 0) / 1e9, 1))
         sync(self._folder)
         for left in matches(self._folder, r"\.*([1-9][0-9]*)\W.*\.(lock|tmp)"):
             if int(left[1]) <= self.generation and self._owner.nonce not in left[0]:
@@ -132,10 +132,6 @@ class Lease:
         finally:
             clear(draft)
 
-    def _update(self, **facts: Any) -> None:
-        self._owner = replace(self._owner, **facts)
-        write_record(self._path, self._owner, self)
-
     def check_owned(self) -> None:
         """Check that this process still owns the run.
 
@@ -151,24 +147,24 @@ class Lease:
 
     def _is_there(self) -> bool:
         """Whether what it wrote at its claim is there, and not that of another run's owner."""
-        try:
+        with suppress(FileNotFoundError):
             return self._owner.nonce in self._path.read_text()
-        except FileNotFoundError:
-            return False
+        return False
 
-    def note(self, from_step: int, lost_steps: int, environment: Environment, config: dict[str, Any]) -> None:
-        """Record where this process begins, and how it trains.
+    def note(self, **facts: Any) -> None:
+        """Add facts of an `Owner` to what it has written down.
 
         Raises:
             OSError: it cannot be written.
         """
-        self._update(from_step=from_step, lost_steps=lost_steps, environment=environment, config=config)
+        self._owner = replace(self._owner, **facts)
+        write_record(self._path, self._owner, self)
 
     def release(self) -> None:
         """Let another process have it."""
         self._released.set()
         with suppress(OSError, Superseded):
-            self._update(ended=True)
+            self.note(ended=True)
         self._unlock()
 
     def _unlock(self) -> None:

@@ -6,7 +6,7 @@ Reading is strict: every tensor must be there and no other, each of the right sh
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -41,7 +41,7 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor], *, all_needed: bool
     Unless `all_needed`, some of them may be absent.
 
     Raises:
-        UserError: it does not, is missing or damaged, or holds NaN, or a parameter that is infinite.
+        UserError: it does not, or is missing or damaged.
         OSError: it cannot be read now.
     """
     content = content_of(path)
@@ -57,21 +57,12 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor], *, all_needed: bool
     for name, tensor in tensors.items():
         if (found := kind_of(tensor)) != (wanted := kind_of(expected[name])):
             raise UserError(f"{path}: {name!r} is {found}, expected {wanted}")
-        if not is_sound(tensor, expected[name]):
-            raise UserError(f"{path}: {name!r} holds values that are not finite: it is damaged")
     return tensors
 
 
 def kind_of(tensor: Tensor) -> str:
     """A tensor's dtype and shape."""
     return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-
-
-def is_sound(tensor: Tensor, like: Tensor) -> bool:
-    """Whether no value is NaN and, if `like` is a parameter, none infinite: a mask may hold -inf."""
-    if not tensor.is_floating_point():
-        return True
-    return bool((tensor.isfinite() if isinstance(like, nn.Parameter) else ~tensor.isnan()).all())
 
 
 @torch.no_grad()
@@ -88,27 +79,17 @@ def save_model(folder: Path, model: nn.Module) -> None:
         UserError: an argument is no number, word or truth value.
         OSError: a file cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", {"class": type(model).__name__, **model_arguments(model)})
-    save_tensors(folder / "model.safetensors", model_tensors(model))
-
-
-def model_arguments(model: nn.Module) -> dict[str, Any]:
-    """The arguments of a model's constructor, as far as it says them in `config`.
-
-    Raises:
-        UserError: `load_model` would not take one of them.
-    """
-    arguments = getattr(model, "config", {})
+    name, arguments = type(model).__name__, getattr(model, "config", {})
     if not isinstance(arguments, Mapping):
-        raise UserError(f"{type(model).__name__}.config is no dictionary of the arguments of its constructor")
-    arguments = dict(arguments)
-    if wrong := [name for name, value in arguments.items() if type(value) not in (bool, int, float, str)]:
-        raise UserError(
-            f"{type(model).__name__}.config[{wrong[0]!r}] is {printable(arguments[wrong[0]])}: "
-            f"give a string, a boolean or a number"
-        )
-    return arguments
+        raise UserError(f"{name}.config is no dictionary of the arguments of its constructor")
+    for argument, value in arguments.items():
+        if type(value) not in (bool, int, float, str):
+            raise UserError(
+                f"{name}.config[{argument!r}] is {printable(value)}: give a string, a boolean or a number"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", {"class": name, **arguments})
+    save_tensors(folder / "model.safetensors", model_tensors(model))
 
 
 def load_model(folder: str | Path, expected: type[Model]) -> Model:

@@ -1,7 +1,7 @@
 """The state of any torch optimizer as named tensors."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,6 @@ from cs324dist.errors import UserError, printable
 from cs324dist.runs.models import read_tensors
 
 Optimizers = Mapping[str, Optimizer | Sequence[Optimizer]]
-Loaded = tuple[
-    list[tuple[Optimizer, Tensor, str, dict[str, Any]]],
-    list[tuple[dict[str, Any], str, int | float | None]],  # a group, and a number in it or None
-    dict[str, Tensor],
-]
 
 
 def optimizers_of(optimizers: Optimizers, name: str) -> list[Optimizer]:
@@ -66,60 +61,51 @@ def _numbers(optimizer: Optimizer) -> dict[tuple[int, str], int | float]:
     }
 
 
-def read_optimizers(path: Path, optimizers: Optimizers, networks: Mapping[str, nn.Module]) -> "Loaded":
-    """The state in a file of what `optimizer_tensors` gave, checked, and ready for `load_optimizers`.
+def read_optimizers(
+    path: Path, optimizers: Optimizers, networks: Mapping[str, nn.Module]
+) -> Callable[[], None]:
+    """Check the state in a file of what `optimizer_tensors` gave; returns what sets the optimizers to it.
 
     Raises:
         UserError: it is the state of other optimizers, or damaged.
     """
-    names, found, numbers = _parameter_names(networks), [], {}
+    names = _parameter_names(networks)
     expected: dict[str, Tensor] = {}
+    numbers: list[tuple[Optimizer, int, str, Any, str]] = []
+    states: list[tuple[Optimizer, Tensor, dict[str, Any], dict[str, str]]] = []
     for name, optimizer in each(optimizers):
         later = _after_a_step(optimizer)
         for (number, key), value in _numbers(later).items():
-            place, group = f"{name}/{number}/{key}", optimizer.param_groups[number]
-            numbers[place] = group, key, type(value), key in optimizer.defaults
-            expected[place] = torch.zeros((), dtype=torch.float64)
+            expected[place := f"{name}/{number}/{key}"] = torch.zeros((), dtype=torch.float64)
+            numbers.append((optimizer, number, key, type(value), place))
         for parameter, state in zip(_parameters(optimizer), _states(later), strict=True):
-            prefix = f"{name}/{names[parameter]}"
-            found.append((optimizer, parameter, prefix, state))
-            values = {f"{prefix}/{key}": value for key, value in state.items() if value is not None}
-            expected |= {key: _as_tensor(key, value) for key, value in values.items()}
+            known = (key for key, value in state.items() if value is not None)
+            places = {key: f"{name}/{names[parameter]}/{key}" for key in known}
+            expected |= {place: _as_tensor(place, state[key]) for key, place in places.items()}
+            states.append((optimizer, parameter, state, places))
     # A parameter that has had no gradient yet has no state; a number may be the default.
     tensors = read_tensors(path, expected, all_needed=False)
-    for _, _, prefix, state in found:
-        wanted = {f"{prefix}/{key}" for key, value in state.items() if value is not None}
-        if wanted & tensors.keys() and (absent := sorted(wanted - tensors.keys())):
+    for *_, places in states:
+        absent = [place for place in places.values() if place not in tensors]
+        if 0 < len(absent) < len(places):
             raise UserError(f"{path} lacks {absent[0]!r:.99}: it is damaged")
-    if infinite := [name for name, tensor in tensors.items() if tensor.isinf().any()]:
-        raise UserError(f"{path}: {infinite[0]!r} holds values that are not finite: it is damaged")
-    read = [
-        (group, key, kind(tensors[name].item()) if name in tensors else None)
-        for name, (group, key, kind, is_default) in numbers.items()
-        if name in tensors or not is_default
-    ]
-    return found, read, tensors
 
+    def load() -> None:
+        for optimizer, number, key, kind, place in numbers:
+            if place in tensors:
+                optimizer.param_groups[number][key] = kind(tensors[place].item())
+            elif key not in optimizer.defaults:
+                optimizer.param_groups[number].pop(key, None)
+        for optimizer, parameter, state, places in states:
+            if tensors.keys().isdisjoint(places.values()):
+                optimizer.state.pop(parameter, None)
+                continue
+            for key, place in places.items():
+                value, like = tensors[place], state[key]  # a tensor keeps its device and memory format
+                state[key] = like.copy_(value) if isinstance(like, Tensor) else value.item()
+            optimizer.state[parameter] = state
 
-def load_optimizers(loaded: "Loaded") -> None:
-    """Set every optimizer's state to what `read_optimizers` found."""
-    found, numbers, tensors = loaded
-    for group, key, number in numbers:
-        if number is None:
-            group.pop(key, None)
-        else:
-            group[key] = number
-    for optimizer, parameter, prefix, state in found:
-        stored = {key: tensors.get(f"{prefix}/{key}") for key in state}
-        if all(value is None for value in stored.values()):
-            optimizer.state.pop(parameter, None)
-            continue
-        for key, value in stored.items():
-            if isinstance(like := state[key], Tensor) and value is not None:
-                state[key] = like.copy_(value)  # keeps its device and memory format
-            else:
-                state[key] = None if value is None else value.item()
-        optimizer.state[parameter] = state
+    return load
 
 
 @contextmanager

@@ -24,29 +24,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import StringConstraints
 
-from cs324dist.config import Config, ForOlderRuns, conflicts, from_json
+from cs324dist.config import Config, conflicts, from_json
 from cs324dist.errors import UserError, printable, warn
 from cs324dist.runs.checkpoints import (
     Number,
     checkpoint_name,
     checkpoints_in,
     clear_unfinished,
+    generation_of,
     history_of,
     keep_newest,
-    newest_generation,
     step_of,
     verify_checkpoint,
 )
 from cs324dist.runs.environment import Environment
-from cs324dist.runs.files import (
-    clear,
-    clear_temporaries,
-    content_of,
-    parse_json,
-    read_record,
-    replaced,
-    write_record,
-)
+from cs324dist.runs.files import clear, clear_temporaries, content_of, read_record, replaced, write_record
 from cs324dist.runs.lease import Lease, generations, owner_of
 
 OnMain = Callable[[Callable[[], None]], None]
@@ -74,10 +66,10 @@ class RunRecord:
     )
     """Id of the run at Weights & Biases."""
 
-    task_given: Annotated[str, ForOlderRuns("")] = ""
+    task_given: str = ""
     """The task as it was given to the script; empty for a script of one task."""
 
-    format: Literal[3] = 3
+    format: Literal[4] = 4
 
 
 @dataclass(frozen=True)
@@ -159,7 +151,8 @@ class RunDir:
         self._is_new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lease = Lease(self.path, after=newest_generation(self.checkpoints))
+            newest = self.newest()
+            self._lease = Lease(self.path, after=generation_of(newest) if newest else 0)
             # An earlier owner that sleeps between its check and its rename has nothing to rename any more.
             for name in ("config.json", "status.json", "metrics.jsonl"):
                 clear_temporaries(self.path, name, self.generation)
@@ -195,7 +188,9 @@ class RunDir:
             self.set_damaged_aside()
             lost = self._rewind(step, metrics_lines)
             if self._lease is not None:
-                self._lease.note(step, lost, environment, record.config)
+                self._lease.note(
+                    from_step=step, lost_steps=lost, environment=environment, config=record.config
+                )
         except OSError as error:
             raise self.unwritable(error) from None
         self.write_status("running", step)
@@ -351,18 +346,22 @@ class RunDir:
         )
         return [{k: math.nan if v is None else v for k, v in row.items()} for row in named if row]
 
-    def check_metrics(self, lines: int) -> None:
-        """Check that the first lines are whole, as far as they are there.
+    def has_evaluation(self, step: int, lines: int) -> bool:
+        """Whether the evaluation after `step` is among the first lines; if not, it was cut off.
 
         Raises:
-            UserError: one is damaged.
+            UserError: one of the lines is damaged.
         """
+        found = False
         for number, (_, row) in enumerate(itertools.islice(self._lines_of_metrics(), lines), 1):
             if row is None:
                 raise UserError(
                     f"{self}/metrics.jsonl: line {number} is damaged: mend or delete it, "
                     f"then run the same command again"
                 )
+            names = row.keys() - {"step"}  # none: an evaluation that measured nothing
+            found |= row["step"] == step and (not names or any(name.startswith("eval/") for name in names))
+        return found
 
     def _lines_of_metrics(self) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
         """The whole lines, and what they say."""
@@ -440,7 +439,7 @@ def _append(file: FileIO, data: bytes) -> None:
 
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
-        row = parse_json(line)
+        row = json.loads(line)
     except (ValueError, RecursionError):
         return None
     well_formed = (

@@ -150,11 +150,10 @@ def with_one_more(path: Path) -> None:
         (change("W_h", lambda t: t.T.contiguous()), True, "(8, 32), expected torch.float32 of shape (32, 8)"),
         (change("W_h", lambda t: t.double()), True, "'W_h' is torch.float64 of shape (32, 8), expected"),
         (change("W_h", lambda t: None), True, "lacks 1 tensors, the first of them 'W_h'"),
-        (change("W_h", lambda t: t / 0), True, "'W_h' holds values that are not finite"),
         (with_one_more, True, "holds 1 tensors too many"),
     ],
     ids=["bit flipped", "cut short", "huge tensors", "shape", "dtype", "missing",
-         "not finite", "one more"],
+         "one more"],
 )  # fmt: skip
 def test_weights_that_were_tampered_with(lstm, refused, tamper, mend, said):
     lstm.each(tamper, "lstm/model.safetensors", mend=mend)
@@ -184,7 +183,7 @@ def test_a_pickle_by_another_name_is_not_run(gan, refused):
     ("content", "said"),
     [
         ("[" * 100_000, "is not valid JSON"),
-        ('{"step": NaN}', "is not valid JSON"),
+        ('{"step": NaN}', "is damaged: its content is not what its digest says"),
     ],
     ids=["deep", "NaN"],
 )

@@ -108,7 +108,7 @@ def test_the_options_that_differ_between_runs_are_a_table(tmp_path: Path) -> Non
     assert re.search(r"Run\s+--seed\s+run-41\s+41\s+run-42\s+42", text)
 
 
-@pytest.mark.parametrize("content", ["{", '{"format": 3, "task": 3, "config": []}', "{}"])
+@pytest.mark.parametrize("content", ["{", '{"format": 4, "task": 3, "config": []}', "{}"])
 def test_a_run_whose_configuration_is_damaged(tmp_path: Path, content: str) -> None:
     path = make_gan(tmp_path / "run")
     (path / "config.json").write_text(content)

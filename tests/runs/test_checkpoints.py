@@ -24,7 +24,6 @@ from cs324dist.runs.checkpoints import (
     clear_unfinished,
     history_of,
     keep_newest,
-    newest_generation,
     read_checkpoint,
     verify_checkpoint,
     write_checkpoint,
@@ -164,7 +163,6 @@ def test_a_digest_of_a_file_outside_is_refused_though_it_is_right(tmp_path, outs
         {"task": [17]},
         {"loss_scale": {"scale": "1024"}},
         {"loss_scale": None},
-        {"evaluation_owed": 1},
         {"sha256": ["optimizers.safetensors"]},
         {"sha256": {"optimizers.safetensors": 7}},
         {"sha256": {}},
@@ -179,8 +177,8 @@ def test_a_state_that_cannot_be_is_refused_though_its_digest_is_right(tmp_path, 
         verify_checkpoint(folder)
     (line,) = caught.value.lines
     ((name, _),) = change.items()
-    assert line.startswith(f"{folder / 'trainer.json'}")
-    assert name in line or "lists no files" in line
+    assert line.startswith(f"{folder}")
+    assert name in line or "holds no optimizers.safetensors" in line
 
 
 @pytest.mark.parametrize("own", [{"length": 17.5}, {"length": True}, {"width": 17}, {}], ids=str)
@@ -193,7 +191,7 @@ def test_a_state_that_the_task_does_not_take_is_refused(tmp_path, own):
     assert line == f"{folder / 'trainer.json'}: the task cannot take the state {own}"
 
 
-@pytest.mark.parametrize("written", [None, 1, 2, "3"])
+@pytest.mark.parametrize("written", [None, 1, 3, "4"])
 def test_a_checkpoint_of_another_format_is_refused_in_one_line_that_names_it(tmp_path, written):
     folder = write(tmp_path / "3")
 
@@ -206,7 +204,7 @@ def test_a_checkpoint_of_another_format_is_refused_in_one_line_that_names_it(tmp
     with pytest.raises(UserError) as caught:
         verify_checkpoint(folder)
     assert caught.value.lines == (
-        f"{folder / 'trainer.json'} has format {written}, this version reads format 3: "
+        f"{folder / 'trainer.json'} has format {written}, this version reads format 4: "
         f"use the version that wrote it, or give another folder",
     )
 
@@ -279,7 +277,6 @@ def test_those_of_the_latest_owner_come_first_and_of_one_owner_the_newest(tmp_pa
     for other in others.split():
         (folder / other).mkdir()
     assert in_order(folder) == sorted(written, key=lambda one: (-one[1], -one[0]))
-    assert newest_generation(folder) == max((owner for _, owner in written), default=0)
 
 
 @settings(max_examples=100)

@@ -499,7 +499,7 @@ class TestReplaced:
         shutil.rmtree(run / "owners")
         theirs = Lease(run)
         with pytest.raises(Superseded, match="was moved or replaced"):
-            mine.note(0, 0, environment(), {})
+            mine.note(from_step=0)
         mine.release()
         theirs.check_owned()
         assert not owner_of(run, 1).ended

@@ -168,7 +168,7 @@ class TestWhatCannotBeReadNow:
         run.append_metrics(1, {"loss": 1.0})
         failing(run.path / "metrics.jsonl", errno.EIO)
         with pytest.raises(OSError, match="Input/output error"):
-            run.check_metrics(1)
+            run.has_evaluation(1, 1)
         with pytest.raises(UserError, match="cannot be written to"):
             go_back(run, 1, 1)
         assert (run.path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
@@ -257,6 +257,21 @@ class TestMetrics:
         (run.path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
         assert list(run.read_metrics()) == [{"step": 1}, {"step": 3}]
 
+    def test_an_evaluation_is_a_row_of_its_names_or_of_its_step_alone(self, run):
+        run.append_metrics(5, {"train/loss": 2.5, "throughput/steps_per_second": 9.0})
+        assert not run.has_evaluation(5, 9)
+        run.append_metrics(5, {"eval/accuracy": float("nan")})
+        run.append_metrics(10, {})
+        assert [run.has_evaluation(step, 9) for step in (5, 10, 15)] == [True, True, False]
+        assert [run.has_evaluation(5, lines) for lines in (1, 2)] == [False, True]
+        assert not run.has_evaluation(10, 2)
+
+    def test_a_damaged_line_that_belongs_to_the_checkpoint_is_named(self, run):
+        (run.path / "metrics.jsonl").write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
+        assert run.has_evaluation(1, 1)
+        with pytest.raises(UserError, match="line 2 is damaged: mend or delete it"):
+            run.has_evaluation(3, 3)
+
     def test_going_back_drops_what_lies_past_the_checkpoint_and_says_running(self, run):
         for step in (5, 10, 15, 20):
             run.append_metrics(step, {"loss": 1.0})
@@ -342,8 +357,8 @@ class TestWhoseFolder:
             "",
             "{}",
             "[]",
-            '{"format": 3, "task": "gan", "config": 3}',
-            '{"format": 3, "task": "gan", "config": {}, "script": "", "changed": {}, "tracker_run_id": "x"}',
+            '{"format": 4, "task": "gan", "config": 3}',
+            '{"format": 4, "task": "gan", "config": {}, "script": "", "changed": {}, "tracker_run_id": "x"}',
         ],
     )
     def test_a_damaged_config_is_refused(self, tmp_path, config):
@@ -352,7 +367,7 @@ class TestWhoseFolder:
             RunDir(tmp_path).check_fits("gan", CONFIG)
         assert all(line.startswith(str(tmp_path / "config.json")) for line in caught.value.lines)
 
-    @pytest.mark.parametrize("written", [None, 1, 2, "\x1b[2J"])
+    @pytest.mark.parametrize("written", [None, 1, 3, "\x1b[2J"])
     def test_a_run_of_another_format_is_refused_in_one_line_that_names_it(self, run, written):
         content = {**read_json(run.path / "config.json"), "format": written, "colour": "red"}
         if written is None:
@@ -362,7 +377,7 @@ class TestWhoseFolder:
             run.check_fits("gan", CONFIG)
         shown = "[2J" if isinstance(written, str) else written
         assert caught.value.lines == (
-            f"{run.path / 'config.json'} has format {shown}, this version reads format 3: "
+            f"{run.path / 'config.json'} has format {shown}, this version reads format 4: "
             f"use the version that wrote it, or give another folder",
         )
 

@@ -115,11 +115,9 @@ class TestEvaluation:
                 started.send_signal(TERM)
                 assert started.end() == 75
             assert_stopped_with_a_checkpoint(run, 1)
-            assert trainer(run)["evaluation_owed"] is True
             assert [line["step"] for line in metrics(run)] == [1]
             assert "eval/accuracy" not in metrics(run)[0]
         launch(*EVALUATING, "--run-dir", run)
-        assert trainer(run)["evaluation_owed"] is False
         assert content_of(run) == whole
 
     def test_the_last_steps_is_made_up_for(self, tmp_path, launch, launch_environment, whole):
@@ -129,7 +127,6 @@ class TestEvaluation:
             started.send_signal(INT)
             assert started.end() == 75
         assert_stopped_with_a_checkpoint(run, 2)
-        assert trainer(run)["evaluation_owed"] is True
         launch(*EVALUATING, "--run-dir", run)
         assert status(run)["state"] == "finished"
         assert content_of(run) == whole
@@ -149,7 +146,6 @@ class TestEvaluation:
             started.send_signal(TERM)
             assert started.end() != 0
         assert_stopped_with_a_checkpoint(run, 1)
-        assert trainer(run)["evaluation_owed"] is True
         assert [line["step"] for line in metrics(run)] == [1]
         launch(*EVALUATING, "--run-dir", run, **two)
         assert content_of(run) == content_of(whole)
