@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from cs324dist.data.fetch import fetch, folder_in, missing_in
-from cs324dist.errors import UserError
+from cs324dist.data.fetch import fetch
 
 
 @dataclass(frozen=True)
