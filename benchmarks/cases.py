@@ -248,12 +248,21 @@ def loop(batch: int, steps: int, log_every: int, *command: object) -> float:
     return 1000 * batch / statistics.median([*rates][1:])
 
 
-def scaled(processes: int, samples: int, *changes: object) -> float:
+def scaled(processes: int, samples: int, *changes: object, threads: int = 1) -> float:
     """The GAN's loop with the discriminator trained in every step, one thread a process."""
-    os.environ["CS324DIST_THREADS"] = "1"
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes)
+    os.environ["CS324DIST_THREADS"] = str(threads)
     options = ("--discriminator-every", 1, "--dataset", "fake", *changes)
-    return loop(processes * samples, 24, 4, *launcher, "launch/gan.py", *options)
+    return loop(processes * samples, 24, 4, *torchrun(processes), "launch/gan.py", *options)
+
+
+def lstm_scaled(processes: int, *changes: object, threads: int = 1) -> float:
+    """The LSTM's loop at its full length, one thread a process."""
+    os.environ["CS324DIST_THREADS"] = str(threads)
+    return loop(128, 120, 20, *torchrun(processes), "launch/lstm.py", "--curriculum", 1, *changes)
+
+
+def torchrun(processes: int) -> tuple[object, ...]:
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes)
 
 
 def imports() -> float:
@@ -290,8 +299,6 @@ CASES: dict[str, Callable[[], float]] = {
     "gan_bf16": partial(ours, "gan", "course", {"ACCELERATE_MIXED_PRECISION": "bf16"}, data_root=DATA),
     "gan_fast": partial(ours, "gan", "fast", TWO_THREADS, data_root=DATA),
     "gan_exact": partial(ours, "gan", "fast", TWO_THREADS, data_root=DATA, micro_batches=2),
-    "lstm_fast": partial(ours, "lstm", "fast", TWO_THREADS, curriculum=1.0),
-    "lstm_exact": partial(ours, "lstm", "fast", TWO_THREADS, curriculum=1.0, micro_batches=2),
     "gan_loop": partial(loop, BATCH, 100, 20, "launch/gan.py"),
     "lstm_loop": partial(loop, 128, 600, 50, "launch/lstm.py", "--length", 10),
     "gan_notebook_in_memory": partial(gan_notebook, in_memory=True),
@@ -305,7 +312,12 @@ CASES: dict[str, Callable[[], float]] = {
     "lstm_without_allocator": partial(lstm_ours, 50, without="allocator"),
     **{f"{processes} x {samples}": partial(scaled, processes, samples)
        for processes, samples in ((1, 32), (1, 64), (2, 32), (2, 64), (1, 256), (2, 128), (2, 256))},
-    "2 x 32 exact": partial(scaled, 2, 32, "--micro-batches", 2),
+    **{f"2 x 32 exact{f' {parts}' * (parts > 2)}": partial(scaled, 2, 32, "--micro-batches", parts)
+       for parts in (2, 4, 8)},
+    "64 on two threads": partial(scaled, 1, 64, threads=2),
+    "lstm 2": partial(lstm_scaled, 2),
+    "lstm 2 exact": partial(lstm_scaled, 2, "--micro-batches", 2),
+    "lstm on two threads": partial(lstm_scaled, 1, threads=2),
     "2 x 128 exact": partial(scaled, 2, 128, "--micro-batches", 2),
     "samples_file": partial(samples, to_file=True),
     "samples_forward": partial(samples, to_file=False),

@@ -17,6 +17,7 @@ from common import REPOSITORY, Row, command_line, store, trainer_of
 
 from cs324dist.distributed.stop import StopRequest
 from cs324dist.errors import exit_process
+from cs324dist.runs.environment import environment
 from cs324dist.runs.run_dir import RunDir
 from cs324dist.trainer import Run, run_record
 
@@ -36,7 +37,7 @@ def measure(folder: Path, repeats: int, steps: int) -> Row:
     run, step_times, save_times = Run(trainer, run_dir, StopRequest(world_size=1)), [], []
     with run_dir.claimed(lambda: run_dir.check_fits(task.name, config), run.on_main):
         start = run.resume()
-        run_dir.start(run_record(type(task), config), trainer.environment(), start.step, start.metrics_lines)
+        run_dir.start(run_record(type(task), config), environment(), start.step, start.metrics_lines)
         for step in range(WARM_UP):
             trainer.step(step, is_logged=False)
         for first in range(WARM_UP, WARM_UP + repeats * steps, steps):

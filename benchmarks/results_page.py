@@ -68,12 +68,6 @@ def effect(row: Row) -> str:
     return "faster" if max(shown) < 1 else "no difference could be measured"
 
 
-def percents_more(rows: Iterable[Row]) -> str:
-    """How much more time the first of each comparison takes: the least median to the greatest."""
-    more = [100 * (statistics.median(row["ratios"]) - 1) for row in rows]
-    return f"{min(more):.0f} to {max(more):.0f}{PERCENT}"
-
-
 def environments(results: Iterable[Row]) -> list[Row]:
     """What each result was made in: the environments of its runs, if stored, or else its own."""
     made = []
@@ -230,7 +224,7 @@ class StepModel:
 
 
 FUNCTIONS = (number, percent, share, spread, spread_of, met, yes, effect,
-             percents_more, machines, commits, grouped, means, where, solved, median_steps,
+             machines, commits, grouped, means, where, solved, median_steps,
              accuracy, accuracies, wrong, error_rate, steps_to_fit, floors, sure, digits, last_fifth,
              smallest, overtaken, readers, StepModel, history, statistics.median)  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 PARENT = os.getppid()  # at the start, before the seconds that importing torch takes
@@ -39,6 +40,13 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def fix_hash_seed() -> None:
+    """Start the script again with PYTHONHASHSEED=0, unless it is set: a set of words is in its order."""
+    if "PYTHONHASHSEED" not in os.environ:
+        os.environ["PYTHONHASHSEED"] = "0"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def main(task: "str | type[Task[Any]]", description: str | None) -> None:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Bool
 from torch import Tensor
 from tqdm import tqdm
 
 from cs324dist.config import from_json
+from cs324dist.data.streams import seed_everything
 from cs324dist.distributed.failures import translate_errors
 from cs324dist.distributed.process import on_main_process, start_accelerator
 from cs324dist.errors import RunFailed, UserError, printable, say, warn
@@ -40,7 +40,7 @@ from cs324dist.runs.models import read_tensors
 from cs324dist.runs.run_dir import RunDir
 from cs324dist.tasks import TASKS, find_task
 from cs324dist.tasks.base import Task
-from cs324dist.trainer import Trainer
+from cs324dist.trainer import Trainer, compiled_by
 
 NEEDED = {"precision", "compiled"}  # of an environment; the rest is warned about
 BY_DDP = {"processes", "threads"}  # needed as well, unless there are micro-batches
@@ -111,29 +111,23 @@ def audit(
         if config.micro_batches is None:
             os.environ.setdefault("CS324DIST_THREADS", str(made.threads))
         accelerator = start_accelerator(config.batch_size, config.micro_batches, precision=made.precision)
-        here = environment(accelerator.num_processes, accelerator.mixed_precision, _backend(accelerator))
+        here = environment(accelerator.num_processes, accelerator.mixed_precision, compiled_by(accelerator))
         needed = NEEDED if config.micro_batches else NEEDED | BY_DDP
         chosen = on_main_process(accelerator, lambda: _choose(run, intervals, here, needed, count))
         rows = {row["step"]: row for row in run.read_metrics() if any("train/" in key for key in row)}
         wrong: list[str] = []
-        trainer: Trainer | None = None
         for interval in chosen:
             config = from_json(config_type, interval.config, str(interval.owner))
             if hasattr(config, "data_root"):
                 config = dataclasses.replace(config, data_root=data_root)
-            if trainer is None or config != trainer.config or interval.start is None:
-                trainer = Trainer(task_type(config, accelerator.device), accelerator)
+            seed_everything(config.seed, "task", accelerator.device)
+            trainer = Trainer(task_type(config, accelerator.device), accelerator)
             differences = _replay(trainer, interval, rows)
             if accelerator.is_main_process:
                 print(f"{interval}: {'DIFFERENT' if differences else 'equal to the last bit'}")
             wrong += [f"{interval}: {difference}" for difference in differences]
         if wrong:
             raise RunFailed(*wrong, f"{run} does not repeat: see docs/checkpoints.md for what that can mean")
-
-
-def _backend(accelerator: Accelerator) -> str | None:
-    backend = accelerator.state.dynamo_plugin.backend.value
-    return None if backend == "NO" else backend.lower()
 
 
 def _intervals(run: RunDir, from_start: bool) -> Iterator[Interval]:

@@ -94,6 +94,10 @@ class Config:
     """Equal parts that the global batch is cut into. The result is then equal to the last bit on any number
     of processes up to this one. Without it: one part per process, averaged by DDP in floating point."""
 
+    check_every: Annotated[int, Interval(ge=0, le=10**9), MUTABLE] = 100
+    """Steps between two in which gradients are computed a second time and compared to the last bit, with
+    --micro-batches; the first step of each start is one. 0: never."""
+
     schedule: ScheduleName = "constant"
     """Learning rate over the steps: constant; linear or cosine, which fall to zero linearly or along half a
     cosine; wsd, constant over the first half and then falling to zero linearly."""
@@ -106,7 +110,8 @@ class Config:
 
     groups: ClassVar[Mapping[str, Sequence[str]]] = {
         "run": ("preset", "run_dir", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_last",
-                "keep_best", "peer_timeout", "wandb", "tensorboard", "dry_run"),
+                "keep_best", "check_every", "peer_timeout", "wandb", "tensorboard",
+                "dry_run"),
         "data": ("seed", "batch_size", "micro_batches", "dataset", "data_root", "data", "length", "encoding"),
         "model": ("model", "kernel", "hidden_size", "latent_dim", "initialisation"),
     }  # fmt: skip

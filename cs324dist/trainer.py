@@ -13,23 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from jaxtyping import Float64
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from cs324dist.command_line import from_command_line
 from cs324dist.config import Config, as_json, conflicts
-from cs324dist.data.counter_rng import stream_keys
-from cs324dist.data.streams import MicroBatch, share
-from cs324dist.distributed.batch_norm import convert_sync_batchnorm, freeze_cancelled_biases, spans_the_batch
+from cs324dist.data.streams import MicroBatch, seed_everything
+from cs324dist.distributed.checks import checksums, differences, gather_objects
 from cs324dist.distributed.failures import ProcessLost, translate_errors
-from cs324dist.distributed.gradients import DDPGradients, ExactGradients
+from cs324dist.distributed.gradients import LOOK_FOR, DDPGradients, ExactGradients, buffers_kept
 from cs324dist.distributed.launcher import asked_precision
-from cs324dist.distributed.micro_batches import add_in_order, gather_rows
+from cs324dist.distributed.parts import add_in_order, gather_rows
 from cs324dist.distributed.process import (
     check_batch,
+    compare_environments,
     is_faster_in_bf16,
     on_main_process,
     start_accelerator,
@@ -51,11 +52,14 @@ from cs324dist.runs.checkpoints import (
     TrainerState,
     check_names,
     layout,
+    plain_state,
     read_checkpoint,
+    tensors_by_file,
     write_checkpoint,
 )
-from cs324dist.runs.environment import Environment, Precision, environment
+from cs324dist.runs.environment import Precision, environment
 from cs324dist.runs.files import clear
+from cs324dist.runs.hidden_state import HiddenState
 from cs324dist.runs.lease import Superseded
 from cs324dist.runs.optimizers import each, optimizers_of, with_full_state
 from cs324dist.runs.run_dir import RunDir, RunRecord
@@ -77,36 +81,37 @@ class Trainer:
             UserError: an optimizer holds a parameter of no network, or is driven by a scheduler of torch.
         """
         self.task, self.accelerator, self.config = task, accelerator, task.config
-        rank, processes = accelerator.process_index, accelerator.num_processes
-        self.count = self.config.micro_batches or processes
-        self._own = share(rank, processes, self.count)
+        config = self.config
         self._trained = {name: self._networks_of(name) for name in task.optimizers}
-        networks = dict.fromkeys(network for some in self._trained.values() for network in some)
-        plugin = accelerator.state.dynamo_plugin
-        self.compiled = None if plugin.backend.value == "NO" else plugin.backend.value.lower()
-        for network in networks:
-            freeze_cancelled_biases(network)
-            if self.count > 1:
-                convert_sync_batchnorm(network)
-            accelerator.prepare_model(network, evaluation_mode=True)  # place and precision, not yet DDP
-            if self.compiled:
-                network.compile(**plugin.to_kwargs())
+        trained = {network for some in self._trained.values() for network in some}
+        self._gradients: DDPGradients | ExactGradients
+        if config.micro_batches is None:
+            self._gradients = DDPGradients(config.seed, accelerator, config.peer_timeout)
+        else:
+            self._gradients = ExactGradients(
+                config.micro_batches,
+                config.seed,
+                accelerator,
+                check_every=config.check_every,
+                peer_timeout=config.peer_timeout,
+                anywhere=True,
+            )
+        self.parts = self._gradients.parts
+        for name, network in task.networks.items():
+            if network in trained:
+                self._gradients.prepare(network, name)
+                if compiled_by(accelerator):
+                    network.compile(**accelerator.state.dynamo_plugin.to_kwargs())
+        if isinstance(self._gradients, DDPGradients):
+            self._gradients.wrap(self._trained.values())
+        else:
+            self._gradients.watch(task.networks, task)
         for name, optimizer in each(task.optimizers):
-            if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-                raise UserError(
-                    f"optimizer {name!r} has a scheduler of torch, which no checkpoint would hold: "
-                    f"use --schedule, or override Config.learning_rate_factor"
-                )
+            self._check_schedule(name, optimizer)
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
-        self._threads = torch.get_num_threads()  # micro-batches have one each
-        self._gradients: DDPGradients | ExactGradients
-        if self.config.micro_batches is None:
-            self._gradients = DDPGradients(self._trained.values(), accelerator)
-        else:
-            meet = any(map(spans_the_batch, networks))
-            plain = () if self.compiled else networks
-            self._gradients = ExactGradients(plain, self.count, len(self._own), accelerator, meet=meet)
+        self.hidden = HiddenState(task)
+        self._rates: dict[int, float] = {}  # that groups of parameters were given last
         self._step, self._is_logged = 0, False
         self._metrics: Recorded = {}
 
@@ -121,88 +126,124 @@ class Trainer:
             raise UserError(f"optimizer {name!r} holds {len(foreign)} parameters of no network of the task")
         return networks
 
+    @staticmethod
+    def _check_schedule(name: str, optimizer: Optimizer) -> None:
+        if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+            raise UserError(
+                f"optimizer {name!r} has a scheduler of torch, which no checkpoint would hold: "
+                f"use --schedule, or override Config.learning_rate_factor"
+            )
+
     def step(self, step: int, *, is_logged: bool) -> None:
         """Take step `step`, counted from 0; see `read_metrics` for what it logs."""
         self._step, self._is_logged, self._metrics = step, is_logged, {}
-        self.task.step(step, self)
-
-    def _batches(self) -> dict[int, MicroBatch]:
-        """The micro-batches of this process, by index."""
-        size, device = self.config.batch_size, self.accelerator.device
-        return {index: MicroBatch(self._step, size, index, self.count, device) for index in self._own}
+        seed_everything(self.config.seed, f"step {step}", self.accelerator.device)
+        try:
+            self.task.step(step, self)
+        except AttributeError as error:
+            if why := self._gradients.explanation(error.name):
+                raise UserError(why) from error
+            raise
 
     def update(self, name: str, loss: Loss) -> None:
         """See `Updater`."""
         networks, scaler = self._trained[name], self.accelerator.scaler
         optimizers = optimizers_of(self.task.optimizers, name)
-        factor = self.config.learning_rate_factor(self._step)
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-        weights: dict[int, Tensor] = {}
+            self._check_schedule(name, optimizer)
+            self._set_rates(name, optimizer)
 
-        def loss_of(batch: MicroBatch) -> Tensor:
-            value, metrics = checked(loss(batch))
-            self._record(batch, metrics)
-            if isinstance(value, Tensor):
-                return value
-            weights[batch.index] = self._number(value[1])
-            return value[0]
+        def loss_of(part: MicroBatch) -> Mean:
+            value, metrics = checked(loss(part))
+            self._record(part, metrics)
+            return value
 
-        def seed_of(batch: MicroBatch) -> int:  # of what draws from torch's generators, such as dropout
-            return stream_keys(self.config.seed, f"step {batch.step}/{name}/{batch.index}")[0]
-
-        self._gradients.compute(networks, loss_of, seed_of, self._batches())
-        if weights:  # the gradient is that of the mean of sums
-            parameters = dict.fromkeys(p for network in networks for p in network.parameters())
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            torch._foreach_mul_(gradients, self.count / self.sum(weights))
+        self._gradients.backward(loss_of, self._step, self.config.batch_size, networks, name)
         if self.config.max_grad_norm is not None:
             for optimizer in optimizers if scaler else ():
                 scaler.unscale_(optimizer)
             self._clip(optimizers, self.config.max_grad_norm)
-        for optimizer in optimizers:
-            with self._gradients.cores_for(optimizer):
-                scaler.step(optimizer) if scaler else optimizer.step()
+        for number, optimizer in enumerate(optimizers):
+            self._gradients.seed(self._step, f"{name}/optimizer", number)
+            scaler.step(optimizer) if scaler else optimizer.step()
         for network in self.task.networks.values():  # the loss may have passed through others
             network.zero_grad()
         if scaler:
             scaler.update()
 
+    def _set_rates(self, name: str, optimizer: Optimizer) -> None:
+        """Give each group of parameters the learning rate of this step.
+
+        Raises:
+            UserError: somebody else has given it another one.
+        """
+        factor = self.config.learning_rate_factor(self._step)
+        for group in optimizer.param_groups:
+            if group["lr"] != self._rates.get(id(group), group["lr"]):
+                raise UserError(
+                    f"the task has set a learning rate of optimizer {name!r} to {group['lr']}, which the "
+                    f"schedule replaces: set group['initial_lr'], or override Config.learning_rate_factor"
+                )
+            group["lr"] = self._rates[id(group)] = group.setdefault("initial_lr", group["lr"]) * factor
+
     def _clip(self, optimizers: Iterable[Optimizer], most: float) -> None:
         """Scale the gradients that the optimizers use down to a norm of `most`."""
         groups = (group for optimizer in optimizers for group in optimizer.param_groups)
         parameters = list(dict.fromkeys(p for group in groups for p in group["params"]))
-        if self.accelerator.scaler is None:
-            clip_grad_norm_(parameters, most)
-            return
-        # An overflow is skipped by the optimizer that met it, and may not reach the gradients of others.
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        clip_grads_with_norm_(parameters, most, norm.where(norm.isfinite(), 0))
+        if self.accelerator.scaler is not None:
+            # An overflow is skipped by the optimizer that met it, and may not reach the gradients of others.
+            norm = norm.where(norm.isfinite(), 0)
+        if not self._gradients.is_exact and self.parts.processes > 1:
+            dist.broadcast(norm, 0)  # other numbers of threads may sum in another order
+        clip_grads_with_norm_(parameters, most, norm)
 
     def measure(self, loss: Loss) -> None:
         """See `Updater`."""
 
-        def recorded(batch: MicroBatch) -> None:
+        def record(part: MicroBatch) -> None:
             with torch.no_grad():
-                self._record(batch, checked(loss(batch))[1])
+                self._record(part, checked(loss(part))[1])
 
-        if not self._is_logged:
-            return
-        # What BatchNorm has gathered so far may not depend on which steps are logged.
-        modules = [module for network in self.task.networks.values() for module in network.modules()]
-        before = [
-            {name: (buffer, buffer.clone()) for name, buffer in module.named_buffers(recurse=False)}
-            for module in modules
-        ]
-        self._gradients.map(recorded, self._batches())
-        for module, buffers in zip(modules, before, strict=True):
-            for name, (buffer, value) in buffers.items():
-                setattr(module, name, buffer.copy_(value))
+        if self._is_logged:
+            # What BatchNorm has gathered so far may not depend on which steps are logged.
+            with buffers_kept(self.task.networks.values()):
+                self._gradients.map(record, self._step, self.config.batch_size)
 
     def sum(self, values: Mapping[int, Tensor]) -> Tensor:
         """See `Updater`."""
-        return add_in_order(gather_rows(values, self.count))
+        own = {index: values[index] for index in self.parts.of()}
+        return add_in_order(gather_rows(own, self.parts.count))
+
+    def compare(self, found: Mapping[str, Any]) -> None:
+        """Check that all processes have found the same.
+
+        Raises:
+            RunFailed: naming what differs, and the ranks.
+        """
+        if lines := differences(gather_objects(found), with_values=False):
+            raise RunFailed(
+                f"after step {self._step + 1}, {lines[0]} ({len(lines)} of {len(found)} differ): {LOOK_FOR}"
+            )
+
+    def compare_processes(self) -> None:
+        """Check that all processes hold the same; without micro-batches, buffers come from the first one.
+
+        Raises:
+            RunFailed: naming the tensor and the ranks.
+        """
+        if self.parts.processes == 1:
+            return
+        if not self._gradients.is_exact:
+            for network in self.task.networks.values():
+                for buffer in network.buffers():
+                    dist.broadcast(buffer, 0)
+        tensors = {
+            f"{file.partition('/')[0].removesuffix('.safetensors')}: {name}": tensor
+            for file, some in tensors_by_file(self.task).items()
+            for name, tensor in some.items()
+        }
+        self.compare({**checksums(tensors), "the task's own state": plain_state(self.task)})
 
     def _record(self, batch: MicroBatch, metrics: Metrics) -> None:
         for name, value in metrics.items():
@@ -223,23 +264,25 @@ class Trainer:
         if not names:
             return {}
         rows = {
-            i: torch.stack([part for name in names for part in self._metrics[name][i]]) for i in self._own
+            i: torch.stack([part for name in names for part in self._metrics[name][i]])
+            for i in self.parts.of()
         }
         sums = dict(zip(names, self.sum(rows).view(-1, 2).tolist(), strict=True))
         # One that no sample has counted in is left out.
         return {name: sums[name][0] / sums[name][1] for name in self._metrics if sums[name][1]}
 
     def _check_that_all_have(self, names: Sequence[str]) -> None:
-        """Check that the losses of all micro-batches have given metrics of these names.
+        """Check that the losses of all parts have given metrics of these names.
 
         Raises:
             UserError: they have not.
         """
-        alike = all(self._metrics[name].keys() == set(self._own) for name in names)
+        own = set(self.parts.of())
+        alike = all(self._metrics[name].keys() >= own for name in names)
         if self.accelerator.num_processes > 1:
             digest = zlib.crc32("\0".join(names).encode()) & 0xFFFF if alike else -1
-            rows = dict.fromkeys(self._own, self._number(float(digest)).view(1))
-            alike = self.sum(rows).item() == digest * self.count >= 0
+            rows = dict.fromkeys(own, self._number(float(digest)).view(1))
+            alike = self.sum(rows).item() == digest * self.parts.count >= 0
         if not alike:
             raise UserError(
                 "the losses of some micro-batches give other metrics than those of others: always give all; "
@@ -248,13 +291,7 @@ class Trainer:
 
     def sum_over(self, until_stopped: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter) -> SumOver:
         """For evaluations; see `SumOver`."""
-        return SumOver(self.accelerator, until_stopped, self._gradients.threads)
-
-    def environment(self) -> Environment:
-        """What the bits of its steps depend on."""
-        accelerator = self.accelerator
-        made_in = environment(accelerator.num_processes, accelerator.mixed_precision, self.compiled)
-        return dataclasses.replace(made_in, threads=self._threads)
+        return SumOver(self.accelerator, until_stopped, self.config.seed)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -282,11 +319,17 @@ class Trainer:
         Raises:
             UserError: it is damaged, or another task's.
         """
-        state = read_checkpoint(checkpoint, self.task)
+        state = read_checkpoint(checkpoint, self.task, self.hidden)
         if state.loss_scale and (scaler := self.accelerator.scaler) is not None:
             interval = scaler.get_growth_interval()  # torch takes no float, as numbers in a checkpoint are
             scaler.load_state_dict({**state.loss_scale, "growth_interval": interval})
         return state
+
+
+def compiled_by(accelerator: Accelerator) -> str | None:
+    """The backend of torch.compile that the launcher was asked for."""
+    backend: str = accelerator.state.dynamo_plugin.backend.value
+    return None if backend == "NO" else backend.lower()
 
 
 def checked(found: tuple[Mean, Metrics]) -> tuple[Mean, Metrics]:
@@ -297,9 +340,6 @@ def checked(found: tuple[Mean, Metrics]) -> tuple[Mean, Metrics]:
     """
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
         raise UserError("a loss has to return two things, the loss and a dict of metrics: return loss, {}")
-    loss = found[0] if isinstance(found[0], Tensor) else found[0][0]
-    if loss.dim():
-        raise UserError(f"a loss has to be one number, and has shape {tuple(loss.shape)}: return its mean")
     return found
 
 
@@ -393,6 +433,8 @@ class Run:
                 completed += 1
                 is_logged = config.is_due(completed, config.log_every)
                 trainer.step(completed - 1, is_logged=is_logged)
+                if completed == start.step + 1:
+                    trainer.compare_processes()
                 if is_logged:
                     values = trainer.read_metrics()
                     trackers.log_step(completed, values)
@@ -415,12 +457,14 @@ class Run:
 
     def _evaluate(self, trackers: Trackers, completed: int) -> bool:
         """Evaluate and log; False if a signal interrupted it."""
+        seed_everything(self.config.seed, f"evaluation {completed}", self.accelerator.device)
         with trackers.paused(), self.trainer.evaluating():
             evaluation = self.task.evaluate(self.trainer.sum_over(self.stop.until_stopped))
             if not isinstance(evaluation, Evaluation):
                 raise UserError("evaluate has to return an Evaluation, such as Evaluation({'accuracy': 0.5})")
             evaluation = dataclasses.replace(evaluation, metrics=as_numbers(evaluation.metrics))
             if is_complete := not self.stop.interrupted():
+                self.trainer.compare({f"eval/{name}": value for name, value in evaluation.metrics.items()})
                 trackers.log_evaluation(completed, evaluation)
                 self._task_is_done = self._ask_whether_done(completed)
         return is_complete
@@ -449,6 +493,7 @@ class Run:
         Raises:
             RunFailed: something is not finite, or it is the last checkpoint and cannot be written.
         """
+        self.trainer.compare_processes()
         self.on_main(lambda: self._save(completed))
 
     def _save(self, completed: int) -> None:
@@ -460,6 +505,7 @@ class Run:
                 processes=self.accelerator.num_processes,
                 loss_scale=scaler.state_dict() if scaler is not None and scaler.is_enabled() else {},
                 metrics_lines=run.write_metrics(sync=True),
+                hidden=self.trainer.hidden.changed(),
             )
             write_checkpoint(run.checkpoint(completed), self.task, state, run)
         except OSError as error:
@@ -592,7 +638,10 @@ def run_task(
     """
     run_dir = RunDir(config.folder)
     on_main = partial(on_main_process, accelerator)
+    how = accelerator.num_processes, accelerator.mixed_precision, compiled_by(accelerator)
+    compare_environments(environment(*how, commit=False), exact=config.micro_batches is not None)
     with run_dir.claimed(lambda: run_dir.check_fits(task_type.name, config), on_main):
+        seed_everything(config.seed, "task", accelerator.device)
         task = task_type(config, accelerator.device)
         if not hasattr(task, "config"):
             raise UserError(f"{task_type.__name__} has to call super().__init__(config, device) first")
@@ -612,7 +661,7 @@ def run_task(
             warn_of_untrained(task)
         stop.listen()
         record = run_record(task_type, config, given)
-        on_main(lambda: run_dir.start(record, trainer.environment(), start.step, start.metrics_lines))
+        on_main(lambda: run_dir.start(record, environment(*how), start.step, start.metrics_lines))
         run.say(
             f"{run_dir}: {'continuing from' if start.step else 'starting at'} step {start.step} "
             f"of {config.steps}, processes: {accelerator.num_processes}, device: {accelerator.device.type}, "

@@ -12,6 +12,7 @@ main() { # a function is read as a whole: the file may change while the job runs
     trap 'stopping=yes' USR1
     trap 'stopping=sent' TERM
 
+    export PYTHONHASHSEED=${PYTHONHASHSEED:-0} # the order of a set of words, the same in every process and start
     local task=$1
     shift
     [ ! -x .venv/bin/python ] || PATH=$PWD/.venv/bin:$PATH

@@ -18,6 +18,7 @@ from cs324dist.data.fetch import fetch
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
+os.environ.setdefault("PYTHONHASHSEED", "0")  # a script that a test runs in this process need not start again
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads that outnumber the cores cost thirty times
     os.environ.setdefault("CS324DIST_THREADS", "1")
     torch.set_num_threads(1)
@@ -35,10 +36,12 @@ Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(autouse=True)
-def denormals_as_they_were() -> Iterator[None]:
-    """A test that prepares its own process as a training script's would leave the next ones without them."""
+def process_as_it_was() -> Iterator[None]:
+    """A test that prepares its own process as a training script's would leave the next ones like it."""
+    cores = torch.get_num_threads()
     yield
     torch.set_flush_denormal(False)
+    torch.set_num_threads(cores)
 
 
 @pytest.fixture
@@ -68,6 +71,7 @@ def launch_environment() -> dict[str, str]:
         "CS324DIST_THREADS": "1",
         "HF_HOME": os.devnull,
         "NETRC": os.devnull,
+        "PYTHONHASHSEED": "0",
         "WANDB_SILENT": "true",
     }
 

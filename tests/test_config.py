@@ -37,6 +37,7 @@ SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.py"))
 TASKS = {name: find_task(name) for name in ("gan", "lstm")}
 PRESETS = {name: task.presets for name, task in TASKS.items()}
 MUTABLE_OPTIONS = {
+    "check_every",
     "peer_timeout",
     "preset",
     "run_dir",
@@ -53,7 +54,7 @@ MUTABLE_OPTIONS = {
     "kernel",
 }
 FIELDS = [(task, field.name) for task, presets in PRESETS.items() for field in fields(presets["fast"])]
-MOST_OPTIONS = 30
+MOST_OPTIONS = 31
 STEPS = "give a whole number, at least 1 and at most 1 000 000 000"
 LAUNCHER = "is an option of accelerate launch: give it before the name of the script"
 COMMANDS = {"sample.py": ["grid", "tensor", "interpolate"], "train.py": ["examples/mlp.py:MLPTask"]}
@@ -640,6 +641,7 @@ class TestHelp:
                     "--steps",
                     "--log-every",
                     "--evaluate-every",
+                    "--check-every",
                     "--checkpoint-every",
                 ),
                 *(

@@ -3,7 +3,6 @@
 import atexit
 import ctypes
 import os
-import random
 import signal
 import sys
 import threading
@@ -14,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.utils import send_to_device
@@ -22,15 +20,19 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from cs324dist.data.counter_rng import stream_keys
-from cs324dist.data.streams import CPU, MicroBatch, ShuffledEpochs, seeded, share
+from cs324dist.data.streams import (
+    CPU,
+    MicroBatch,
+    ShuffledEpochs,
+    generators,
+    seed_everything,
+    set_generators,
+)
 from cs324dist.errors import ReportedError, UserError
 
 Collate = Callable[[list[Any]], Any]
 TO_STOP = (signal.SIGTERM, signal.SIGINT)
 Address = tuple[str, int]  # what its random numbers are named by, and the item
-# Micro-batches run in threads, and the generators of torch, numpy and random are one for all.
-_one_at_a_time = threading.Lock()
 
 
 def loader(
@@ -73,7 +75,7 @@ class Loader:
             samples,
             batch_sampler=self._plan,
             num_workers=workers,
-            collate_fn=samples.collated,
+            collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
             worker_init_fn=_prepare_worker,
@@ -90,25 +92,24 @@ class Loader:
         Raises:
             ReportedError: one that the data set raised.
         """
+        if batch.is_check:
+            return _on(batch.device, self._samples.__getitems__(self._plan.of(replace(batch, device=CPU))))
         step = replace(batch, index=0, device=CPU)
-        with _one_at_a_time:
-            began = time.perf_counter()
-            if step != self._step:
-                if self._step is None or step != _following(self._step):
-                    self._plan.first = step
-                    self._iterator = iter(self._loader)
-                self._step, self._parts = step, {index: next(self._iterator) for index in _own(batch)}
-            Loader.seconds_waited += time.perf_counter() - began
-            return _on(batch.device, self._parts[batch.index])
+        began = time.perf_counter()
+        if step != self._step:
+            if self._step is None or step != _following(self._step):
+                self._plan.first = step
+                self._iterator = iter(self._loader)
+            self._step, self._parts = step, {index: next(self._iterator) for index in _own(batch)}
+        Loader.seconds_waited += time.perf_counter() - began
+        return _on(batch.device, self._parts[batch.index])
 
     def items(self, items: Int64[Tensor, " items"]) -> Any:
         """These items of the data set, collated, on the device of `items`, as for an evaluation.
 
         This process loads them itself. Augmentation depends on (seed, name, item).
         """
-        with _one_at_a_time:
-            samples = [self._samples[f"item {item}", item] for item in items.tolist()]
-            return _on(items.device, self._samples.collated(samples))
+        return _on(items.device, self._samples.__getitems__([(f"item {i}", i) for i in items.tolist()]))
 
 
 def _end_workers(ended: "weakref.ref[Loader]") -> None:
@@ -128,10 +129,13 @@ class _Plan:
         step = self.first
         while step is not None:
             for index in _own(step):
-                part = replace(step, index=index)
-                items = self._order.items(part).tolist()
-                yield [(str(sample), item) for sample, item in zip(part.samples.tolist(), items, strict=True)]
+                yield self.of(replace(step, index=index))
             step = _following(step)
+
+    def of(self, part: MicroBatch) -> list[Address]:
+        """What to load for a part of the batch."""
+        items = self._order.items(part).tolist()
+        return [(str(sample), item) for sample, item in zip(part.samples.tolist(), items, strict=True)]
 
 
 def _following(batch: MicroBatch) -> MicroBatch:
@@ -140,7 +144,7 @@ def _following(batch: MicroBatch) -> MicroBatch:
 
 def _own(batch: MicroBatch) -> range:
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return share(rank, processes, batch.count)
+    return range(rank, batch.count, processes)
 
 
 def _on(device: torch.device, collated: Any) -> Any:
@@ -150,42 +154,44 @@ def _on(device: torch.device, collated: Any) -> Any:
 
 
 class _Samples(Dataset[Any]):
-    """A data set by address; an error for the user is returned: torch would make a traceback of it."""
+    """Collated samples by address; an error for the user is returned: torch would make a traceback of it."""
 
     def __init__(self, dataset: Any, seed: int, name: str, collate: Collate) -> None:
         self._dataset, self._seed, self._name, self._collate = dataset, seed, name, collate
 
-    def __getitem__(self, address: Address) -> Any:
-        random_name, item = address
+    def __getitems__(self, addresses: list[Address]) -> Any:
+        """What torch's loader asks for: here a whole part."""
+        try:
+            samples = [self._sample(random_name, item) for random_name, item in addresses]
+            with _everything_seeded(self._seed, f"{self._name}/collate/{addresses[0][0]}"):
+                return self._collate(samples)
+        except ReportedError as error:
+            return error
+
+    def _sample(self, random_name: str, item: int) -> Any:
         try:
             with _everything_seeded(self._seed, f"{self._name}/{random_name}"):
                 return self._dataset[item]
-        except ReportedError as error:
-            return error
         except Exception as error:
             error.add_note(f"at item {item} of the data set of {self._name!r}")
             raise
 
-    def collated(self, samples: list[Any]) -> Any:
-        errors = (sample for sample in samples if isinstance(sample, ReportedError))
-        return next(errors, None) or self._collate(samples)
+
+def _as_it_is(part: Any) -> Any:
+    return part
 
 
 @contextmanager
 def _everything_seeded(seed: int, name: str) -> Iterator[None]:
     """Inside, torch, numpy and random are seeded; torch uses one core, as it does in a worker."""
-    states, cores = (random.getstate(), np.random.get_state()), torch.get_num_threads()
-    key = stream_keys(seed, name)[0]
-    random.seed(key)
-    np.random.seed(key % 2**32)
+    states, cores = generators(CPU), torch.get_num_threads()
     torch.set_num_threads(1)
+    seed_everything(seed, name, CPU)
     try:
-        with seeded(seed, name):
-            yield
+        yield
     finally:
         torch.set_num_threads(cores)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+        set_generators(CPU, states)
 
 
 def _prepare_worker(_: int) -> None:

@@ -4,11 +4,14 @@ Step `s` trains on the samples [s·B, (s+1)·B), where B is the size of the glob
 equal micro-batches, shared by all processes: 1, 2 or 64 of them see the same data in the same order.
 """
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -31,18 +34,20 @@ class MicroBatch:
     index: int = 0
     count: int = 1
     device: torch.device = CPU
+    is_check: bool = False
+    """Whether it is computed a second time, for a comparison, perhaps by another process."""
 
     @cached_property
     def samples(self) -> Indices:
         """Indices of this part's samples in the stream."""
+        first = self.step * self.batch_size
+        return torch.arange(first + self.rows.start, first + self.rows.stop, device=self.device)
+
+    @property
+    def rows(self) -> slice:
+        """This part's rows of the global batch."""
         size = self.batch_size // self.count
-        first = self.step * self.batch_size + self.index * size
-        return torch.arange(first, first + size, device=self.device)
-
-
-def share(rank: int, processes: int, count: int) -> range:
-    """Which of `count` micro-batches a process computes."""
-    return range(-(-count * rank // processes), -(-count * (rank + 1) // processes))
+        return slice(self.index * size, (self.index + 1) * size)
 
 
 @dataclass(frozen=True)
@@ -104,12 +109,27 @@ def seed_torch(seed: int, device: torch.device) -> None:
         torch.get_device_module(device).manual_seed(seed)
 
 
-def torch_states(device: torch.device) -> list[Tensor]:
-    """The states of torch's generators of the CPU and of `device`."""
-    states = [torch.default_generator.get_state()]
-    if device.type != "cpu":
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return states
+def seed_everything(seed: int, name: str, device: torch.device) -> None:
+    """Seed the generators of torch, numpy and random from (seed, name)."""
+    key = rng.stream_keys(seed, name)[0]
+    seed_torch(key, device)
+    np.random.seed(key % 2**32)
+    random.seed(key)
+
+
+def generators(device: torch.device) -> tuple[Any, ...]:
+    """The states of the generators of torch (CPU and device), numpy and random."""
+    on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    return torch.get_rng_state(), on_device, np.random.get_state(), random.getstate()
+
+
+def set_generators(device: torch.device, states: tuple[Any, ...]) -> None:
+    """Have the generators as they were when `generators` gave `states`."""
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.get_device_module(device).set_rng_state(states[1], device)
+    np.random.set_state(states[2])
+    random.setstate(states[3])
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 torch's SyncBatchNorm refuses CPU tensors, and waits for the GPU (pytorch #78549).
 """
 
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -11,24 +12,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cs324dist.distributed.micro_batches import Place, add_in_order, current_place
+from cs324dist.distributed.parts import BACKWARD, FORWARD, Parts, Place, add_in_order, current_place
+from cs324dist.errors import UserError
 
 
-def convert_sync_batchnorm(model: nn.Module) -> None:
-    """Let the BatchNorm layers inside `model` take their statistics over the global batch; names stay."""
-    for layer in model.modules():
-        if isinstance(layer, _BatchNorm) and not isinstance(layer, _SyncBatchNorm):
+def span_the_batch(model: nn.Module, name: str, parts: Parts) -> None:
+    """Let the BatchNorm layers inside `model` take their statistics over all parts; names stay."""
+    for inner, layer in model.named_modules():
+        if not isinstance(layer, _BatchNorm):
+            continue
+        if not isinstance(layer, _BatchNormOverBatch):
             kind = type(layer)
             if kind.__module__ == nn.BatchNorm1d.__module__:
-                layer.__class__ = _SyncBatchNorm
+                layer.__class__ = _BatchNormOverBatch
             else:  # what a subclass does besides stays
-                own = {"_check_input_dim": _SyncBatchNorm._check_input_dim}
-                layer.__class__ = type(kind.__name__, (kind, _SyncBatchNorm), own)
+                own = {"_check_input_dim": _BatchNormOverBatch._check_input_dim}
+                layer.__class__ = type(kind.__name__, (kind, _BatchNormOverBatch), own)
+        layer.number = len(parts.layers)  # type: ignore[assignment]
+        parts.layers.append(f"{name}.{inner}" if inner else name)
+        parts.widest = max(parts.widest, 1 + 2 * layer.num_features)
 
 
-def spans_the_batch(model: nn.Module) -> bool:
-    """Whether there are BatchNorm layers inside `model`."""
-    return any(isinstance(layer, _BatchNorm) for layer in model.modules())
+def tensors_over_batch(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """The running statistics that these modules take over the batch."""
+    return [
+        buffer
+        for module in modules
+        if isinstance(module, _BatchNormOverBatch)
+        for buffer in module.buffers(recurse=False)
+    ]
 
 
 def freeze_cancelled_biases(model: nn.Module) -> None:
@@ -51,16 +63,19 @@ def freeze_cancelled_biases(model: nn.Module) -> None:
                     bias.requires_grad_(False)
 
 
-class _SyncBatchNorm(_BatchNorm):
+class _BatchNormOverBatch(_BatchNorm):
+    number: int
+    """Of the layer, among those that span the batch."""
+
     def _check_input_dim(self, input: Tensor) -> None:
         pass  # of the class that this layer had before
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
         place = current_place()
+        if not self.training or place is None:
+            return super().forward(input)
         output, mean, variance, count = _NormaliseOverBatch.apply(
-            input, self.weight, self.bias, self.eps, place
+            input, self.weight, self.bias, self.eps, place, self.number
         )
         if place.is_first and self.running_mean is not None:
             assert self.running_var is not None
@@ -78,45 +93,49 @@ class _NormaliseOverBatch(torch.autograd.Function):
     """One gathering each way: every part's mean and variance forward, two sums per channel backward.
 
     Variances are put together from centred squares, as E[x²] - E[x]² would lose the digits of a small
-    variance beside a large mean. Parts hold equally many samples. The passes over `x` are those of torch's
-    own kernels.
+    variance beside a large mean. The passes over `x` are those of torch's own kernels.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, place: Place
-    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, place: Place, layer: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         in_full = x.to(torch.promote_types(x.dtype, torch.float32))  # bf16 is too coarse for moments
-        moments = torch.stack(
-            torch.batch_norm_update_stats(in_full, None, None, 0.0)
-        )  # mean, biased variance
-        means, variances = place.gather(moments).unbind(1)
-        mean = means.mean(0)
-        variance = variances.mean(0) + (means - mean).square().mean(0)
-        if weight is not None:
-            mean, variance = mean.to(weight.dtype), variance.to(weight.dtype)
-        ctx.save_for_backward(x, weight, mean, variance)
-        ctx.eps, ctx.place, ctx.count = eps, place, x.numel() // x.shape[1] * len(means)
-        ctx.mark_non_differentiable(mean, variance)
-        return F.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance, ctx.count
+        if not x.numel():
+            raise UserError(f"a BatchNorm layer got no values of part {place.index} of the batch")
+        moments = torch.batch_norm_update_stats(in_full, None, None, 0.0)  # mean, biased variance
+        own_count = torch.full((1,), x.numel() // x.shape[1], dtype=torch.float64, device=x.device)
+        rows = place.gather(layer, FORWARD, torch.cat([own_count, *(part.double() for part in moments)]))
+        counts = rows[:, :1]
+        means, variances = rows[:, 1:].chunk(2, dim=1)
+        count = counts.sum()
+        mean = (counts * means).sum(0) / count
+        variance = (counts * (variances + (means - mean).square())).sum(0) / count
+        dtype = in_full.dtype if weight is None else weight.dtype
+        mean, variance = mean.to(dtype), variance.to(dtype)
+        ctx.save_for_backward(x, weight, mean, variance, count)
+        ctx.eps, ctx.place, ctx.layer = eps, place, layer
+        ctx.mark_non_differentiable(mean, variance, count)
+        return F.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance, count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, mean, variance = ctx.saved_tensors
+        x, weight, mean, variance, count = ctx.saved_tensors
         scale = torch.ones_like(mean) if weight is None else weight
         # As if mean and variance were constants; what they contribute is taken off below.
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, scale, mean, variance, None, None, False, ctx.eps, [True, True, True]
         )
         # Gradients of parameters stay this part's own: they are averaged later.
-        sums = add_in_order(ctx.place.gather(torch.stack([grad_bias, grad_weight])))
-        mean_grad, mean_product = sums / ctx.count
+        own = torch.stack([grad_bias, grad_weight]).double()
+        sums = add_in_order(ctx.place.gather(ctx.layer, BACKWARD, own))
+        mean_grad, mean_product = (sums / count).to(scale.dtype)
         inverse_std = (variance + ctx.eps).rsqrt()
         # grad_x - scale·inverse_std·(mean_grad + normalised·mean_product), gathered by powers of x
         slope = scale * inverse_std.square() * mean_product
         offset = scale * inverse_std * mean_grad - slope * mean
         shape = [1, -1] + [1] * (x.dim() - 2)
         grad_x.addcmul_(x, slope.view(shape), value=-1).sub_(offset.view(shape))
-        own = (None, None) if weight is None else (grad_weight, grad_bias)
-        return grad_x, *own, None, None
+        own_gradients = (None, None) if weight is None else (grad_weight, grad_bias)
+        return grad_x, *own_gradients, None, None, None

@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from torch.distributed.rendezvous import rendezvous
 
 from cs324dist import PARENT
+from cs324dist.distributed.checks import differences, gather_objects
 from cs324dist.distributed.launcher import (
     asked_precision,
     check_environment,
@@ -26,8 +27,8 @@ from cs324dist.distributed.launcher import (
     check_launcher,
     nodes_used,
 )
-from cs324dist.errors import RANK, ReportedError, RunFailed, UserError, warn
-from cs324dist.runs.environment import Precision, has_gpu, processor
+from cs324dist.errors import RANK, ReportedError, RunFailed, UserError, say, warn
+from cs324dist.runs.environment import Environment, Precision, has_gpu, processor
 
 Answer = TypeVar("Answer")
 
@@ -56,7 +57,7 @@ def start_accelerator(
         check_gpus(torch.cuda.device_count())
     if on_gpu and micro_batches:
         make_deterministic()
-    prepare_process(on_cpu=not on_gpu)
+    prepare_process(on_cpu=not on_gpu, one_core=micro_batches is not None)
     asked = asked_precision()
     if not on_gpu and asked == "fp16":
         raise UserError("--mixed_precision fp16 would silently run as float32 on a CPU: give bf16, or no")
@@ -73,11 +74,26 @@ def start_accelerator(
         what, other = ("GPU", "fp16") if on_gpu else ("processor", "no")
         warn(f"this {what} emulates bf16, which is slow: give --mixed_precision {other}")
     world_size = accelerator.num_processes
+    if micro_batches and not on_gpu and accelerator.is_main_process:
+        _say_which_cores_are_idle(min(micro_batches, _cores()))
     check_launcher(world_size, accelerator.is_main_process)
     check_batch(batch_size, micro_batches, world_size)
     if micro_batches and accelerator.mixed_precision == "fp16":
         raise UserError("--micro-batches would depend on fp16's loss scaling: give --mixed_precision bf16")
     return accelerator
+
+
+def compare_environments(made_in: Environment, *, exact: bool) -> None:
+    """Compare what bits depend on between the processes: with `exact`, they may not differ.
+
+    Raises:
+        UserError: they do.
+    """
+    lines = differences(gather_objects(vars(made_in)))
+    if lines and exact:
+        raise UserError(*(f"{line}: with --micro-batches, give all processes the same" for line in lines))
+    for line in lines if RANK == "0" else ():
+        warn(f"{line}: a step then depends on which process computes what")
 
 
 def check_batch(batch_size: int | None, micro_batches: int | None, processes: int) -> None:
@@ -123,12 +139,14 @@ def rejoin_after_restart(backend: str, timeout: timedelta) -> None:
         dist.init_process_group(backend, timeout=timeout, world_size=world_size, rank=rank, store=store)
 
 
-def prepare_process(on_cpu: bool, *, flush_denormal: bool = True, keep_memory: bool = True) -> None:
+def prepare_process(
+    on_cpu: bool, *, one_core: bool = False, flush_denormal: bool = True, keep_memory: bool = True
+) -> None:
     """Settings of the process that must stand before its first tensor operation; see docs/performance.md."""
     # A long backward pass makes denormal numbers, ten times slower; threads started earlier would keep them.
     torch.set_flush_denormal(flush_denormal)
     if on_cpu:
-        torch.set_num_threads(threads := _threads())
+        torch.set_num_threads(threads := 1 if one_core else _threads())
         os.environ["OMP_NUM_THREADS"] = str(threads)  # or Accelerate sets a number of its own
     else:
         torch.set_float32_matmul_precision("high")  # TF32, as torch's convolutions have it anyway
@@ -165,16 +183,6 @@ def keep_large_memory() -> None:
             libc.mallopt(m_trim_threshold, 1 << 30)
 
 
-def end_openmp_threads() -> None:
-    """End the threads that computed torch's last operation; the next one on several cores starts them again.
-
-    Otherwise they wait for it in a busy loop, for milliseconds, on cores that other threads need.
-    """
-    with contextlib.suppress(AttributeError):  # an OpenMP without this function, or none
-        omp_pause_soft = 1
-        ctypes.CDLL(None).omp_pause_resource_all(omp_pause_soft)
-
-
 def _launcher_has_died() -> bool:
     if os.getppid() != PARENT:
         return True
@@ -188,12 +196,24 @@ def _launcher_has_died() -> bool:
         return True
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _say_which_cores_are_idle(most: int) -> None:
+    if (processes := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) < most:
+        say(
+            f"with --micro-batches, a process uses one core: {processes} of {_cores()} are used. "
+            f"For the same result sooner: torchrun --nproc_per_node {most} …"
+        )
+
+
 def _threads() -> int:
     """CS324DIST_THREADS, or this process's share of the cores.
 
     OMP_NUM_THREADS cannot be asked: a launcher sets it to 1 where the user said nothing.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = _cores()
     if asked := os.environ.get("CS324DIST_THREADS"):
         if not re.fullmatch("0*[1-9][0-9]{0,3}", asked, re.ASCII):
             raise UserError(f"CS324DIST_THREADS={asked} is not allowed: give a whole number from 1 to 9999")

@@ -1,14 +1,18 @@
 """Measurements over all processes, which do not depend on their number."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from cs324dist.distributed.micro_batches import Threads, add_in_order, gather_rows
+from cs324dist.data.streams import seed_everything
+from cs324dist.distributed.checks import gather_objects
+from cs324dist.distributed.parts import add_in_order, gather_rows
+from cs324dist.errors import UserError
 
+OTHER_SHAPES = "an evaluation gives sums of other names or shapes for some pieces: always give the same"
 Sums = Mapping[str, Tensor]
 Measure = Callable[[Int64[Tensor, " indices"]], Sums]
 
@@ -23,12 +27,12 @@ class SumOver:
         self,
         accelerator: Accelerator,
         until_stopped: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
-        threads: Threads | None = None,
+        seed: int = 0,
     ) -> None:
-        """`until_stopped` may end a loop early; the sum is worth nothing then. `threads` measure pieces."""
+        """`until_stopped` may end a loop early; the sum is worth nothing then. A piece draws from `seed`."""
         self._rank, self._processes = accelerator.process_index, accelerator.num_processes
         self._device, self._until_stopped = accelerator.device, until_stopped
-        self._map = map if threads is None else threads.map_ahead
+        self._seed, self._calls = seed, 0
 
     def __call__(self, measure: Measure, count: int, piece: int = 500) -> dict[str, Float64[Tensor, "..."]]:
         """The sums of what `measure` says of each `piece` of the indices.
@@ -44,17 +48,26 @@ class SumOver:
         pieces = torch.arange(count, device=self._device).split(piece)
         shapes: dict[str, torch.Size] = {}
 
+        self._calls += 1
+        name = f"measurement {self._calls}"
+
         def row_of(indices: Tensor) -> Float64[Tensor, " width"]:
+            seed_everything(self._seed, f"{name}/{int(indices[0])}", self._device)
             with torch.no_grad():
                 sums = measure(indices)
-            shapes.update({name: value.shape for name, value in sums.items()})
+            found = {name: value.shape for name, value in sums.items()}
+            if found != (shapes or found):
+                raise UserError(OTHER_SHAPES)
+            shapes.update(found)
             return torch.cat([value.double().flatten() for value in sums.values()])
 
         rounds = range(0, len(pieces), self._processes)
-        # A process that has no piece in the last round measures the last piece in vain: all take part.
+        # All join each round: a process without a piece in the last one measures another's, and adds zeros.
         own = [pieces[min(first + self._rank, len(pieces) - 1)] for first in rounds]
-        rows: Iterator[Tensor] = iter(self._map(row_of, self._until_stopped(own)))
+        rows = map(row_of, self._until_stopped(own))
         row = total = next(rows)
+        if any(found != shapes for found in gather_objects(shapes)):
+            raise UserError(OTHER_SHAPES)
         for number, first in enumerate(rounds):
             row = row if number == 0 else next(rows, torch.zeros_like(row))
             mine = row if first + self._rank < len(pieces) else torch.zeros_like(row)

@@ -26,12 +26,22 @@ from torch import Tensor, nn
 from cs324dist.config import as_json, from_json
 from cs324dist.errors import RunFailed, UserError, printable
 from cs324dist.runs.files import Writer, clear, matches, read_json, sha256, sync, write_json
-from cs324dist.runs.models import copy_into, kind_of, model_tensors, read_tensors, save_model, save_tensors
-from cs324dist.runs.optimizers import Optimizers, optimizer_tensors, read_optimizers
+from cs324dist.runs.hidden_state import Hidden, HiddenState
+from cs324dist.runs.models import (
+    copy_into,
+    kind_of,
+    model_tensors,
+    read_tensors,
+    save_model,
+    save_tensors,
+    transient_buffers,
+)
+from cs324dist.runs.optimizers import Optimizers, each, optimizer_tensors, read_optimizers
 
 TRAINER = "trainer.json"
 OPTIMIZERS = "optimizers.safetensors"
 TASK = "task.safetensors"
+BUFFERS = "buffers.safetensors"
 WEIGHTS = "model.safetensors"
 CHECKPOINT = r"([0-9]{9}|1[0-9]{9})-([1-9][0-9]*)"  # step, and the owner that wrote it
 NAME = r"\w{1,99}"  # of a network
@@ -69,6 +79,9 @@ class TrainerState:
 
     task: dict[str, Any] = field(default_factory=dict)
     """The task's own state, such as a curriculum's length; `{"$tensor": NAME}` stands for a tensor."""
+
+    hidden: Hidden = field(default_factory=dict)
+    """What differs from a new task, and no `state_dict` holds; see `hidden_state`."""
 
     loss_scale: dict[str, float] = field(default_factory=dict)
     """State of the fp16 gradient scaler; empty otherwise."""
@@ -137,6 +150,8 @@ def _write_files(folder: Path, trained: Trained, state: TrainerState) -> None:
     folder.mkdir(parents=True)
     for name, network in trained.networks.items():
         save_model(folder / name, network)
+        if buffers := transient_buffers(network):
+            save_tensors(folder / name / BUFFERS, buffers)
     save_tensors(folder / OPTIMIZERS, optimizer_tensors(trained.optimizers, trained.networks))
     task, tensors = _split(trained.state_dict())
     if tensors:
@@ -227,7 +242,7 @@ def verify_checkpoint(folder: Path, needed: Iterable[str] = ()) -> TrainerState:
     return state
 
 
-def read_checkpoint(folder: Path, trained: Trained) -> TrainerState:
+def read_checkpoint(folder: Path, trained: Trained, hidden: HiddenState | None = None) -> TrainerState:
     """Check a checkpoint and copy it into networks, optimizers and the task's own state, in place.
 
     Raises:
@@ -236,6 +251,8 @@ def read_checkpoint(folder: Path, trained: Trained) -> TrainerState:
     targets = tensors_by_file(trained)
     del targets[OPTIMIZERS]
     state = verify_checkpoint(folder, targets)
+    if hidden:
+        hidden.restore(state.hidden)  # first: an optimizer's groups decide what its state is
     tensors = {file: read_tensors(folder / file, expected) for file, expected in targets.items()}
     load_optimizers = read_optimizers(folder / OPTIMIZERS, trained.optimizers, trained.networks)
     own = tensors.pop(TASK, {})
@@ -254,6 +271,9 @@ def tensors_by_file(trained: Trained) -> dict[str, Mapping[str, Tensor]]:
     files: dict[str, Mapping[str, Tensor]] = {
         f"{name}/{WEIGHTS}": model_tensors(network) for name, network in trained.networks.items()
     }
+    for name, network in trained.networks.items():
+        if buffers := transient_buffers(network):
+            files[f"{name}/{BUFFERS}"] = buffers
     own = _split(trained.state_dict())[1]
     return {
         **files,
@@ -263,13 +283,18 @@ def tensors_by_file(trained: Trained) -> dict[str, Mapping[str, Tensor]]:
 
 
 def layout(trained: Trained) -> dict[str, str]:
-    """The tensors of the networks and of the task's own state: what a new task expects in a checkpoint."""
+    """What a new task expects in a checkpoint: tensors, and the groups of optimizers."""
     named = {
         f"{name} of the task's state": tensor for name, tensor in _split(trained.state_dict())[1].items()
     }
     for network_name, network in trained.networks.items():
-        named |= {f"{network_name}.{name}": tensor for name, tensor in model_tensors(network).items()}
-    return {name: kind_of(tensor) for name, tensor in named.items()}
+        tensors = model_tensors(network) | transient_buffers(network)
+        named |= {f"{network_name}.{name}": tensor for name, tensor in tensors.items()}
+    groups = {}
+    for name, optimizer in each(trained.optimizers):
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        groups[f"optimizer {name}"] = f"{type(optimizer).__name__} of {sizes} parameters"
+    return {name: kind_of(tensor) for name, tensor in named.items()} | groups
 
 
 def plain_state(trained: Trained) -> dict[str, Any]:

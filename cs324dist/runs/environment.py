@@ -4,13 +4,17 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 Precision = Literal["no", "fp16", "bf16", "fp8"]  # Accelerate's names
+VARIABLES = (  # that bits may depend on
+    "PYTHONHASHSEED", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE",
+    "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG",
+)  # fmt: skip
 ALL_BUT_RESULTS = (":(top,exclude)benchmarks/results", ":(top,exclude)docs")  # in Git's notation
 
 
@@ -44,21 +48,27 @@ class Environment:
     compiled: str | None
     """The backend of torch.compile; None if the models are not compiled."""
 
+    variables: dict[str, str] = field(default_factory=dict)
+    """Environment variables that bits may depend on, as far as they are set."""
 
-def environment(processes: int = 1, precision: Precision = "no", compiled: str | None = None) -> Environment:
-    """The environment of this process."""
+
+def environment(
+    processes: int = 1, precision: Precision = "no", compiled: str | None = None, *, commit: bool = True
+) -> Environment:
+    """The environment of this process; `commit`: with the checkout's, which takes a while."""
     packages = ("cs324dist", "torch", "accelerate", "safetensors", "numpy")
     gpu = has_gpu()
     return Environment(
         python=platform.python_version(),
         packages={name: importlib.metadata.version(name) for name in packages},
-        commit=_commit(),
+        commit=_commit() if commit else None,
         device=torch.cuda.get_device_name() if gpu else processor(),
         cuda=f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if gpu else None,
         threads=torch.get_num_threads(),
         processes=processes,
         precision=precision,
         compiled=compiled,
+        variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
     )
 
 

@@ -43,22 +43,7 @@ def optimizer_tensors(optimizers: Optimizers, networks: Mapping[str, nn.Module])
         for key, value in state.items()
         if value is not None
     }
-    tensors = {name: _as_tensor(name, value) for name, value in values.items()}
-    for optimizer_name, optimizer in each(optimizers):
-        for (number, key), value in _numbers(optimizer).items():
-            if value != optimizer.defaults.get(key):
-                tensors[f"{optimizer_name}/{number}/{key}"] = torch.tensor(float(value), dtype=torch.float64)
-    return tensors
-
-
-def _numbers(optimizer: Optimizer) -> dict[tuple[int, str], int | float]:
-    """Numbers that an optimizer keeps in its groups of parameters, as Prodigy does, by group and key."""
-    return {
-        (number, key): value
-        for number, group in enumerate(optimizer.param_groups)
-        for key, value in group.items()
-        if type(value) in (int, float) and key not in ("lr", "initial_lr")
-    }
+    return {name: _as_tensor(name, value) for name, value in values.items()}
 
 
 def read_optimizers(
@@ -71,19 +56,15 @@ def read_optimizers(
     """
     names = _parameter_names(networks)
     expected: dict[str, Tensor] = {}
-    numbers: list[tuple[Optimizer, int, str, Any, str]] = []
     states: list[tuple[Optimizer, Tensor, dict[str, Any], dict[str, str]]] = []
     for name, optimizer in each(optimizers):
         later = _after_a_step(optimizer)
-        for (number, key), value in _numbers(later).items():
-            expected[place := f"{name}/{number}/{key}"] = torch.zeros((), dtype=torch.float64)
-            numbers.append((optimizer, number, key, type(value), place))
         for parameter, state in zip(_parameters(optimizer), _states(later), strict=True):
             known = (key for key, value in state.items() if value is not None)
             places = {key: f"{name}/{names[parameter]}/{key}" for key in known}
             expected |= {place: _as_tensor(place, state[key]) for key, place in places.items()}
             states.append((optimizer, parameter, state, places))
-    # A parameter that has had no gradient yet has no state; a number may be the default.
+    # A parameter that has had no gradient yet has no state.
     tensors = read_tensors(path, expected, all_needed=False)
     for *_, places in states:
         absent = [place for place in places.values() if place not in tensors]
@@ -91,11 +72,6 @@ def read_optimizers(
             raise UserError(f"{path} lacks {absent[0]!r:.99}: it is damaged")
 
     def load() -> None:
-        for optimizer, number, key, kind, place in numbers:
-            if place in tensors:
-                optimizer.param_groups[number][key] = kind(tensors[place].item())
-            elif key not in optimizer.defaults:
-                optimizer.param_groups[number].pop(key, None)
         for optimizer, parameter, state, places in states:
             if tensors.keys().isdisjoint(places.values()):
                 optimizer.state.pop(parameter, None)

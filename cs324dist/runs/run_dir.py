@@ -43,6 +43,7 @@ from cs324dist.runs.lease import Lease, generations, owner_of
 
 OnMain = Callable[[Callable[[], None]], None]
 State = Literal["running", "stopped", "finished", "failed"]
+HASH_SEED = "PYTHONHASHSEED"
 FOLDERS = {"owners", "checkpoints", "samples"}
 LEFTOVERS = r"\.config\.json.*\.tmp"  # of a start that was killed
 
@@ -174,6 +175,12 @@ class RunDir:
         self.check_owned()
         self._started = True
         before = self.latest_environment()
+        hash_seed, now = before and before.variables.get(HASH_SEED), environment.variables.get(HASH_SEED)
+        if record.config.get("micro_batches") and hash_seed and hash_seed != now:
+            raise UserError(
+                f"{self} was made with {HASH_SEED}={hash_seed}, now {now}: a set of words would have another "
+                f"order; set it to {hash_seed}"
+            )
         for name, value in vars(environment).items():
             if name in ("threads", "processes") and record.config.get("micro_batches"):
                 continue

@@ -1,8 +1,9 @@
 """Data from workers: the same whoever loads it, exact in the middle of an epoch, and stopped in order."""
 
+import itertools
 import os
+import random
 import signal
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
@@ -13,9 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launched import Launched, files_of, newest_checkpoint, status
 from loading import Rows
-from torch.utils.data import IterableDataset, TensorDataset
+from ranks import as_ranks
+from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
 from cs324dist import MicroBatch, ShuffledEpochs, UserError, loader
+from cs324dist.data.loader import _Plan
+from cs324dist.data.streams import CPU
+from cs324dist.distributed.parts import Parts
 from cs324dist.runs.checkpoints import step_of
 
 LOADING = ("tests/data/loading.py", "--checkpoint-every", "5")
@@ -71,13 +76,52 @@ class TestSamples:
                 assert (before[1] == np.random.get_state()[1]).all()
 
     @pytest.mark.parametrize("workers", [0, 2])
-    def test_micro_batches_in_threads_get_their_own(self, loads, workers):
-        expected, loading = [rows_of(loads[1], 11, index, 4) for index in range(4)], loads[workers]
-        with ThreadPoolExecutor(4) as pool:
-            for _ in range(5):
-                found = list(pool.map(lambda index: rows_of(loading, 11, index, 4), [2, 0, 3, 1]))
-                assert all(torch.equal(found[k], expected[i]) for k, i in enumerate([2, 0, 3, 1]))
-                rows_of(loading, 3)  # and start over
+    @pytest.mark.parametrize("processes", [1, 3])
+    def test_a_process_loads_its_own_parts_in_any_order_and_no_others(self, processes, workers):
+        whole, dataset = loader(Rows(), 3, "rows"), Rows()
+
+        def find(rank):
+            loading, own = loader(dataset, 3, "rows", workers=workers), range(rank, 4, processes)
+            return {
+                (step, index): rows_of(loading, step, index, 4)
+                for step in (10, 11, 12, 3)  # and start over
+                for index in reversed(own)
+            }
+
+        for found in as_ranks(processes, lambda rank: find(rank.process_index)):
+            for (step, index), rows in found.items():
+                assert torch.equal(rows, rows_of(whole, step, index, 4))
+
+    def test_a_process_plans_its_own_parts_in_order(self):
+        order = ShuffledEpochs(3, "rows", 20)
+
+        def planned(rank):
+            plan = _Plan(order)
+            plan.first = MicroBatch(7, 8, 0, 4)
+            return [[item for _, item in part] for part in itertools.islice(plan, 4)]
+
+        expected = {
+            0: [(7, 0), (7, 3), (8, 0), (8, 3)],
+            1: [(7, 1), (8, 1), (9, 1), (10, 1)],
+            2: [(7, 2), (8, 2), (9, 2), (10, 2)],
+        }
+        for rank, found in enumerate(as_ranks(3, planned)):
+            parts = [MicroBatch(step, 8, index, 4) for step, index in expected[rank]]
+            assert found == [order.items(part).tolist() for part in parts]
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_in_a_check_a_part_of_another_process_is_loaded(self, loads, workers):
+        expected = [rows_of(loads[2], 5, index, 4) for index in range(4)]
+
+        def check(rank):
+            parts, loading = Parts(4, CPU), loader(Rows(), 3, "rows", workers=workers)
+            rows_of(loading, 4, rank.process_index, 4)  # the next step is loaded ahead
+            for is_check in (True, False):
+                for index in parts.of(1 if is_check else 0):
+                    rows, _ = loading.batch(MicroBatch(5, 8, index, 4, is_check=is_check))
+                    assert torch.equal(rows, expected[index])
+
+        as_ranks(3, check)
 
     def test_items_are_loaded_for_evaluations(self, loads):
         items = torch.tensor([4, 4, 19])
@@ -85,6 +129,26 @@ class TestSamples:
         assert found[0][:, 0].tolist() == [4, 4, 19]
         assert torch.equal(found[0], found[1])
         assert torch.equal(found[0][0], found[0][1])
+
+
+def masked(samples):
+    """As for a masked language model: it draws."""
+    rows, labels = default_collate(samples)
+    noise = [torch.rand(rows.shape), torch.from_numpy(np.random.random(rows.shape)), random.random()]
+    return rows + noise[0] + noise[1] + noise[2], labels
+
+
+def test_collate_draws_the_same_wherever_a_part_is_loaded():
+    loads = [loader(Rows(), 3, "rows", workers=workers, collate=masked) for workers in (0, 1)]
+    found = [[loading.batch(MicroBatch(step, 8))[0] for step in (7, 8)] for loading in loads]
+    for loading in loads:
+        loading.batch(MicroBatch(2, 8))
+        found.append([loading.batch(MicroBatch(step, 8))[0] for step in (7, 8)])
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+    before = torch.get_rng_state()
+    loads[0].items(torch.arange(3))
+    assert torch.equal(before, torch.get_rng_state())
 
 
 class Table:

@@ -1,5 +1,7 @@
+import random
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -7,7 +9,17 @@ from scipy import stats
 from test_counter_rng import word
 
 from cs324dist.data.counter_rng import random_normals, stream_keys
-from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream, seed_torch, seeded, torch_states
+from cs324dist.data.streams import (
+    CPU,
+    MicroBatch,
+    ShuffledEpochs,
+    Stream,
+    generators,
+    seed_everything,
+    seed_torch,
+    seeded,
+    set_generators,
+)
 
 SEEDS = st.integers(0, 2**32)
 FEW = st.integers(0, 99)
@@ -188,7 +200,29 @@ def test_torch_is_seeded_as_by_its_own_function() -> None:
     assert torch.equal(ours, torch.rand(3))
 
 
-def test_a_device_s_generator_is_seeded_and_looked_at_beside_the_cpu_s(monkeypatch) -> None:
+def drawn() -> tuple[float, ...]:
+    return torch.rand(()).item(), np.random.random(), random.random()
+
+
+def test_everything_is_seeded_from_a_seed_and_a_name() -> None:
+    found = []
+    for seed, name in ((1, "a"), (1, "a"), (2, "a"), (1, "b")):
+        seed_everything(seed, name, CPU)
+        found.append(drawn())
+    assert found[0] == found[1]
+    assert all(len(set(of_one)) == 3 for of_one in zip(*found, strict=True))
+
+
+def test_generators_go_on_from_where_they_were() -> None:
+    seed_everything(0, "a", CPU)
+    drawn()
+    kept, expected = generators(CPU), drawn()
+    seed_everything(0, "b", CPU)
+    set_generators(CPU, kept)
+    assert drawn() == expected
+
+
+def test_a_device_s_generator_is_kept_beside_the_cpu_s(monkeypatch) -> None:
     class Device:
         seed = 0
 
@@ -199,10 +233,15 @@ def test_a_device_s_generator_is_seeded_and_looked_at_beside_the_cpu_s(monkeypat
             assert device == cuda
             return torch.tensor([self.seed], dtype=torch.uint8)
 
+        def set_rng_state(self, state: torch.Tensor, device: torch.device) -> None:
+            assert device == cuda
+            (self.seed,) = state.tolist()
+
     cuda, module = torch.device("cuda", 0), Device()
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     seed_torch(7, cuda)
-    assert [state.tolist() for state in torch_states(cuda)[1:]] == [[7]]
-    before = torch_states(cuda)[0]
-    torch.rand(1)
-    assert not torch.equal(torch_states(cuda)[0], before)
+    kept = generators(cuda)
+    seed_everything(0, "a", cuda)
+    assert module.seed != 7
+    set_generators(cuda, kept)
+    assert module.seed == 7

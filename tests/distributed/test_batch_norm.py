@@ -1,58 +1,146 @@
-"""BatchNorm over ranks on CPUs, beside torch's own on the whole batch."""
+"""BatchNorm over the parts of a batch, beside torch's own on the whole batch."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from normalise import SHAPES, inputs, norm_for
-from safetensors.torch import load_file
-from torch import nn
+from ranks import Rank, as_ranks
+from torch import Tensor, nn
 
-from cs324dist.distributed.batch_norm import convert_sync_batchnorm, freeze_cancelled_biases
+from cs324dist.data.streams import CPU, Stream
+from cs324dist.distributed.batch_norm import freeze_cancelled_biases, span_the_batch
+from cs324dist.distributed.belongings import PartBelongings
+from cs324dist.distributed.gradients import ExactGradients
+from cs324dist.distributed.parts import Parts
+from cs324dist.errors import UserError
+
+SHAPES = {"vectors": (12, 5), "images": (12, 3, 4, 4)}
+CUTS = (1, 5, 2, 4)  # samples of each part
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def ranks(request, launch, tmp_path_factory):
-    out = tmp_path_factory.mktemp("norm")
-    script = Path(__file__).parent / "normalise.py"
-    launch(script, out, launcher="torchrun", options=("--nproc_per_node", str(request.param)))
-    return [load_file(path) for path in sorted(out.iterdir())]
+def inputs(name: str) -> tuple[Tensor, Tensor]:
+    """A batch with a large mean beside a small variance, and the gradient that comes back to its output."""
+    shape, samples = SHAPES[name], torch.arange(SHAPES[name][0])
+    numbers = Stream(0, name).normals(samples, 2 * torch.Size(shape[1:]).numel()).double()
+    x, grad = numbers.view(shape[0], 2, *shape[1:]).unbind(1)
+    return 100 + 0.1 * x, grad
 
 
+def norm_for(name: str, **options) -> nn.Module:
+    layer = (nn.BatchNorm1d if name == "vectors" else nn.BatchNorm2d)(SHAPES[name][1], **options).double()
+    if layer.affine:
+        with torch.no_grad():
+            layer.weight.copy_(torch.linspace(0.5, 2, len(layer.weight)))
+            layer.bias.copy_(torch.linspace(-1, 1, len(layer.bias)))
+    return layer
+
+
+def gradients_of(output: Tensor, grad: Tensor, x: Tensor, layer: nn.Module) -> dict[str, Tensor]:
+    named = {"x": x, **dict(layer.named_parameters())}
+    found = torch.autograd.grad(output, list(named.values()), grad)
+    return {"output": output.detach(), **dict(zip(named, found, strict=True))}
+
+
+def whole(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    return {**gradients_of(layer(x), grad, x, layer), **dict(layer.named_buffers())}
+
+
+def in_parts(rank: Rank, layer: nn.Module, x: Tensor, grad: Tensor, cuts=CUTS) -> dict[str, Tensor]:
+    """What this rank finds of its own rows, and its share of the sums."""
+    parts = Parts(len(cuts), CPU)
+    span_the_batch(layers := nn.Sequential(layer), "net", parts)
+    xs, grads = x.split(cuts), grad.split(cuts)
+
+    def work(index: int) -> dict[str, Tensor]:
+        own = xs[index].clone().requires_grad_()
+        with torch.autograd.set_multithreading_enabled(False):
+            return gradients_of(layers(own), grads[index], own, layer)
+
+    rows, own = {}, parts.of()
+    for index, found in zip(own, parts.each(work, own, PartBelongings({}, CPU, len(cuts))), strict=True):
+        rows[index] = found
+    return {"rows": rows, "buffers": dict(layer.named_buffers())}
+
+
+def put_together(of_ranks) -> dict[str, Tensor]:
+    rows = {index: found for of_rank in of_ranks for index, found in of_rank["rows"].items()}
+    in_order = [rows[index] for index in sorted(rows)]
+    joined = {name: torch.cat([row[name] for row in in_order]) for name in ("output", "x")}
+    summed = {name: sum(row[name] for row in in_order) for name in in_order[0] if name not in joined}
+    return {**joined, **summed, **of_ranks[0]["buffers"]}
+
+
+def plain_loop(x: Tensor, grad: Tensor, layer: nn.Module) -> dict[str, Tensor]:
+    """As it is defined, channel by channel, without torch's kernels."""
+    x = x.clone().requires_grad_()
+    channels = []
+    for channel, scale, shift in zip(x.transpose(0, 1), layer.weight, layer.bias, strict=True):
+        centred = channel - channel.mean()
+        channels.append(scale * centred / (centred.square().mean() + layer.eps).sqrt() + shift)
+    return gradients_of(torch.stack(channels, 1), grad, x, layer)
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("name", SHAPES)
-def test_it_is_plain_batch_norm_on_the_whole_batch(ranks, name):
-    x, grad = inputs(name)
-    x.requires_grad_()
-    layer = norm_for(name)
-    output = layer(x)
-    output.backward(grad)
+def test_it_is_plain_batch_norm_on_the_whole_batch(name, processes):
+    found = put_together(as_ranks(processes, lambda rank: in_parts(rank, norm_for(name), *inputs(name))))
+    assert_close(found, whole(norm_for(name), *inputs(name)))
+    assert_close(found, plain_loop(*inputs(name), norm_for(name)))
 
-    def together(key):
-        return torch.cat([rank[f"{name}/{key}"] for rank in ranks])
 
-    torch.testing.assert_close(together("output"), output.detach(), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(together("grad"), x.grad, rtol=1e-10, atol=1e-10)
-    for rank in ranks:
-        for key, parameter in layer.named_parameters():
-            torch.testing.assert_close(rank[f"{name}/grad of {key}"], parameter.grad, rtol=1e-10, atol=1e-10)
-        for key, buffer in layer.named_buffers():
-            torch.testing.assert_close(rank[f"{name}/{key}"], buffer, rtol=1e-12, atol=0)
+@pytest.mark.parametrize(
+    "options", [{"momentum": None}, {"track_running_stats": False}, {"affine": False, "eps": 0.1}]
+)
+def test_with_other_options_too(options):
+    found = as_ranks(2, lambda rank: in_parts(rank, norm_for("vectors", **options), *inputs("vectors")))
+    assert_close(put_together(found), whole(norm_for("vectors", **options), *inputs("vectors")))
+
+
+def test_a_part_without_values_is_refused():
+    with pytest.raises(UserError, match="a BatchNorm layer got no values of part 1 of the batch"):
+        in_parts(Rank(0, 1), norm_for("vectors"), *inputs("vectors"), (4, 0, 8))
+
+
+def halves(layer: nn.Module, x: Tensor, *, autocast: bool = False) -> list[Tensor]:
+    """The output and the gradient of x, of two parts of one process."""
+    parts = Parts(2, CPU)
+    span_the_batch(layer, "layer", parts)
+
+    def work(index: int) -> list[Tensor]:
+        own = x.chunk(2)[index].clone().requires_grad_()
+        with torch.autograd.set_multithreading_enabled(False):
+            output = layer(own)
+            return [output.detach(), *torch.autograd.grad(output, own, x.flip(0).chunk(2)[index])]
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = parts.each(work, range(2), PartBelongings({}, CPU, 2))
+        return [torch.cat(both) for both in zip(*found, strict=True)]
 
 
 @pytest.mark.parametrize("affine", [True, False])
-def test_in_bf16_its_moments_are_those_of_torch(affine):
-    layers = [nn.BatchNorm1d(8, affine=affine) for _ in range(2)]
-    convert_sync_batchnorm(layers[0])
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "a model of bf16"])
+def test_in_bf16_its_moments_are_those_of_torch(affine, autocast):
+    dtype = torch.float32 if autocast else torch.bfloat16
+    layers = [nn.BatchNorm1d(8, affine=affine).to(dtype) for _ in range(2)]
     x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    xs = [x.clone().requires_grad_() for _ in layers]
-    with torch.autocast("cpu", torch.bfloat16):
-        outputs = [layer(x) for layer, x in zip(layers, xs, strict=True)]
-    for output in outputs:
-        output.backward(x.flip(0))
-    torch.testing.assert_close(*outputs)
-    torch.testing.assert_close(xs[0].grad, xs[1].grad, rtol=0.02, atol=0.02)
-    assert layers[0].running_var.dtype == torch.float32
-    torch.testing.assert_close(layers[0].running_var, layers[1].running_var)
+    found = halves(layers[0], x, autocast=autocast)
+    plain = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = layers[1](plain)
+    assert found[0].dtype == torch.bfloat16
+    torch.testing.assert_close(found[0], expected.detach(), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(
+        found[1], torch.autograd.grad(expected, plain, x.flip(0))[0], rtol=0.02, atol=0.02
+    )
+    assert layers[0].running_var.dtype == dtype
+    close = {} if autocast else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(layers[0].running_var, layers[1].running_var, **close)
 
 
 @pytest.mark.parametrize(
@@ -77,17 +165,6 @@ def test_a_bias_is_frozen_if_it_has_no_effect(layer, norm, is_cancelled):
     assert torch.allclose(*outputs, atol=1e-4) == is_cancelled
 
 
-@pytest.mark.parametrize("affine", [True, False])
-def test_in_a_model_of_bf16_it_computes_as_torch_does(affine):
-    layers = [nn.BatchNorm1d(8, affine=affine).bfloat16() for _ in range(2)]
-    convert_sync_batchnorm(layers[0])
-    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    for one in [layer(x) for layer in layers]:
-        assert one.dtype == torch.bfloat16
-    torch.testing.assert_close(layers[0](x), layers[1](x), rtol=0.02, atol=0.02)
-    torch.testing.assert_close(layers[0].running_var, layers[1].running_var, rtol=0.02, atol=0.02)
-
-
 class NormThenReLU(nn.BatchNorm1d):
     def forward(self, input):
         return torch.relu(super().forward(input))
@@ -95,12 +172,67 @@ class NormThenReLU(nn.BatchNorm1d):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_what_a_subclass_does_besides_stays(training):
-    plain, converted = (nn.Sequential(NormThenReLU(5)).double().train(training) for _ in range(2))
-    convert_sync_batchnorm(converted)
-    convert_sync_batchnorm(converted)
-    assert isinstance(converted[0], NormThenReLU)
-    x = inputs("vectors")[0]
+    plain, spanning = (NormThenReLU(8).double().train(training) for _ in range(2))
+    span_the_batch(spanning, "layer", Parts(2, CPU))
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).double()
+    found = halves(spanning, x)  # which lets it span once more
+    assert isinstance(spanning, NormThenReLU)
     expected = plain(x)
-    torch.testing.assert_close(converted(x), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found[0], expected.detach(), rtol=1e-10, atol=1e-10)
     assert not training or expected.min() == 0
-    torch.testing.assert_close(converted[0].running_var, plain[0].running_var, rtol=1e-12, atol=0)
+    torch.testing.assert_close(spanning.running_var, plain.running_var, rtol=1e-12, atol=0)
+
+
+def test_outside_of_a_loss_it_is_torch_s_own():
+    plain, spanning = norm_for("vectors"), norm_for("vectors")
+    span_the_batch(spanning, "layer", Parts(2, CPU))
+    x = inputs("vectors")[0]
+    assert torch.equal(plain(x), spanning(x))
+    assert torch.equal(plain.running_var, spanning.running_var)
+
+
+def path(net: nn.ModuleList, x: Tensor, index: int, case: str) -> Tensor:
+    """The path of part 2 is another one."""
+    for number in [0, 1] if index != 2 else OTHER[case]:
+        x = net[number](x)
+    return x.square().mean()
+
+
+OTHER = {"none": [], "ends early": [0], "skips one": [1], "another order": [1, 0]}
+SAID = {
+    "none": "to Net.0 in the forward pass (meeting 1), part 2 to its end (meeting 1)",
+    "ends early": "to Net.1 in the forward pass (meeting 2), part 2 to Net.0 in the backward pass",
+    "skips one": "to Net.0 in the forward pass (meeting 1), part 2 to Net.1 in the forward pass (meeting 1)",
+    "another order": "to Net.0 in the forward pass (meeting 1), part 2 to Net.1 in the forward pass",
+}
+
+
+class Net(nn.ModuleList):
+    pass
+
+
+@pytest.mark.parametrize("case", SAID)
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_different_paths_are_one_error_wherever_the_parts_are(case, processes):
+    def refused(rank: Rank) -> str:
+        exact = ExactGradients(4, 0, rank, check_every=0)
+        exact.prepare(net := Net([nn.BatchNorm1d(3), nn.BatchNorm1d(3)]))
+        with pytest.raises(UserError) as raised:
+            exact.backward(lambda batch: path(net, torch.rand(2, 3), batch.index, case), 0, 8)
+        return str(raised.value)
+
+    found = as_ranks(processes, refused)
+    assert len(set(found)) == 1
+    assert f"part 0 of the batch came {SAID[case]}" in found[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_branch_around_a_layer_ends_real_processes_in_one_line(launch, tmp_path, processes):
+    several = {"launcher": "torchrun", "options": ("--nproc_per_node", str(processes))}
+    task = f"{Path(__file__).with_name('branching.py')}:Branching"
+    command = ("launch/train.py", task, "--micro-batches", "4", "--run-dir", tmp_path / "run")
+    done = launch(*command, **(several if processes > 1 else {}), check=False)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert "came to net.1 in the forward pass (meeting 1), part 2 to its end (meeting 1)" in line
+    assert "move a branch that depends on the data behind them" in line

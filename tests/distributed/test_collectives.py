@@ -1,6 +1,7 @@
 """Sums over pieces: those of a plain loop to the last bit, however many processes share the pieces."""
 
 import itertools
+import random
 from collections.abc import Iterable, Iterator
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import on_ranks
+from ranks import Rank, as_ranks, on_ranks
 from torch import Tensor
 
-from cs324dist.distributed.micro_batches import Threads, add_in_order, gather_rows
+from cs324dist.data.streams import CPU
+from cs324dist.distributed.parts import Parts, add_in_order, gather_rows
 from cs324dist.distributed.sum_over import SumOver
 
 COUNT, PIECE = 1234, 100
@@ -69,9 +71,13 @@ def test_whatever_the_pieces_are(count, piece, processes):
         assert_equal_bits(found, expected)
 
 
-def test_threads_that_measure_ahead_change_nothing():
-    found = SumOver(Accelerator(cpu=True), threads=Threads(3, torch.device("cpu")))(measure, COUNT, PIECE)
-    assert_equal_bits(found, plain_loop(pieces_of(COUNT, PIECE)))
+def test_a_piece_draws_the_same_wherever_it_is_measured():
+    def drawn(indices: Tensor) -> dict[str, Tensor]:
+        return {"drawn": torch.rand(len(indices)).sum() + random.random()}
+
+    found = [on_ranks(n, lambda sum_over: [sum_over(drawn, 13, 2) for _ in range(2)])[0] for n in (1, 3)]
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]
 
 
 def test_each_process_measures_its_share_without_gradients():
@@ -109,6 +115,18 @@ def test_a_process_that_is_stopped_measures_no_more_and_keeps_the_others_waiting
 
     assert len(on_ranks(2, lambda sum_over: sum_over(remember, COUNT, PIECE), first_only)) == 2
     assert measured == [PIECE, PIECE]
+
+
+@given(count=st.integers(1, 9), processes=st.integers(1, 4), shift=st.integers(0, 1))
+def test_every_process_gets_the_rows_of_all_in_order(count, processes, shift):
+    count = max(count, processes)  # each has a part
+
+    def gathered(rank: Rank) -> list[list[float]]:
+        rows = {index: torch.tensor([index, 0.1 * index]) for index in Parts(count, CPU).of(shift)}
+        return gather_rows(rows, count, shift).tolist()
+
+    expected = torch.tensor([[index, 0.1 * index] for index in range(count)]).tolist()
+    assert as_ranks(processes, gathered) == [expected] * processes
 
 
 def test_rows_are_in_order_and_zero_where_nobody_has_any():

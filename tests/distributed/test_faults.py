@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from paths import command
 from safetensors.torch import load_file
 
 LSTM = {
@@ -27,7 +28,6 @@ def largest_distance(weights, expected):
     [
         ("offset_rank", "lstm course", LSTM),
         ("sum_for_mean", "lstm course", LSTM),
-        pytest.param("unreduced_gradients", "lstm course", LSTM, marks=pytest.mark.slow),
         pytest.param("shuffle_restarted_on_resume", "lstm course", LSTM, marks=pytest.mark.slow),
         pytest.param("local_batch_norm", "gan course", GAN, marks=pytest.mark.slow),
     ],
@@ -36,6 +36,14 @@ def test_the_fault_is_noticed(follow, fault, case, config):
     honest = follow(case, config, processes=1)
     faulty = follow(case, config, processes=2, fault=fault)
     assert largest_distance(faulty, honest) > 1e-4
+
+
+@pytest.mark.slow
+def test_gradients_that_are_not_reduced_end_the_run_after_the_first_step(launch, tmp_path):
+    several = {"launcher": "torchrun", "options": ("--nproc_per_node", "2")}
+    faulty = {"environment": {"FAULT": "unreduced_gradients"}, "check": False}
+    done = launch(*command("lstm course", LSTM, tmp_path / "run"), **several, **faulty)
+    assert "error: after step 1, lstm: W_x on rank 1 is not as on rank 0" in done.stderr
 
 
 @pytest.mark.slow

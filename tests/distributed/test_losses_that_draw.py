@@ -1,80 +1,73 @@
-"""Losses that draw from torch's generators, as dropout does, under --micro-batches."""
+"""Losses that draw, as dropout does: each part draws the same wherever it is computed."""
 
+import random
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
-from ranks import Rank
-from torch import nn
+from ranks import Rank, as_ranks
+from torch import Tensor, nn
 
-from cs324dist.data.streams import MicroBatch
-from cs324dist.distributed import gradients
+from cs324dist.data.streams import MicroBatch, generators, seed_everything, seeded
 from cs324dist.distributed.gradients import ExactGradients
-from cs324dist.errors import RunFailed
 
-COUNT = 4
-BATCHES = {index: MicroBatch(0, 2 * COUNT, index, COUNT) for index in range(COUNT)}
+COUNT, SIZE, STEPS = 4, 8, 3
 
 
-@pytest.fixture(autouse=True)
-def threads_as_they_were():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+def drawn(step: int) -> Tensor:
+    return torch.rand(2, SIZE)
 
 
-class Step:
-    """Computes the gradient of a layer; notes which micro-batches were seeded."""
-
-    def __init__(self, *, meet: bool = False) -> None:
-        self.layer, self.seeded = nn.Linear(8, 1), []
-        self._gradients = ExactGradients([self.layer], COUNT, COUNT, Rank(0, 1), meet=meet)
-
-    def __call__(self, draw) -> torch.Tensor:
-        def seed_of(batch: MicroBatch) -> int:
-            self.seeded.append(batch.index)
-            return batch.index
-
-        def loss_of(batch: MicroBatch) -> torch.Tensor:
-            return self.layer(draw()).sum()
-
-        self._gradients.compute((self.layer,), loss_of, seed_of, BATCHES)
-        return self.layer.weight.grad
+def drawn_by_numpy(step: int) -> Tensor:
+    return torch.from_numpy(np.random.random((2, SIZE))).float()
 
 
-def drawn() -> torch.Tensor:
-    return torch.rand(8)
+def drawn_by_python(step: int) -> Tensor:
+    return torch.tensor([[random.random() for _ in range(SIZE)] for _ in range(2)])
 
 
-def constant() -> torch.Tensor:
-    return torch.ones(8)
+def drawn_in_some_steps(step: int) -> Tensor:
+    return torch.rand(2, SIZE) if step == 1 else torch.ones(2, SIZE)
 
 
-def test_each_micro_batch_draws_what_it_drew_before():
-    step, expected = Step(), []
+def gradients(rank: Rank, draw: Callable[[int], Tensor], middle: nn.Module) -> list[Tensor]:
+    """Of all steps; the loss draws before and after `middle`."""
+    with seeded(0, "weights"):
+        layers = nn.Sequential(nn.Linear(SIZE, SIZE), middle, nn.Linear(SIZE, 1))
+    exact = ExactGradients(COUNT, 0, rank)
+    exact.prepare(layers)
+
+    def loss_of(batch: MicroBatch) -> Tensor:
+        hidden = layers[:2](batch.samples[:, None] + draw(batch.step))
+        return layers[2](hidden * draw(batch.step)).square().mean()
+
+    def of_step(step: int) -> list[Tensor]:
+        exact.backward(loss_of, step, 2 * COUNT)
+        return [parameter.grad.clone() for parameter in layers.parameters() if parameter.requires_grad]
+
+    return [gradient for step in range(STEPS) for gradient in of_step(step)]
+
+
+@pytest.mark.parametrize("draw", [drawn, drawn_by_numpy, drawn_by_python, drawn_in_some_steps])
+@pytest.mark.parametrize("middle", [nn.Identity, nn.Dropout, lambda: nn.BatchNorm1d(SIZE)])
+def test_gradients_are_the_same_on_one_process_and_on_three(draw, middle):
+    one = gradients(Rank(0, 1), draw, middle())
+    for three in as_ranks(3, lambda rank: gradients(rank, draw, middle())):
+        assert all(map(torch.equal, one, three))
+    assert not torch.equal(one[0], one[len(one) // STEPS])
+
+
+def test_a_part_draws_as_after_seeding_and_the_process_goes_on_as_if_nothing_had_drawn():
+    weight, exact, expected = nn.Linear(SIZE, 1, bias=False), ExactGradients(COUNT, 7, Rank(0, 1)), []
+    exact.prepare(weight)
+    cpu = torch.device("cpu")
     for index in range(COUNT):
-        torch.manual_seed(index)
-        expected.append(torch.rand(8))
-    for _ in range(3):
-        torch.testing.assert_close(step(drawn)[0], torch.stack(expected).mean(dim=0))
-
-
-def test_drawing_in_some_steps_only_is_refused():
-    step = Step()
-    step(constant)
-    step(constant)
-    with pytest.raises(RunFailed, match="draw from a Stream"):
-        step(drawn)
-
-
-def test_drawing_where_micro_batches_meet_is_refused():
-    with pytest.raises(RunFailed, match="draw from a Stream"):
-        Step(meet=True)(drawn)
-
-
-def test_a_draw_from_the_device_s_generator_is_noticed(monkeypatch):
-    """Dropout on a GPU leaves the CPU's generator as it was."""
-    state = torch.zeros(1)
-    monkeypatch.setattr(gradients, "torch_states", lambda device: [state.clone()])
-    step = Step()
-    for _ in range(2):
-        step(lambda: state.add_(1).expand(8))
-    assert step.seeded == [*BATCHES] * 2
+        seed_everything(7, f"step 5/loss/{index}", cpu)
+        expected.append(torch.rand(SIZE))
+    before = generators(cpu)
+    exact.backward(lambda batch: weight(torch.rand(SIZE)).sum(), 5, COUNT)
+    torch.testing.assert_close(weight.weight.grad[0], torch.stack(expected).mean(0))
+    after = generators(cpu)
+    assert torch.equal(before[0], after[0])
+    assert (before[2][1] == after[2][1]).all()

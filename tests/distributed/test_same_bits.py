@@ -1,43 +1,40 @@
-"""With --micro-batches, only the speed depends on processes and threads; each mechanism is needed for it."""
+"""With --micro-batches, only the speed depends on processes; each mechanism is needed for it."""
 
 import json
-import math
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import psutil
+import exact_steps
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from hypothesis import given
-from hypothesis import strategies as st
+from ranks import Rank, as_ranks
+from torch import Tensor
 
-from cs324dist.distributed import gradients
-from cs324dist.distributed.exact_mean import ExactMean
-from cs324dist.distributed.process import end_openmp_threads
+from cs324dist import trainer as trainer_module
+from cs324dist.distributed import belongings, gradients, parts
+from cs324dist.distributed.belongings import PartBelongings, Unchanged
+from cs324dist.distributed.ordered_sum import OrderedSum, _SumOfOneDtype
+from cs324dist.distributed.sum_over import SumOver
 from cs324dist.tasks.gan import GANTask
 from cs324dist.trainer import Trainer
-
-STEPS = Path(__file__).parents[1] / "exact_steps.py"
 
 
 @pytest.fixture(scope="module")
 def found(launch, tmp_path_factory):
-    """Digests of all tasks by processes, threads, precision and planted fault; each is computed once."""
+    """Digests of all tasks by processes, threads asked for, and precision; each is computed once."""
     folder, known = tmp_path_factory.mktemp("digests"), {}
 
-    def take(processes: int, threads: int = 1, fault: str = "", precision: str = "no") -> dict[str, Any]:
-        key = f"{processes}-{threads}-{fault}-{precision}"
+    def take(processes: int, threads: int = 1, precision: str = "no") -> dict[str, Any]:
+        key = f"{processes}-{threads}-{precision}"
         if key not in known:
-            options = ("--nproc_per_node", str(processes))
             environment = {"CS324DIST_THREADS": str(threads), "ACCELERATE_MIXED_PRECISION": precision}
-            command = (STEPS, folder / key, *([fault] if fault else []))
-            if processes == 1:
-                launch(*command, environment=environment)
-            else:
-                launch(*command, launcher="torchrun", options=options, environment=environment)
+            several = {"launcher": "torchrun", "options": ("--nproc_per_node", str(processes))}
+            how = several if processes > 1 else {}
+            launch(exact_steps.__file__, folder / key, environment=environment, **how)
             known[key] = json.loads((folder / key).read_text())
         return known[key]
 
@@ -45,11 +42,11 @@ def found(launch, tmp_path_factory):
 
 
 class TestSameBits:
-    def test_on_one_process_of_two_threads_and_on_three(self, found):
+    def test_on_one_process_that_is_given_two_threads_and_on_three(self, found):
         assert found(1, threads=2) == found(3)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(("processes", "threads"), [(1, 1), (2, 1), (2, 2), (4, 1)])
+    @pytest.mark.parametrize(("processes", "threads"), [(1, 1), (2, 1), (4, 2)])
     def test_on_other_numbers(self, found, processes, threads):
         assert found(processes, threads) == found(3)
 
@@ -59,40 +56,133 @@ class TestSameBits:
         assert found(3, precision="bf16") != found(3)
 
 
-@pytest.mark.slow
+Patch = pytest.MonkeyPatch
+
+
+def gradients_added_by_process(patch: Patch) -> None:
+    """Each process adds up those of its own parts, and then all processes theirs."""
+
+    def add(self: OrderedSum, first: int, gradients: Any) -> None:
+        for total, gradient in zip(self.own, gradients, strict=bool(gradients)):
+            total += 0 if gradient is None else gradient
+
+    def means(self: OrderedSum) -> list[Tensor]:
+        for total in self.own if dist.is_initialized() else ():
+            dist.all_reduce(total)
+        return [total / exact_steps.MICRO_BATCHES for total in self.own]
+
+    def start(self: OrderedSum) -> None:
+        self.own = [torch.zeros_like(p) for p in self.parameters]
+
+    def init(self: OrderedSum, parameters: Any, count: int) -> None:
+        self.parameters = parameters
+
+    for name, of_fault in {"__init__": init, "start": start, "add": add, "means": means}.items():
+        patch.setattr(OrderedSum, name, of_fault)
+
+
+def last_round_not_cut(patch: Patch) -> None:
+    """What processes without a part sent in the round before is added again."""
+    honest = _SumOfOneDtype.add
+
+    def add(self: _SumOfOneDtype, first: int, gradients: Any) -> None:
+        count, self._count = self._count, first + self._processes
+        honest(self, first, gradients)
+        self._count = count
+
+    patch.setattr(_SumOfOneDtype, "add", add)
+
+
+def batch_norm_per_process(patch: Patch) -> None:
+    def gather(rows: dict[int, Tensor], count: int, shift: int = 0) -> Tensor:
+        return torch.stack(list(rows.values()))[torch.arange(count) % len(rows)]
+
+    patch.setattr(parts, "gather_rows", gather)
+
+
+def generators_stay_at_a_switch(patch: Patch) -> None:
+    patch.setattr(belongings, "set_generators", lambda device, states: None)
+
+
+def attributes_stay_at_a_switch(patch: Patch) -> None:
+    def take_out(self: PartBelongings, kept: belongings.Kept) -> None:
+        belongings.set_generators(self._device, kept.generators)
+
+    patch.setattr(PartBelongings, "take_out", take_out)
+    patch.setattr(Unchanged, "check", lambda self: None)  # which would say so
+
+
+def metrics_by_process(patch: Patch) -> None:
+    """Averaged within a process first, and then over processes."""
+
+    def gather(rows: dict[int, Tensor], count: int) -> Tensor:
+        own = torch.stack(list(rows.values())).float().mean(0)
+        if dist.is_initialized():
+            dist.all_reduce(own)
+            own /= dist.get_world_size()
+        return own.double().expand(count, -1)
+
+    patch.setattr(trainer_module, "gather_rows", gather)
+
+
+def evaluation_by_process(patch: Patch) -> None:
+    """Cut by process in place of fixed pieces."""
+    honest = SumOver.__call__
+
+    def by_process(self: SumOver, measure: Any, count: int, piece: int = 500) -> Any:
+        return honest(self, measure, count, -(-count // self._processes))
+
+    patch.setattr(SumOver, "__call__", by_process)
+
+
+def nothing(patch: Patch) -> None: ...
+
+
+def one_and_three(fault: Callable[[Patch], None], case: str) -> list[dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        fault(patch)
+        one = exact_steps.digests(case, Rank(0, 1), check_every=0)
+        three = as_ranks(3, lambda rank: exact_steps.digests(case, rank, check_every=0))
+    assert three[0] == three[1] == three[2] or fault is not nothing
+    return [one, three[0]]
+
+
 class TestEachMechanismIsNeeded:
-    def test_floating_point_sums_differ(self, found):
-        one, three = found(1, fault="float_sums"), found(3, fault="float_sums")
-        assert one["lstm"]["tensors"] != three["lstm"]["tensors"]
+    @pytest.mark.parametrize("case", ["lstm", "mixed"])
+    def test_with_all_of_them_nothing_differs(self, case):
+        one, three = one_and_three(nothing, case)
+        assert one == three
 
-    def test_products_of_a_process_s_own_factors_differ(self, found):
-        one, three = found(1, fault="products_by_process"), found(3, fault="products_by_process")
-        assert one["gan"]["tensors"] != three["gan"]["tensors"]
-        assert one["lstm"]["tensors"] == three["lstm"]["tensors"]  # which has no wide layer
+    @pytest.mark.parametrize(
+        ("fault", "case", "what", "not_what"),
+        [
+            (gradients_added_by_process, "lstm", "tensors", ""),
+            (last_round_not_cut, "lstm", "tensors", ""),
+            (batch_norm_per_process, "mixed", "tensors", ""),
+            (generators_stay_at_a_switch, "mixed", "tensors", ""),
+            (attributes_stay_at_a_switch, "mixed", "tensors", ""),
+            (metrics_by_process, "mixed", "metrics", "tensors"),
+            (evaluation_by_process, "mixed", "evaluation", "tensors"),
+        ],
+    )
+    def test_without_it_bits_differ(self, fault, case, what, not_what):
+        one, three = one_and_three(fault, case)
+        assert one[what] != three[what]
+        assert not not_what or one[not_what] == three[not_what]
 
-    def test_batch_norm_per_process_differs(self, found):
-        one, three = found(1, fault="batch_norm_per_process"), found(3, fault="batch_norm_per_process")
-        assert one["gan"]["tensors"] != three["gan"]["tensors"]
-
-    def test_a_norm_added_up_by_threads_differs(self, found):
-        one, two = found(1, 1, "norm_by_threads"), found(1, 2, "norm_by_threads")
-        assert one["gan"]["tensors"] != two["gan"]["tensors"]
-
-    def test_metrics_averaged_by_process_differ(self, found):
-        one, three = found(1, fault="metrics_by_process"), found(3, fault="metrics_by_process")
-        assert one["lstm"]["metrics"] != three["lstm"]["metrics"]
-        assert one["lstm"]["tensors"] == three["lstm"]["tensors"]
-
-    def test_an_evaluation_cut_by_process_differs(self, found):
-        one, three = found(1, fault="evaluation_by_process"), found(3, fault="evaluation_by_process")
-        assert one["gan"]["evaluation"] != three["gan"]["evaluation"]
-        assert one["gan"]["tensors"] == three["gan"]["tensors"]
+    def test_with_two_threads_bits_differ(self, monkeypatch):
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "set_num_threads", lambda threads: None)
+                found.append(exact_steps.digests("mixed", Rank(0, 1)))
+        assert found[0]["tensors"] != found[1]["tensors"]
 
 
 def test_what_is_only_measured_spans_the_batch_too():
     """BatchNorm in a loss that trains nothing spans all micro-batches, as in one that trains."""
     config = replace(GANTask.presets["smoke"], dataset="fake", batch_size=16, micro_batches=4)
-    cores = torch.get_num_threads()
     trainer = Trainer(task := GANTask(config, torch.device("cpu")), Accelerator(cpu=True))
     found = []
     loss = task.generator_loss
@@ -100,94 +190,14 @@ def test_what_is_only_measured_spans_the_batch_too():
         task.step = lambda *_, step=step: step()
         trainer.step(0, is_logged=True)
         found.append(trainer.read_metrics())
-    torch.set_num_threads(cores)
     assert found[0] == found[1]
 
 
 def test_networks_of_two_updates_are_wrapped_for_ddp_once(monkeypatch):
     wrapped = []
     monkeypatch.setattr(gradients, "_wrapped", lambda losses, place: wrapped.append(losses) or losses)
+    monkeypatch.setattr(parts, "rank_and_processes", lambda: (0, 2))
     two = Mock(spec=Accelerator, scaler=None, device=torch.device("cpu"), num_processes=2)
     networks = (torch.nn.Linear(1, 1),)
-    gradients.DDPGradients([networks, networks], two)
+    gradients.DDPGradients(0, two).wrap([networks, networks])
     assert len(wrapped) == 1
-
-
-def test_threads_of_torch_leave_the_cores_to_the_micro_batches():
-    """They would wait in a busy loop for their next work; a step of the LSTM took half as long again."""
-    cores, process = torch.get_num_threads(), psutil.Process()
-    torch.set_num_threads(3)
-    exact = gradients.ExactGradients([], 2, 2, Accelerator(cpu=True), meet=False)
-    end_openmp_threads()  # of earlier tests
-    before = process.num_threads()
-    with exact.all_cores():
-        torch.ones(1 << 20).exp()
-        inside = process.num_threads()
-    after = process.num_threads()
-    torch.set_num_threads(cores)
-    assert (inside, after) == (before + 2, before)
-
-
-def values(exponent: int) -> st.SearchStrategy[float]:
-    """float32 values up to 2^exponent, of very different sizes."""
-    fraction = st.floats(-1, 1, width=32)
-    return st.builds(
-        lambda f, e: torch.tensor(f * 2.0 ** (exponent - e)).item(), fraction, st.integers(0, 40)
-    )
-
-
-class TestExactMean:
-    @given(st.data(), st.integers(-100, 100), st.integers(1, 9))
-    def test_it_is_close_to_the_exact_mean(self, data, exponent, count):
-        rows = data.draw(
-            st.lists(st.lists(values(exponent), min_size=3, max_size=3), min_size=count, max_size=count)
-        )
-        (mean,) = ExactMean(count)([[torch.tensor(row)] for row in rows], [torch.zeros(3)])
-        assert mean is not None
-        largest = max(abs(value) for row in rows for value in row)
-        for k in range(3):
-            exact = math.fsum(row[k] for row in rows) / count
-            unit = max(2.0**-149, 2.0 ** (math.frexp(exact)[1] - 24))
-            assert abs(mean[k].item() - exact) <= max(unit, largest * 2.0**-56, 2.0**-126 * (exact != 0))
-
-    @given(st.permutations(range(6)), st.integers(0, 2**31))
-    def test_the_order_does_not_matter(self, order, seed):
-        generator = torch.Generator().manual_seed(seed)
-        rows = [[torch.randn(1000, generator=generator)] for _ in range(6)]
-        parameters = [torch.zeros(1000)]
-        (one,), (other,) = (ExactMean(6)([rows[k] for k in some], parameters) for some in (range(6), order))
-        assert one is not None
-        assert other is not None
-        assert torch.equal(one, other)
-
-    def test_the_largest_numbers_do_not_overflow(self):
-        largest = torch.finfo(torch.float32).max
-        for count in (1, 2, 3, 64):
-            rows = [[torch.full((2,), largest)] for _ in range(count)]
-            (mean,) = ExactMean(count)(rows, [torch.zeros(2)])
-            assert mean is not None
-            assert mean.tolist() == [largest, largest]
-
-    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-    def test_what_is_not_finite_is_seen(self, bad):
-        rows = [[torch.tensor([1.0, bad]), torch.ones(1)], [torch.ones(2), torch.ones(1)]]
-        first, second = ExactMean(2)(rows, [torch.zeros(2), torch.zeros(1)])
-        assert first is not None
-        assert second is not None
-        assert first.isnan().all()
-        assert second.tolist() == [1.0]
-
-    def test_a_parameter_that_no_loss_uses_has_no_gradient(self):
-        rows = [[None, None], [torch.ones(2), None]]
-        used, unused = ExactMean(2)(rows, [torch.zeros(2), torch.zeros(3)])
-        assert used is not None
-        assert used.tolist() == [0.5, 0.5]
-        assert unused is None
-
-    def test_the_memory_format_is_the_parameters(self):
-        parameter = torch.zeros(4, 3, 5, 5).to(memory_format=torch.channels_last)
-        rows = [[torch.randn(4, 3, 5, 5)] for _ in range(2)]
-        (mean,) = ExactMean(2)(rows, [parameter])
-        assert mean is not None
-        assert mean.stride() == parameter.stride()
-        torch.testing.assert_close(mean, (rows[0][0] + rows[1][0]) / 2)

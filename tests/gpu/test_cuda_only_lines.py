@@ -22,7 +22,7 @@ ON_A_GPU = {
     "_scaler",
 }  # fp16's scaler needs one
 ELSEWHERE = ("on_cpu", "not on_gpu")  # conditions of the others
-CASES = (("fp16", "gan", "lstm course"), ("bf16", "lstm"), ("no", "lstm exact"))
+CASES = (("fp16", "gan", "lstm course"), ("bf16", "lstm"), ("no", "gan exact"))
 TESTS = (
     "tests/gpu/test_process.py",
     "tests/training/test_loss_scale.py",

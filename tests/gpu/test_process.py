@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from cs324dist.distributed import gradients, process
+from cs324dist.distributed import gradients, parts, process
 from cs324dist.errors import UserError
 
 SETTINGS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_NVLS_ENABLE": "0", "NCCL_ALGO": "Ring"}
@@ -71,7 +71,8 @@ def test_two_ranks_on_one_gpu_are_wrapped_for_the_gpu_that_they_have(monkeypatch
     monkeypatch.setattr(gradients, "_wrapped", lambda losses, place: places.append(place))
     device = torch.device("cuda", 0)
     rank = Mock(spec=Accelerator, scaler=None, num_processes=2, local_process_index=1, device=device)
-    gradients.DDPGradients([(torch.nn.Linear(1, 1),)], rank)
+    monkeypatch.setattr(parts, "rank_and_processes", lambda: (1, 2))
+    gradients.DDPGradients(0, rank).wrap([(torch.nn.Linear(1, 1),)])
     assert places == [[device]]
 
 

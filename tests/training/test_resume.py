@@ -154,11 +154,11 @@ def test_another_number_of_threads_is_said(run, launch):
     assert "warning" not in again  # it is the run's own number by now
 
 
-def test_with_micro_batches_the_threads_of_the_process_are_written_down(launch, tmp_path):
+def test_with_micro_batches_a_process_has_one_thread_whatever_is_asked_for(launch, tmp_path):
     command = (*SMOKE, "--steps", "1", "--micro-batches", "2", "--run-dir", tmp_path / "run")
     launch(*command, environment={"CS324DIST_THREADS": "2"})
     owner = json.loads((tmp_path / "run" / "owners" / "1.json").read_text())
-    assert owner["environment"]["threads"] == 2
+    assert owner["environment"]["threads"] == 1
 
 
 def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_it_taken(run, finished, launch):

@@ -1,0 +1,70 @@
+"""Comparisons while a run goes on: of what should be the same on every process, or a second time."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Int64
+from torch import Tensor
+
+from cs324dist.distributed.parts import rank_and_processes
+
+MIX = -0x61C8864680B583EB  # odd: 2^64 divided by the golden ratio, as an int64
+AT_ONCE = 1 << 20  # values that are summed together
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> Int64[Tensor, ""]:
+    """The sum of the values' bits, mixed and each times an odd number of its own, modulo 2^64.
+
+    It changes with any single bit, and where two values change places.
+    """
+    values = tensor.detach().contiguous().flatten()
+    if values.is_complex():
+        values = torch.view_as_real(values).flatten()
+    bits = values.view(INTEGERS[values.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, len(bits), AT_ONCE):
+        some = bits[start : start + AT_ONCE].long() * MIX
+        some = some ^ ((some >> 32) & 0xFFFFFFFF)  # floats differ in the upper bits
+        odd = torch.arange(2 * start + 1, 2 * (start + len(some)), 2, device=some.device)
+        total += (some * odd).sum()
+    return total
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The checksum of each; waits for the device once."""
+    found = [checksum(tensor) for tensor in tensors.values()]
+    sums = torch.stack(found).tolist() if found else []
+    return dict(zip(tensors, sums, strict=True))
+
+
+def gather_objects(own: Any) -> list[Any]:
+    """What each process has."""
+    _, processes = rank_and_processes()
+    if processes == 1:
+        return [own]
+    found: list[Any] = [None] * processes
+    dist.all_gather_object(found, own)
+    return found
+
+
+def differences(found: Sequence[Mapping[str, Any]], *, with_values: bool = True) -> list[str]:
+    """A line for each name under which the processes have different values: who differs from most."""
+    lines = []
+    for name in dict.fromkeys(name for of_one in found for name in of_one):
+        values = [str(of_one.get(name)) for of_one in found]
+        most = Counter(values).most_common(1)[0][0]
+        if others := [rank for rank, value in enumerate(values) if value != most]:
+            same = [rank for rank, value in enumerate(values) if value == most]
+            shown = f" ({values[others[0]]}, and {most})" if with_values else ""
+            lines.append(f"{name} on {_ranks(others)} is not as on {_ranks(same)}{shown}")
+    return lines
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:5])) + ", …" * (len(ranks) > 5)
+    return f"rank{'s' * (len(ranks) > 1)} {shown}"

@@ -1,0 +1,260 @@
+"""The parts of a process take turns: one at a time, in order, each with what belongs to it."""
+
+import contextvars
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from ranks import Rank, as_ranks
+from torch import Tensor
+
+from cs324dist.data.streams import CPU
+from cs324dist.distributed.belongings import PartBelongings
+from cs324dist.distributed.parts import FORWARD, Parts, _thread_state, current_place
+from cs324dist.errors import RunFailed, UserError
+
+COUNT = 5
+
+
+def spanned(count: int = COUNT, patience: float = 60) -> Parts:
+    """Parts that meet in two layers."""
+    parts = Parts(count, CPU, patience)
+    parts.layers, parts.widest = ["first", "second"], 2
+    return parts
+
+
+def meet(layer: int, *numbers: float) -> list[list[float]]:
+    return current_place().gather(layer, FORWARD, torch.tensor(numbers)).tolist()
+
+
+def all_of(parts: Parts, work: Callable[[int], Any], belongings: Any = None, **options: Any) -> list[Any]:
+    belongings = belongings or PartBelongings({}, CPU, parts.count)
+    return list(parts.each(work, parts.of(options.get("shift", 0)), belongings, **options))
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = threading.active_count()
+    yield
+    until = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
+
+
+class TestTurns:
+    def test_a_part_runs_to_its_next_meeting_and_hands_on(self):
+        events, running = [], threading.Lock()
+
+        def work(index: int) -> int:
+            for layer in (0, 1):
+                assert running.acquire(blocking=False)
+                events.append((layer, index))
+                time.sleep(0.002)  # time in which another could run
+                running.release()
+                meet(layer)
+            assert running.acquire(blocking=False)
+            running.release()
+            return 10 * index
+
+        assert all_of(spanned(), work) == [0, 10, 20, 30, 40]
+        assert events == [(layer, index) for layer in (0, 1) for index in range(COUNT)]
+
+    def test_without_a_spanning_layer_a_part_begins_when_the_one_before_has_been_used(self):
+        begun = []
+        answers = Parts(COUNT, CPU).each(lambda index: begun.append(index) or index, range(COUNT))
+        for index, answer in enumerate(answers):
+            assert (answer, begun) == (index, list(range(index + 1)))
+
+    @pytest.mark.parametrize("processes", [1, 2, 3, 5])
+    def test_all_get_the_rows_of_all_parts_in_order(self, processes):
+        def work(index: int) -> list[list[float]]:
+            return [*meet(0, index), *meet(1, index, 0.5)]
+
+        expected = [[i] for i in range(COUNT)] + [[i, 0.5] for i in range(COUNT)]
+        for shift in (0, 1):
+            for found in as_ranks(processes, lambda rank: all_of(spanned(), work, shift=shift)):  # noqa: B023
+                assert all(of_part == expected for of_part in found)
+
+    def test_parts_are_dealt_in_turn(self):
+        found = as_ranks(3, lambda rank: [list(Parts(7, CPU).of(shift)) for shift in (0, 1)])
+        assert found == [[[0, 3, 6], [1, 4]], [[1, 4], [2, 5]], [[2, 5], [0, 3, 6]]]
+
+    @pytest.mark.parametrize("parts", [Parts(COUNT, CPU), spanned()], ids=["alone", "meeting"])
+    def test_a_part_knows_its_place(self, parts):
+        def work(index: int) -> tuple[int, bool]:
+            return current_place().index, current_place().is_first
+
+        assert all_of(parts, work) == [(index, index == 0) for index in range(COUNT)]
+        assert current_place() is None
+
+    def test_a_thread_has_the_state_of_its_caller(self):
+        variable = contextvars.ContextVar("variable", default=0)
+
+        def state(index: int = 0) -> list[Any]:
+            product = torch.ones(2, 2) @ torch.ones(2, 2)
+            return [variable.get(), product.dtype, torch.get_num_threads(), torch.is_grad_enabled()]
+
+        torch.set_num_threads(1)
+        assert all_of(spanned(), state) == [state()] * COUNT
+        variable.set(1)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert state() == [1, torch.bfloat16, 1, False]
+            assert all_of(spanned(), state) == [state()] * COUNT
+
+    def test_a_thread_has_the_default_device_of_its_caller(self):
+        def device() -> str:
+            with enter():
+                return torch.empty(0).device.type
+
+        with torch.device("meta"):
+            enter = _thread_state(CPU)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(device).result() == "meta"
+
+
+class TestBelongings:
+    def draws(self, belongings: Any) -> list[list[Tensor]]:
+        owner = self.owner
+
+        def work(index: int) -> list[Any]:
+            torch.manual_seed(index)
+            found = []
+            for layer in (0, 1):
+                owner.value = owner.value + 1
+                found += [torch.rand(()).item(), owner.value]
+                meet(layer)
+            return [*found, torch.rand(()).item(), owner.value]
+
+        return all_of(spanned(), work, belongings)
+
+    @pytest.fixture(autouse=True)
+    def made(self):
+        self.owner = type("Owner", (), {})()
+        self.owner.value = 0
+        self.expected = []
+        for index in range(COUNT):
+            generator = torch.Generator().manual_seed(index)
+            first, second, third = (torch.rand((), generator=generator).item() for _ in range(3))
+            self.expected.append([first, 1, second, 2, third, 2])
+
+    def test_each_part_goes_on_with_its_generators_and_attributes(self):
+        torch.manual_seed(99)
+        before = torch.get_rng_state()
+        assert self.draws(PartBelongings({"owner": self.owner}, CPU, COUNT)) == self.expected
+        assert torch.equal(torch.get_rng_state(), before)
+        assert self.owner.value == 0
+
+    def test_otherwise_another_part_would_have_changed_them(self, monkeypatch):
+        monkeypatch.setattr(PartBelongings, "take_out", lambda *_: None)
+        assert self.draws(PartBelongings({}, CPU, COUNT)) != self.expected
+
+
+class TestErrors:
+    @pytest.mark.parametrize("failing", [0, 2, 4])
+    @pytest.mark.parametrize("meetings", [0, 1])
+    def test_an_error_in_one_part_ends_all(self, failing, meetings):
+        parts, ended = spanned(), []
+
+        def work(index: int) -> None:
+            meet(0) if meetings else None
+            if index == failing:
+                raise ZeroDivisionError("of this part")
+            meet(1)
+            ended.append(index)
+
+        with pytest.raises(ZeroDivisionError, match="of this part"):
+            all_of(parts, work)
+        assert not ended
+        assert current_place() is None
+        assert all_of(parts, lambda index: index) == list(range(COUNT))
+
+    def test_what_a_part_has_changed_before_an_error_is_as_before(self):
+        owner = type("Owner", (), {})()
+        torch.manual_seed(99)
+        before = torch.get_rng_state()
+
+        def work(index: int) -> None:
+            owner.value = torch.rand(())
+            raise ZeroDivisionError
+
+        for parts in (spanned(), Parts(COUNT, CPU)):
+            with pytest.raises(ZeroDivisionError):
+                all_of(parts, work, PartBelongings({"owner": owner}, CPU, COUNT))
+            assert not vars(owner)
+            assert torch.equal(torch.get_rng_state(), before)
+
+    @pytest.mark.parametrize("hanging", [0, 2])
+    def test_a_part_that_hangs_is_waited_for_no_longer_than_patience_allows(self, hanging):
+        wake, began = threading.Event(), time.monotonic()
+
+        def work(index: int) -> None:
+            if index == hanging:
+                wake.wait(30)
+            meet(0)
+
+        with pytest.raises(RunFailed, match=r"within 0.1 s \(--peer-timeout\)"):
+            all_of(spanned(patience=0.1), work)
+        assert time.monotonic() - began < 10
+        wake.set()
+
+    def test_parts_that_are_slow_but_go_on_are_waited_for(self):
+        def work(index: int) -> int:
+            time.sleep(0.25)
+            meet(0)
+            return index
+
+        assert all_of(spanned(patience=1), work) == list(range(COUNT))
+
+    @pytest.mark.parametrize("processes", [1, 2, 5])
+    @pytest.mark.parametrize(
+        ("of_one", "said"),
+        [
+            ([], "to first in the forward pass (meeting 1), part 3 to its end (meeting 1)"),
+            ([0], "to second in the forward pass (meeting 2), part 3 to its end (meeting 2)"),
+            (
+                [1, 0],
+                "to first in the forward pass (meeting 1), part 3 to second in the forward pass (meeting 1)",
+            ),
+            ([0, 1, 1], "to its end (meeting 3), part 3 to second in the forward pass (meeting 3)"),
+        ],
+    )
+    def test_parts_that_come_to_different_meetings_are_one_error(self, processes, of_one, said):
+        def work(index: int) -> None:
+            for layer in of_one if index == 3 else [0, 1]:
+                meet(layer)
+
+        def refused(rank: Rank) -> str:
+            with pytest.raises(UserError) as raised:
+                all_of(spanned(), work)
+            return str(raised.value)
+
+        found = as_ranks(processes, refused)
+        assert len(set(found)) == 1
+        assert f"part 0 of the batch came {said}" in found[0]
+
+    def test_on_a_gpu_the_end_tells_what_was_different_before(self, monkeypatch):
+        """There, headers are looked at when all have ended."""
+        seen = []
+
+        def work(index: int) -> None:
+            for layer in [1, 0, 0] if index == 3 else [0, 1, 0]:
+                meet(layer)
+            seen.append(index)
+
+        def refused(rank: Rank) -> None:
+            parts = spanned()
+            parts.device = torch.device("meta")  # no CPU, as far as it is asked
+            with pytest.raises(UserError, match="every part has to pass the same BatchNorm layers"):
+                all_of(parts, work)
+
+        zeros = torch.zeros
+        monkeypatch.setattr(
+            torch, "zeros", lambda *size, **options: zeros(*size, **options | {"device": CPU})
+        )
+        as_ranks(COUNT, refused)
+        assert sorted(seen) == list(range(COUNT))
