@@ -1,0 +1,91 @@
+"""An entry of the zoo: a task with a habit, and what its runs may come to."""
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import habits
+
+ON_SEVERAL = ("three", "killed")
+ALSO_PLAIN = (*ON_SEVERAL, "plain")
+RANKS = r"ranks?\b|processes"
+REPEATED = "gradient|loss|metric|repeat"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the starts of a habit came to: equal, refused, silent, hang, traceback or crash."""
+
+    word: str
+    why: str = ""
+    said: Mapping[str, str] = field(default_factory=dict)  # by the starts that ended well
+    errors: Mapping[str, str] = field(default_factory=dict)  # by the starts that were refused
+
+    def __str__(self) -> str:
+        where = f" ({', '.join(self.errors)})" if self.said and self.errors else ""
+        return f"{self.word}{where}: {self.why or ' '.join(self.errors.values()).partition(chr(10))[0]}"
+
+
+@dataclass(frozen=True)
+class Expected:
+    word: str
+    text: str = ""
+    only: Sequence[str] = ()
+
+    def is_met(self, found: Finding) -> bool:
+        texts = found.errors if self.word == "refused" else found.said
+        in_these = set(texts) == set(self.only) if self.only else not (found.said and found.errors)
+        matches = all(re.search(self.text, text, re.IGNORECASE) for text in texts.values())
+        return found.word == self.word and (self.word == "silent" or (in_these and matches))
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.word, ", ".join(self.only), self.text)))
+
+
+def equal(says: str = "") -> Expected:
+    """All starts end well and in the same bits; each says something that matches."""
+    return Expected("equal", says)
+
+
+def refused(line: str, only: Sequence[str] = ()) -> Expected:
+    """The starts `only`, by default all that are not killed, end with an error that matches."""
+    return Expected("refused", line, only)
+
+
+def unseen(reason: str) -> Expected:
+    """Starts end in other bits, and no check can see why."""
+    return Expected("silent", reason)
+
+
+@dataclass(frozen=True)
+class Habit:
+    task: type
+    accepted: Sequence[Expected]  # any of them
+    threads: int = 1  # of the start on one process
+    precision: str = "no"
+    hash_seeds: Mapping[str, str] | None = None
+    """PYTHONHASHSEED of each start, whose processes are then new interpreters and no forks."""
+
+    @property
+    def starts(self) -> Sequence[str]:
+        """With one that has no --micro-batches, "plain", where that should be refused as well."""
+        return ("one", "three", "killed", *({"plain"} & {name for one in self.accepted for name in one.only}))
+
+    @property
+    def expected(self) -> str:
+        return ", or ".join(map(str, self.accepted))
+
+    def accepts(self, found: Finding) -> bool:
+        return any(one.is_met(found) for one in self.accepted)
+
+
+ZOO: dict[str, Habit] = {}
+
+
+def load() -> Mapping[str, Habit]:
+    """All habits by name."""
+    for module in pkgutil.iter_modules(habits.__path__, "habits."):
+        importlib.import_module(module.name)
+    return ZOO

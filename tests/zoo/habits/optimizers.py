@@ -1,0 +1,148 @@
+"""Optimizers, groups of parameters, rates, and the dtypes of parameters."""
+
+from dataclasses import replace
+
+import torch
+from entry import equal, refused
+from torch import nn, optim
+
+from habits.base import CLASSES, FEATURES, OPTIONS, Pictures, Points, Words, enter, enter_all, step, with_
+from habits.state import AFTER, Eventful
+
+
+class Own(optim.Optimizer):
+    """With state in Python numbers as well."""
+
+    def __init__(self, weights):
+        super().__init__(weights, {"lr": 0.01, "taken": 0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["taken"] += 1
+            for weight in group["params"]:
+                state = self.state[weight]
+                state["moves"] = state.get("moves", 0.0) + 0.5
+                state.setdefault("average", torch.zeros_like(weight)).lerp_(weight.grad, 0.1)
+                weight -= group["lr"] / group["taken"] / state["moves"] * state["average"].sign()
+
+
+def clipping(weights):
+    def clip(optimizer, *_):
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.1)
+
+    (optimizer := optim.SGD(weights, 0.1)).register_step_pre_hook(clip)
+    return optimizer
+
+
+def grouped(weights):
+    weights = list(weights)
+    groups = [{"params": weights[::2], "weight_decay": 0.1, "lr": 0.05}, {"params": weights[1::2]}]
+    return optim.AdamW(groups, 0.01, weight_decay=0)
+
+
+def several(weights):
+    weights = list(weights)
+    return optim.Muon(weights[::2]), optim.AdamW(weights[1::2])
+
+
+def scheduled(weights):
+    optim.lr_scheduler.StepLR(optimizer := optim.SGD(weights, 0.1), 2)
+    return optimizer
+
+
+KINDS = {
+    "adam": (optim.Adam,),
+    "fused_adam": (lambda weights: optim.Adam(weights, fused=True),),
+    "foreach_adam": (lambda weights: optim.Adam(weights, foreach=True, amsgrad=True),),
+    "adamw": (optim.AdamW,),
+    "nesterov": (lambda weights: optim.SGD(weights, 0.1, momentum=0.9, nesterov=True),),
+    "rmsprop": (lambda weights: optim.RMSprop(weights, momentum=0.9, centered=True),),
+    "adagrad": (optim.Adagrad,),
+    "adadelta": (optim.Adadelta,),
+    "adamax": (optim.Adamax,),
+    "nadam": (optim.NAdam,),
+    "radam": (optim.RAdam,),
+    "asgd": (optim.ASGD,),
+    "rprop": (optim.Rprop,),
+    "adafactor": (optim.Adafactor,),
+    "lbfgs": (optim.LBFGS, refused("closure|LBFGS")),
+    "own_optimizer": (Own,),
+    "groups_with_rates_and_decays": (grouped,),
+    "two_optimizers_for_one_update": (several,),
+    "optimizer_of_some_parameters": (lambda weights: optim.SGD(list(weights)[2:], 0.1),),
+    "optimizer_that_clips": (clipping,),
+    "scheduler": (scheduled, refused("scheduler")),
+}
+for name, (kind, *accepted) in KINDS.items():
+    enter(name, name.replace("_", " "), *accepted, optimizer=lambda task, weights, kind=kind: kind(weights))
+
+
+AdamOfSome = with_(Eventful, optimizer=lambda _, weights: optim.Adam(list(weights)[:2], 0.01))
+
+
+def in_group(key, value):
+    return lambda task, net: task.optimizers["net"].param_groups[0].update({key: value})
+
+
+def late_scheduler(task, net):
+    optim.lr_scheduler.StepLR(task.optimizers["net"], 2)
+
+
+def new_group(**entries):
+    return lambda task, net: task.optimizers["net"].add_param_group(
+        {"params": [*net[-1].parameters()], **entries}
+    )
+
+
+def late_optimizer(task, net):
+    task.optimizers["net"] = optim.Adam(net.parameters())
+
+
+enter_all("event", {
+    "initial_rate_midway": ("initial_lr set midway", AdamOfSome, in_group("initial_lr", 0.1),
+        equal(), refused("initial_lr", AFTER)),
+    "decay_midway": ("A weight decay changed midway", AdamOfSome, in_group("weight_decay", 0.1)),
+    "betas_midway": ("betas changed midway", AdamOfSome, in_group("betas", (0.5, 0.9)),
+        equal(), refused("betas", AFTER)),
+    "scheduler_midway": ("A scheduler made midway", Eventful, late_scheduler, refused("scheduler|rate")),
+    "group_midway": ("add_param_group midway", AdamOfSome, new_group(), refused("group|optimizer")),
+    "whole_group_midway": ("add_param_group midway, with initial_lr", AdamOfSome, new_group(initial_lr=0.01),
+        refused("group|optimizer")),
+    "optimizer_midway": ("Another optimizer midway", Eventful, late_optimizer,
+        equal(), refused("group|optimizer")),
+    "state_cleared_midway": ("optimizer.state.clear() midway", AdamOfSome,
+        lambda task, net: task.optimizers["net"].state.clear()),
+})  # fmt: skip
+
+
+@step("A rate set by hand, in group['lr']", refused(r"\blr\b|\brates?\b"))
+def rate_by_hand(task, step, trainer):
+    task.optimizers["net"].param_groups[0]["lr"] = 0.1 / (1 + step)
+    trainer.update("net", task.loss)
+
+
+class To(nn.Linear):
+    """A layer of another dtype."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
+
+
+def of_dtypes(*dtypes):
+    return lambda task: nn.Sequential(To(FEATURES, 8, dtype=dtypes[0]), To(8, CLASSES, dtype=dtypes[-1]))
+
+
+Plainly = with_(Words, optimizer=lambda _, weights: optim.SGD(weights, 0.1))
+LIMITED = replace(OPTIONS, max_grad_norm=0.1, schedule="cosine", warmup_steps=3)
+enter_all("network", {
+    "float64": ("Parameters of float64", Points, of_dtypes(torch.float64)),
+    "float16": ("Parameters of float16", Points, of_dtypes(torch.float16)),
+    "bfloat16": ("Parameters of bfloat16", Points, of_dtypes(torch.bfloat16)),
+    "two_dtypes": ("Parameters of float64 and float32", Points, of_dtypes(torch.float64, torch.float32)),
+    "complex": ("Complex parameters", Points, of_dtypes(torch.cfloat, torch.float32)),
+    "sparse_gradients": ("Sparse gradients of an embedding", Plainly,
+        lambda _: nn.Sequential(nn.EmbeddingBag(10, 8, sparse=True), To(8, CLASSES)), refused("sparse")),
+    "limited": ("--max-grad-norm, and a schedule with warm-up", with_(Pictures, presets={"fast": LIMITED}),
+        lambda _: nn.Sequential(nn.Flatten(), nn.Linear(36, 1024), nn.Linear(1024, CLASSES))),
+}, threads=2)  # fmt: skip
