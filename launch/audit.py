@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from cs324dist import fix_hash_seed
 from cs324dist.audit import audit
 from cs324dist.command_line import parse
 from cs324dist.config import POSITIONAL, Count
@@ -38,6 +39,7 @@ class Audit:
 
 
 if __name__ == "__main__":
+    fix_hash_seed()  # as it was in the run
     with errors_as_exit_codes():
         options = parse(Audit, __doc__)
         audit(options.run, options.task, options.intervals, options.from_start, options.data_root)
