@@ -329,6 +329,8 @@ def both_frozen(worker: Worker, case: Case, number: int) -> list[str]:
     problems = [f"the old owner: {problem}" for problem in strange_lines(old, CUT_OFF)]
     if new.code == STOPPED:
         new.go_on()
+    if any("was just taken by another process" in line for line in new.said):  # it had not claimed it yet
+        return problems + [f"the only owner: {problem}" for problem in ends_badly(case, old, worker.run)]
     problems += [f"the second owner: {problem}" for problem in ends_badly(case, new, worker.run)]
     return [f"{problem} (the second owner was frozen at {where})" for problem in problems]
 
