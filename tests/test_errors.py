@@ -118,6 +118,16 @@ with errors_as_exit_codes():
     assert (done.returncode, done.stderr) == (1, "error: no\n")
 
 
+def test_an_error_of_the_system_is_one_line_that_names_the_file():
+    code = """
+from cs324dist.errors import errors_as_exit_codes
+with errors_as_exit_codes():
+    open("/absent")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: /absent: No such file or directory\n")
+
+
 def test_a_run_that_failed_is_no_error_of_the_user():
     assert not issubclass(RunFailed, UserError)
     assert (UserError("a", "b").exit_code, RunFailed("a").exit_code) == (2, 1)
