@@ -73,7 +73,7 @@ def total_of_pieces(task, sum_over):
     return Evaluation({"right": sum(totals)})
 
 
-@evaluate("An evaluation on rank 0 alone")
+@evaluate("An evaluation on rank 0 alone", refused(RANKS, ON_SEVERAL))
 def evaluation_of_one_rank(task, sum_over):
     first = not dist.is_initialized() or dist.get_rank() == 0
     return Evaluation({"right": right_of_all(task) if first else 0.0})
