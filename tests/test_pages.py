@@ -62,6 +62,16 @@ def test_a_command_of_a_page_is_understood(command: str, monkeypatch: pytest.Mon
         }
         assert {word.partition("=")[0] for word in words[1:]} <= known
         return
+    if words[0] == "python" and (REPOSITORY / words[1] / "__main__.py").is_file():
+        help_text = subprocess.run(
+            [sys.executable, REPOSITORY / words[1], "--help"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        ).stdout
+        assert all(word in help_text for word in words if word.startswith("--"))
+        return
     if "--config_file" in words:
         assert (REPOSITORY / words[words.index("--config_file") + 1]).is_file()
     place = next((i for i, word in enumerate(words) if word.endswith((".py", ".sbatch"))), None)
