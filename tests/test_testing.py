@@ -21,7 +21,13 @@ class Mine(Task):
 main(Mine, None)
 """
 RANK = "int(os.environ.get('RANK', 0))"
-FACTORS = {"honest": "(1 + batch.index)", "by rank": f"(1 + {RANK})", "by process": "(os.getpid() % 9973)"}
+WORLD_SIZE = "int(os.environ.get('WORLD_SIZE', 1))"
+FACTORS = {
+    "honest": "(1 + batch.index)",
+    "by rank": f"(1 + {RANK})",
+    "by world size": f"(1 + {WORLD_SIZE})",
+    "by process": "(os.getpid() % 9973)",
+}
 
 
 @pytest.fixture
@@ -37,10 +43,16 @@ def task(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_task_that_looks_at_its_rank_is_found_out(task, tmp_path):
+def test_a_task_that_depends_on_the_number_of_processes_is_found_out(task, tmp_path):
     assert_same_on_one_process_and_three(task("honest"), tmp_path / "honest")
     with pytest.raises(AssertionError, match=r"differ in model/model.safetensors, line 1 of metrics.jsonl"):
-        assert_same_on_one_process_and_three(task("by rank"), tmp_path / "not")
+        assert_same_on_one_process_and_three(task("by world size"), tmp_path / "not")
+
+
+@pytest.mark.slow
+def test_a_task_that_looks_at_its_rank_fails_and_the_line_of_its_error_is_shown(task, tmp_path):
+    with pytest.raises(AssertionError, match=r"^it failed: error: in step 1, the loss of part \d of the batch"):
+        assert_same_on_one_process_and_three(task("by rank"), tmp_path / "runs")
 
 
 @pytest.mark.slow

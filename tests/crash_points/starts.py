@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -153,15 +154,20 @@ def prepare_to_fork(commands: Sequence[Command], folder: Path) -> None:
     sleep = time.sleep
     time.sleep = lambda seconds: sleep(min(seconds, 0.001))
     known = trainer.environment()  # asks git three times
-    trainer.environment = lambda processes, precision, compiled: replace(
+    trainer.environment = lambda processes, precision, compiled, commit=True: replace(
         known, processes=processes, precision=precision, compiled=compiled
     )
     for command in commands:
-        silent = os.dup(2)
-        os.dup2(os.memfd_create("said"), 2)
-        code = command.run(folder / "first")
-        os.dup2(silent, 2)
-        assert code == 0
+        with tempfile.TemporaryFile("w+b") as said:
+            silent = os.dup(2)
+            os.dup2(said.fileno(), 2)
+            try:
+                code = command.run(folder / "first")
+            finally:
+                os.dup2(silent, 2)
+            if code != 0:
+                said.seek(0)
+                sys.exit(f"{command.task}: ended with {code}: {said.read().decode()}")
         shutil.rmtree(folder / "first")
         AcceleratorState._reset_state(reset_partial_state=True)
     gc.collect()
