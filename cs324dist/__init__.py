@@ -11,8 +11,11 @@ if TYPE_CHECKING:
     from cs324dist.config import MUTABLE, BatchSize, Config, Count, Fraction, Positive
     from cs324dist.data.loader import loader
     from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream, seeded
+    from cs324dist.distributed.gradients import ExactGradients
+    from cs324dist.distributed.sum_over import SumOver
     from cs324dist.errors import UserError
     from cs324dist.metrics.accuracy import accuracy, count_correct
+    from cs324dist.run import Run
     from cs324dist.runs.models import load_model
     from cs324dist.runs.trained import load_generator, load_network
     from cs324dist.tasks.base import Evaluation, Task
@@ -21,17 +24,20 @@ _PLACES = {
     "config": ("MUTABLE", "BatchSize", "Config", "Count", "Fraction", "Positive"),
     "data.loader": ("loader",),
     "data.streams": ("MicroBatch", "ShuffledEpochs", "Stream", "seeded"),
+    "distributed.gradients": ("ExactGradients",),
+    "distributed.sum_over": ("SumOver",),
     "errors": ("UserError",),
     "metrics.accuracy": ("accuracy", "count_correct"),
+    "run": ("Run",),
     "runs.models": ("load_model",),
     "runs.trained": ("load_generator", "load_network"),
     "tasks.base": ("Evaluation", "Task"),
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
 __all__ = [
-    "MUTABLE", "BatchSize", "Config", "Count", "Evaluation", "Fraction", "MicroBatch", "Positive",
-    "ShuffledEpochs", "Stream", "Task", "UserError", "accuracy", "count_correct", "load_generator",
-    "load_model", "load_network", "loader", "main", "seeded",
+    "MUTABLE", "BatchSize", "Config", "Count", "Evaluation", "ExactGradients", "Fraction", "MicroBatch",
+    "Positive", "Run", "ShuffledEpochs", "Stream", "SumOver", "Task", "UserError", "accuracy",
+    "count_correct", "load_generator", "load_model", "load_network", "loader", "main", "seeded",
 ]  # fmt: skip
 
 
@@ -61,6 +67,6 @@ def main(task: "str | type[Task[Any]]", description: str | None) -> None:
     from cs324dist.errors import errors_as_exit_codes
 
     with errors_as_exit_codes():
-        from cs324dist.trainer import main
+        from cs324dist.loop import main
 
         main(task, description)

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from cs324dist.config import from_json
 from cs324dist.data.streams import seed_everything
 from cs324dist.distributed.failures import translate_errors
-from cs324dist.distributed.process import on_main_process, start_accelerator
+from cs324dist.distributed.process import compiled_by, on_main_process, start_accelerator
 from cs324dist.errors import RunFailed, UserError, printable, say, warn
+from cs324dist.run import restore
 from cs324dist.runs.checkpoints import (
     TrainerState,
     generation_of,
@@ -35,12 +36,13 @@ from cs324dist.runs.checkpoints import (
     verify_checkpoint,
 )
 from cs324dist.runs.environment import Environment, environment
+from cs324dist.runs.hidden_state import HiddenState
 from cs324dist.runs.lease import Owner, owner_of
 from cs324dist.runs.models import read_tensors
 from cs324dist.runs.run_dir import RunDir
 from cs324dist.tasks import TASKS, find_task
 from cs324dist.tasks.base import Task
-from cs324dist.trainer import Trainer, compiled_by
+from cs324dist.trainer import Trainer
 
 NEEDED = {"precision", "compiled"}  # of an environment; the rest is warned about
 BY_DDP = {"processes", "threads"}  # needed as well, unless there are micro-batches
@@ -105,7 +107,7 @@ def audit(
         raise UserError(f"{run} is a run of {record.task!r:.99}, not of {task_type.name}")
     config_type = type(next(iter(task_type.presets.values())))
     config = run.read_config(config_type)
-    with translate_errors(config):
+    with translate_errors(config.peer_timeout):
         intervals = list(_intervals(run, from_start))
         made = intervals[-1].environment
         if config.micro_batches is None:
@@ -189,7 +191,7 @@ def _replay(trainer: Trainer, interval: Interval, rows: Mapping[int, Mapping[str
     """Take the steps of an interval again; what differs at its end, and in the metrics on the way."""
     task: Task[Any] = trainer.task
     if interval.start is not None:
-        trainer.restore(interval.start)
+        restore(interval.start, task, HiddenState(task), trainer.accelerator)
     differences = []
     steps = range(interval.first, interval.state.step)
     for step in tqdm(steps, str(interval), unit="step", disable=not sys.stderr.isatty()):

@@ -83,6 +83,19 @@ def errors_as_exit_codes() -> Iterator[None]:
         sys.stderr = stderr
 
 
+def show_errors_as_lines() -> None:
+    """From now on, a `ReportedError` that nobody catches ends the process as `errors_as_exit_codes` does."""
+    before = sys.excepthook
+
+    def hook(kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, ReportedError):
+            _end_with(error)
+        before(kind, error, trace)
+
+    if getattr(before, "__name__", "") != hook.__name__ or before.__module__ != __name__:
+        sys.excepthook = hook
+
+
 def _end_with(error: ReportedError) -> NoReturn:
     if error.same_on_all_ranks:
         _wait_for_the_first_rank()

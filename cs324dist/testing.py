@@ -1,4 +1,8 @@
-"""For tests of a task of your own: what the toolkit promises of its runs, checked by running it."""
+"""For tests of your own training: what the toolkit promises of its runs, checked by running a script.
+
+A script is a task's, or has a loop of its own. Where its command has a word with {run}, the run folder stands
+there; otherwise `--run-dir FOLDER --wandb disabled` is added, as a task's script takes them.
+"""
 
 import json
 import os
@@ -17,27 +21,28 @@ Command = Sequence[str | Path]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 
 
-def assert_same_on_one_process_and_three(command: Command, folder: Path) -> None:
-    """Check that a run ends in the same bits on one process and on three.
+def assert_same_on(*processes: int, command: Command, folder: Path) -> None:
+    """Check that a run ends in the same bits on these numbers of processes: `assert_same_on(1, 3, …)`.
 
     Args:
+        processes: two numbers or more.
         command: a script and its options, such as `("my_task.py", "--steps", "20", "--micro-batches", "4")`;
-            without `--micro-batches` the ends are equal up to rounding only.
-        folder: an empty one, where the two runs go.
+            without exact gradients the ends are equal up to rounding only.
+        folder: an empty one, where the runs go.
 
     Raises:
         AssertionError: a run fails, or the ends differ; it says in what.
     """
-    _run(command, folder / "one")
-    _run(command, folder / "three", processes=3)
-    _assert_same_end(folder / "one", folder / "three")
+    for count in processes:
+        _run(command, folder / str(count), count)
+        _assert_same_end(folder / str(processes[0]), folder / str(count))
 
 
 def assert_same_when_killed(command: Command, folder: Path, *, processes: int = 1) -> None:
     """Check that a run that is killed (-9) after its first checkpoint, and continued, ends in the same bits.
 
     Args:
-        command: a script and its options; it needs several checkpoints: give a small `--checkpoint-every`.
+        command: a script and its options; it needs several checkpoints, and lines of metrics after them.
         folder: an empty one, where the two runs go.
         processes: of each run.
 
@@ -59,11 +64,12 @@ def assert_same_when_killed(command: Command, folder: Path, *, processes: int = 
 
 def _start(command: Command, run: Path, processes: int) -> "subprocess.Popen[bytes]":
     launcher = (*TORCHRUN, str(processes)) if processes > 1 else ()
-    words = [sys.executable, *launcher, *map(str, command)]
+    given = [str(word).replace("{run}", str(run)) for word in command]
+    options = () if given != [*map(str, command)] else ("--run-dir", str(run), "--wandb", "disabled")
     run.parent.mkdir(parents=True, exist_ok=True)
     with run.with_suffix(".log").open("wb") as log:
-        options = ("--run-dir", str(run), "--wandb", "disabled")
-        return subprocess.Popen([*words, *options], stderr=log, stdout=log, start_new_session=True)
+        words = [sys.executable, *launcher, *given, *options]
+        return subprocess.Popen(words, stderr=log, stdout=log, start_new_session=True)
 
 
 def _run(command: Command, run: Path, processes: int = 1) -> None:
@@ -91,7 +97,7 @@ def _end(path: Path) -> dict[str, Any]:
     rows = ({k: v for k, v in row.items() if not k.startswith("throughput/")} for row in run.read_metrics())
     metrics = {f"line {number} of metrics.jsonl": row for number, row in enumerate(rows, 1)}
     state = json.loads((checkpoint / "trainer.json").read_text())
-    return {"step": state["step"], "the task's state": state["task"], **tensors, **metrics}
+    return {"step": state["step"], "the other state": state["task"], **tensors, **metrics}
 
 
 def _assert_same_end(one: Path, other: Path) -> None:

@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from cs324dist.config import Config, as_json
 from cs324dist.data.loader import Loader
 from cs324dist.errors import printable, say, warn
 from cs324dist.runs.run_dir import RunDir
@@ -32,28 +31,49 @@ LOGIN_TIMEOUT = 10  # seconds
 class Trackers:
     """Writes on the main process; every process may call it."""
 
-    def __init__(self, run: RunDir, accelerator: Accelerator, config: Config, start: int) -> None:
-        self._run, self._accelerator, self._config = run, accelerator, config
+    def __init__(
+        self,
+        run: RunDir,
+        accelerator: Accelerator,
+        *,
+        start: int,
+        until: int,
+        config: Mapping[str, Any],
+        wandb: str,
+        tensorboard: bool,
+        batch_size: int | None = None,
+    ) -> None:
+        """Of the steps from `start` to `until`; `config` is what Weights & Biases shows of the settings."""
+        self._run, self._accelerator, self._until = run, accelerator, until
+        self._config, self._mode, self._batch_size = config, wandb, batch_size
+        self._wants_tensorboard = tensorboard
         self._last_step, self._last_time = start, time.perf_counter()
         self._last_waited = Loader.seconds_waited
         self._tensorboard: Any = None
         self._in_terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=config.steps,
+            total=until,
             initial=start,
             unit="step",
             disable=not (accelerator.is_main_process and self._in_terminal),
         )
 
     def __enter__(self) -> "Trackers":
-        open_wandb(self._accelerator, self._config, self._run)
-        if self._accelerator.is_main_process and self._config.tensorboard:
+        open_wandb(self._accelerator, self._run, self._mode, self._config)
+        if self._accelerator.is_main_process and self._wants_tensorboard:
             self._open_tensorboard()
         self._last_time = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Finish the Weights & Biases run."""
         self._bar.close()
+        trackers, self._accelerator.trackers = self._accelerator.trackers, []
+        try:
+            for tracker in trackers:
+                tracker.finish()
+        except Exception as error:
+            _warn(_without_login(error))
 
     def _open_tensorboard(self) -> None:
         try:
@@ -85,13 +105,17 @@ class Trackers:
 
     def log_step(self, completed: int, values: Mapping[str, float]) -> None:
         """Log a step's metrics and the throughput since the last call, and show both."""
+        if completed == self._last_step:  # logged already: this is more of it
+            self._show(completed, values, 0.0)
+            self._log(completed, values)
+            return
         now = time.perf_counter()
         rate = (completed - self._last_step) / max(now - self._last_time, 1e-9)
         self._last_time = now
         self._show(completed, values, rate)
         self._last_step = completed
         speeds = {
-            "samples_per_second": rate * self._config.batch_size,
+            **({"samples_per_second": rate * self._batch_size} if self._batch_size else {}),
             "steps_per_second": rate,
             "data_seconds": Loader.seconds_waited - self._last_waited,
         }
@@ -106,9 +130,11 @@ class Trackers:
             self._bar.set_postfix(brief, refresh=False)
             self._bar.update(completed - self._last_step)
         elif self._accelerator.is_main_process:
-            minutes = (self._config.steps - completed) / rate / 60
-            words = [f"step {completed}/{self._config.steps}", *(f"{n} {v}" for n, v in brief.items())]
-            say("  ".join([*words, f"{rate:.1f} steps/s", f"{minutes:.1f} min left"]))
+            words = [f"step {completed}/{self._until}", *(f"{n} {v}" for n, v in brief.items())]
+            if rate:
+                minutes = (self._until - completed) / rate / 60
+                words += [f"{rate:.1f} steps/s", f"{minutes:.1f} min left"]
+            say("  ".join(words))
 
     def log_evaluation(self, completed: int, evaluation: Evaluation) -> None:
         """Log an evaluation's metrics and pictures."""
@@ -147,17 +173,6 @@ class Trackers:
             _warn(f"{_without_login(error)}; nothing more is recorded there")
             self._accelerator.trackers = []
 
-    @staticmethod
-    def close(accelerator: Accelerator, *, leave_group: bool = True) -> None:
-        """Finish the Weights & Biases run, and leave the process group."""
-        try:
-            if leave_group:
-                accelerator.end_training()
-            for tracker in () if leave_group else accelerator.trackers:
-                tracker.finish()
-        except Exception as error:
-            _warn(_without_login(error))
-
 
 def _warn(text: str) -> None:
     warn(f"Weights & Biases: {text}")
@@ -168,20 +183,20 @@ def _without_login(said: object) -> str:
     return printable(re.sub(r"//[^/\s]*@", "//", str(said)))
 
 
-def open_wandb(accelerator: Accelerator, config: Config, run: RunDir) -> None:
+def open_wandb(accelerator: Accelerator, run: RunDir, wanted: str, config: Mapping[str, Any]) -> None:
     """Open the run's own Weights & Biases run through Accelerate, on the main process.
 
     Without a login or a network, it records offline and says so in one line. Whatever its client raises,
     training goes on.
     """
-    if config.wandb == "disabled" or not accelerator.is_main_process:
+    if wanted == "disabled" or not accelerator.is_main_process:
         return
     # Its client records all of SLURM_*, of which this one is a token.
     os.environ.pop("SLURM_JWT", None)
     os.environ.setdefault("WANDB_SILENT", "true")
     why: object = ""
     try:
-        mode, why = ("offline", "") if config.wandb == "offline" else _possible_mode()
+        mode, why = ("offline", "") if wanted == "offline" else _possible_mode()
         if mode == "online":
             _init(accelerator, config, run, mode)
     except Exception as error:
@@ -210,7 +225,7 @@ def _set_up() -> Any:
         return wandb.setup()
 
 
-def _init(accelerator: Accelerator, config: Config, run: RunDir, mode: str) -> None:
+def _init(accelerator: Accelerator, config: Mapping[str, Any], run: RunDir, mode: str) -> None:
     import wandb
 
     wandb_run = {
@@ -227,7 +242,7 @@ def _init(accelerator: Accelerator, config: Config, run: RunDir, mode: str) -> N
     _set_up()
     accelerator.log_with, accelerator.trackers = ["wandb"], []
     project = os.environ.get("WANDB_PROJECT", "cs324dist")
-    accelerator.init_trackers(project, as_json(config), {"wandb": wandb_run})
+    accelerator.init_trackers(project, dict(config), {"wandb": wandb_run})
 
 
 def _log_again(accelerator: Accelerator, run: RunDir) -> None:

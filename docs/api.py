@@ -29,6 +29,9 @@ PARTS = {  # by module
         "__init__": ["main"],
         "tasks.base": ["Task", "Evaluation"],
         "config": ["Config", "MUTABLE", "Count", "Positive", "Fraction", "BatchSize"],
+        "distributed.gradients": ["ExactGradients"],
+        "run": ["Run"],
+        "distributed.sum_over": ["SumOver"],
         "data.loader": ["loader"],
         "data.streams": ["MicroBatch", "ShuffledEpochs", "Stream", "seeded"],
         "metrics.accuracy": ["accuracy", "count_correct"],
@@ -37,7 +40,7 @@ PARTS = {  # by module
         "errors": ["UserError"],
     },
     "From `cs324dist.testing`": {
-        "testing": ["assert_same_on_one_process_and_three", "assert_same_when_killed", "Command"],
+        "testing": ["assert_same_on", "assert_same_when_killed", "Command"],
     },
     "What these take and give": {
         "tasks.base": ["Mean", "Metrics", "Loss", "Picture", "Updater"],

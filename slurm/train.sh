@@ -2,8 +2,10 @@
 # The body of every *.sbatch here: train on this job's nodes, and requeue the job when it is stopped.
 #
 #   slurm/train.sh TASK [options]
+#   slurm/train.sh --run-dir FOLDER -- python SCRIPT [options]
 #
-# TASK is gan or lstm, or a task of your own: path/to/file.py:Class or package.module:Class.
+# TASK is gan or lstm, or a task of your own: path/to/file.py:Class or package.module:Class. SCRIPT has a loop of its
+# own, and keeps its run in FOLDER: of it, this script reads FOLDER/status.json and the exit code, 75 when it was stopped.
 set -euo pipefail
 
 main() { # a function is read as a whole: the file may change while the job runs
@@ -22,17 +24,23 @@ main() { # a function is read as a whole: the file may change while the job runs
     job=${job:-$SLURM_JOB_ID}
     restart=${SLURM_RESTART_COUNT:-0}
 
-    # Options that are not allowed are refused here, once, and not on every node.
-    local config
-    case $task in
-        *:*) set -- launch/train.py "$task" "$@" ;;
-        *) set -- "launch/$task.py" "$@" ;;
-    esac
-    config=$(python "$@" --dry-run)
-    # A task's file may print something before.
-    run=$(python -c 'import json, sys
+    if [ "$task" = --run-dir ]; then
+        run=$1
+        [ "${2-} ${3-}" = "-- python" ] || { say "after --run-dir FOLDER give -- python SCRIPT" && exit 2; }
+        shift 3
+    else
+        case $task in
+            *:*) set -- launch/train.py "$task" "$@" ;;
+            *) set -- "launch/$task.py" "$@" ;;
+        esac
+        # Options that are not allowed are refused here, once, and not on every node.
+        local config
+        config=$(python "$@" --dry-run)
+        # A task's file may print something before.
+        run=$(python -c 'import json, sys
 said = sys.stdin.read()
 print(json.loads(said[said.rfind("\n{") + 1 :])["run_dir"])' <<<"$config")
+    fi
 
     before=$(version) first=$(status step)
     code=75

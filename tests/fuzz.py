@@ -52,8 +52,8 @@ from torch import Tensor
 from cs324dist.audit import audit
 from cs324dist.config import as_json
 from cs324dist.distributed.process import start_accelerator
-from cs324dist.distributed.stop import StopRequest
 from cs324dist.errors import errors_as_exit_codes
+from cs324dist.loop import run_task
 from cs324dist.models.gan import Generator
 from cs324dist.report.page import write_report
 from cs324dist.runs import checkpoints, environment, lease
@@ -61,7 +61,6 @@ from cs324dist.runs.run_dir import RunDir
 from cs324dist.runs.trained import load_generator
 from cs324dist.sampling import generators as sampling
 from cs324dist.tasks import find_task
-from cs324dist.trainer import run_task
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "fuzz.json"
@@ -410,9 +409,8 @@ def resumed(w: Copy) -> None:
         task_type.step(task, number, trainer)
 
     config = replace(w.original.config, steps=7, run_dir=w.run)
-    with StopRequest(1) as stop:
-        watched = type("Watched", (task_type,), {"step": step})
-        run_task(watched, config, start_accelerator(config.batch_size), stop)
+    watched = type("Watched", (task_type,), {"step": step})
+    run_task(watched, config, start_accelerator(config.batch_size))
     if w.step is not None:
         newest = checkpoints.checkpoints_in(w.run / "checkpoints")[0]
         assert checkpoints.step_of(newest) == 7, "the step that was taken is lost"

@@ -21,7 +21,7 @@ for module in (
     "cs324dist.command_line",
     "cs324dist.report.page",
     "cs324dist.sampling.grids",
-    "cs324dist.trainer",
+    "cs324dist.loop",
     "torch._dynamo",  # which the first optimizer imports
 ):
     importlib.import_module(module)

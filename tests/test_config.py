@@ -28,9 +28,9 @@ from cs324dist.config import (
     from_json,
 )
 from cs324dist.errors import UserError
+from cs324dist.loop import main, run_record
 from cs324dist.tasks import find_task
 from cs324dist.tasks.base import Task
-from cs324dist.trainer import main, run_record
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.py"))

@@ -19,13 +19,15 @@ FLOORS = (  # a folder or module imports from those before it, and from those be
     {"sampling"},
     {"tasks"},
     {"trackers"},
+    {"run"},
     {"command_line"},
     {"trainer"},
+    {"loop"},
     {"audit"},
     {"testing"},
     {"report"},
 )
-NOT_OF_THE_PAGE = {"tasks", "trackers", "trainer", "audit"}  # it reads what run folders say
+NOT_OF_THE_PAGE = {"tasks", "trackers", "run", "trainer", "loop", "audit"}  # it reads what run folders say
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("slurm/*.md")])
 
 

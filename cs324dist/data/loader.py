@@ -18,7 +18,7 @@ import torch.distributed as dist
 from accelerate.utils import send_to_device
 from jaxtyping import Int64
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
 from cs324dist.data.streams import (
     CPU,
@@ -38,22 +38,30 @@ Address = tuple[str, int]  # what its random numbers are named by, and the item
 def loader(
     dataset: Any, seed: int, name: str, *, workers: int = 0, collate: Collate = default_collate
 ) -> "Loader":
-    """Loads the samples of a task's micro-batches: `self.data.batch(batch)`.
+    """Loads the samples of parts of the batch: `self.data.batch(batch)`.
 
     The order is that of `ShuffledEpochs(seed, name, len(dataset))`. While `dataset[item]` runs, the
     generators of torch, numpy and random are seeded from (seed, name, sample): augmentation does not depend
     on who loads what.
 
     Args:
-        dataset: with `len(dataset)` and `dataset[item]`, such as torch's; it computes on the CPU.
+        dataset: with `len(dataset)` and `dataset[item]`, such as torch's; it computes on the CPU. Or a
+            `DataLoader` of one, which shuffles: its workers and `collate_fn` are taken over.
         seed: of the run.
         name: of the stream; give each purpose a name of its own.
         workers: processes that load ahead, for each process that trains; 0: it loads by itself.
         collate: makes a batch of a list of samples.
 
     Raises:
-        UserError: the data set is empty, or can only be iterated over.
+        UserError: the data set is empty, or can only be iterated over, or its samples come in another order.
     """
+    if isinstance(dataset, DataLoader):
+        if not isinstance(dataset.sampler, RandomSampler) or dataset.sampler.replacement:
+            raise UserError(
+                f"the DataLoader of {name!r} has the order of a {type(dataset.sampler).__name__}, and would "
+                f"be shuffled: give it shuffle=True, or the data set itself to evaluate by loader.items"
+            )
+        workers, collate, dataset = dataset.num_workers, dataset.collate_fn, dataset.dataset
     is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
     if is_stream or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise UserError(f"the data set of {name!r} needs len(dataset) and dataset[item]; it has not both")

@@ -10,6 +10,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from cs324dist.distributed.parts import rank_and_processes
+from cs324dist.errors import RunFailed
 
 MIX = -0x61C8864680B583EB  # odd: 2^64 divided by the golden ratio, as an int64
 AT_ONCE = 1 << 20  # values that are summed together
@@ -42,14 +43,20 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return dict(zip(tensors, sums, strict=True))
 
 
-def gather_objects(own: Any) -> list[Any]:
-    """What each process has."""
+def gather_objects(own: Any, where: str) -> list[Any]:
+    """What each process has; `where` in the program it is gathered.
+
+    Raises:
+        RunFailed: not all processes are there.
+    """
     _, processes = rank_and_processes()
     if processes == 1:
         return [own]
     found: list[Any] = [None] * processes
-    dist.all_gather_object(found, own)
-    return found
+    dist.all_gather_object(found, (where, own))
+    if lines := differences([{"the place in the program": place} for place, _ in found]):
+        raise RunFailed(f"{lines[0]}: every process has to take the same steps and to make the same calls")
+    return [of_one for _, of_one in found]
 
 
 def differences(found: Sequence[Mapping[str, Any]], *, with_values: bool = True) -> list[str]:

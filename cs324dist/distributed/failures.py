@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from cs324dist.config import Config
 from cs324dist.errors import RunFailed
 
 NO_MEMORY = ("can't allocate memory", "out of memory", "bad allocation")
@@ -27,7 +26,7 @@ class ProcessLost(OneProcessFailed):
 
 
 @contextmanager
-def translate_errors(config: Config) -> Iterator[None]:
+def translate_errors(peer_timeout: int) -> Iterator[None]:
     """Turn errors of torch and the system into `RunFailed`: memory, disks, other processes.
 
     Raises:
@@ -38,7 +37,7 @@ def translate_errors(config: Config) -> Iterator[None]:
     except (RuntimeError, MemoryError, OSError) as error:
         text = str(error).lower()
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(text, NO_MEMORY):
-            raise OneProcessFailed(f"out of memory: lower --batch-size (now {config.batch_size})") from error
+            raise OneProcessFailed("out of memory: lower the batch size (--batch-size)") from error
         if isinstance(error, OSError) and error.strerror:
             raise OneProcessFailed(f"{error.filename or 'a file'}: {error.strerror}") from error
         if _says(text, LOADER_GONE):
@@ -53,7 +52,7 @@ def translate_errors(config: Config) -> Iterator[None]:
             ) from error
         if dist.is_initialized() and _says(text, PEER_SILENT):
             raise ProcessLost(
-                f"another process did not answer within {config.peer_timeout} s (--peer-timeout): "
+                f"another process did not answer within {peer_timeout} s (--peer-timeout): "
                 f"find out what holds it up, then run the same command again"
             ) from error
         if dist.is_initialized() and _says(text, PEER_GONE):

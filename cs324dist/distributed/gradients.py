@@ -1,6 +1,7 @@
 """How the gradient of a loss over the global batch is made: by DDP, or exactly by parts added in order."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,9 +21,11 @@ from cs324dist.distributed.belongings import (
     changed_in_the_loss,
     owners_in,
 )
-from cs324dist.distributed.checks import checksums, gather_objects
+from cs324dist.distributed.checks import checksums, differences, gather_objects
 from cs324dist.distributed.ordered_sum import OrderedSum
 from cs324dist.distributed.parts import Parts, add_in_order, gather_rows
+from cs324dist.distributed.process import accelerator_of_script, check_batch, make_deterministic
+from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import RunFailed, UserError
 
 Mean = Float[Tensor, ""] | tuple[Float[Tensor, ""], Tensor | float]
@@ -34,6 +37,14 @@ LOOK_FOR = (
     "look for random numbers that nothing seeds, for state that one part of the batch leaves to the next, "
     "for data that is not the same on every process, and for broken hardware"
 )
+
+
+_exact: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def is_exact(networks: Iterable[nn.Module]) -> bool:
+    """Whether `ExactGradients` has prepared any of these."""
+    return any(network in _exact for network in networks)
 
 
 class Gradients:
@@ -192,32 +203,83 @@ class ExactGradients(Gradients):
     def __init__(
         self,
         micro_batches: int,
-        seed: int,
-        accelerator: Accelerator,
+        seed: int = 0,
+        accelerator: Accelerator | None = None,
         *,
         check_every: int = 100,
         peer_timeout: int = 600,
         anywhere: bool = False,
     ) -> None:
-        """Use one core, and seed everything.
+        """Use one core, and seed everything: make it before networks and data.
 
         Args:
             micro_batches: the equal parts of the global batch.
-            seed: of what the loss draws.
-            accelerator: says which device, and how many processes.
+            seed: of all that is drawn: initial weights, and in a loss.
+            accelerator: says which device, and how many processes; by default one is made.
             check_every: steps between two in which gradients are computed a second time, and compared to the
                 last bit; the first step is one of them. 0: never.
             peer_timeout: seconds for which a part may keep the others waiting.
-            anywhere: whether any process can compute any part. The second time, another process does.
+            anywhere: whether any process can compute any part. The second time, another process does;
+                otherwise the same process does, in the reverse order.
+
+        Raises:
+            UserError: there are fewer parts than processes.
         """
+        accelerator = accelerator_of_script(accelerator, micro_batches, peer_timeout)
+        check_batch(None, micro_batches, accelerator.num_processes)
         super().__init__(micro_batches, seed, accelerator, peer_timeout)
+        if self._device.type == "cuda":
+            make_deterministic()
         torch.set_num_threads(1)  # sums depend on the number of threads
+        torch.set_flush_denormal(True)
         seed_everything(seed, "start", self._device)
         self._check_every, self._anywhere = check_every, anywhere
         self._checked: set[str] = set()
         self._sums: dict[tuple[int, ...], OrderedSum] = {}
         self._given: dict[Tensor, Tensor] = {}
         self.belongings = PartBelongings({}, self._device, micro_batches)
+
+    def prepare(self, network: nn.Module, name: str = "") -> nn.Module:
+        """Place a network, and let its BatchNorm layers span the batch: in place of `accelerator.prepare`.
+
+        Raises:
+            UserError: it is prepared already, differs between processes, or its parameters have no shapes.
+        """
+        self._refuse_what_is_prepared(network)
+        prepared = super().prepare(network, name)
+        _exact.add(prepared)
+        held = checksums(dict(prepared.state_dict()))
+        if lines := differences(gather_objects(held, "where a network is prepared"), with_values=False):
+            raise UserError(
+                f"{name or type(network).__name__}: {lines[0]}: make ExactGradients, which seeds initial "
+                f"weights, before the network"
+            )
+        return prepared
+
+    def _refuse_what_is_prepared(self, network: nn.Module | None = None) -> None:
+        models, loaders, schedulers = (
+            getattr(self._accelerator, name, ()) for name in ("_models", "_dataloaders", "_schedulers")
+        )
+        if network is not None and network not in _exact and any(network is model for model in models):
+            raise UserError(
+                f"{type(network).__name__} went through accelerator.prepare, which would add gradients with "
+                f"DDP: give it to ExactGradients.prepare only"
+            )
+        if schedulers:
+            raise UserError(
+                "accelerator.prepare was given a scheduler, which it would step once for each process: leave "
+                "the scheduler as it is, and call its step() once a step"
+            )
+        if loaders:
+            raise UserError(
+                "accelerator.prepare was given a DataLoader, of which each process would see a share: give "
+                "it to cs324dist.loader, and take loader.batch(part) in the loss"
+            )
+
+    def sum_over(self, measure: Callable[[Tensor], Tensor], count: int, piece: int = 500) -> Tensor:
+        """The sum of what `measure` says of pieces of the indices [0, count); see `SumOver`."""
+        sums = SumOver(self._accelerator, seed=self._seed)(lambda some: {"": measure(some)}, count, piece)
+        return sums[""]
 
     def watch(self, networks: Mapping[str, nn.Module], task: object = None) -> None:
         """Watch what the loss sets on these networks, and on a task."""
@@ -241,7 +303,7 @@ class ExactGradients(Gradients):
         loss_of: LossOf,
         step: int,
         batch_size: int,
-        networks: Networks | None = None,
+        networks: Iterable[nn.Module] | None = None,
         name: str = "loss",
     ) -> Float[Tensor, ""]:
         """Leave the mean gradient over all parts in `grad` of the parameters; returns the mean loss.
@@ -257,7 +319,8 @@ class ExactGradients(Gradients):
             UserError: something that cannot be exact; the line names it.
             RunFailed: the second time, a gradient is not the same.
         """
-        networks = tuple(self.networks.values()) if networks is None else networks
+        networks = tuple(self.networks.values()) if networks is None else tuple(networks)
+        self._refuse_what_is_prepared()
         if not self.belongings.owners:
             self.watch(self.networks)
         of_networks = dict.fromkeys(p for network in networks for p in network.parameters())
@@ -280,7 +343,10 @@ class ExactGradients(Gradients):
             rows[index] = self._row(value, weight, found)
             return found
 
+        check_batch(batch_size, self.parts.count, self.parts.processes)
         is_checked = self._check_every and (name not in self._checked or step % self._check_every == 0)
+        if is_checked:
+            gather_objects(None, f"in {name} of step {step + 1}")
         again = self._again(partial(gradients_of, is_check=True), rows, names) if is_checked else {}
         first = self._in_order(gradients_of, rows, names, parameters, {} if is_checked else None)
         if is_checked:
@@ -347,7 +413,7 @@ class ExactGradients(Gradients):
         return found
 
     def _compare(self, first: "Sums", again: "Sums", step: int) -> None:
-        everywhere = gather_objects((first, again))
+        everywhere = gather_objects((first, again), f"after the gradients of step {step + 1}")
         of_all = {index: sums for found, _ in everywhere for index, sums in found.items()}
         for rank, (_, found) in enumerate(everywhere):
             for index, sums in found.items():
@@ -359,6 +425,11 @@ class ExactGradients(Gradients):
                     )
 
     def _check_before(self, parameters: Sequence[Tensor]) -> None:
+        if self._device.type == "cpu" and (threads := torch.get_num_threads()) != 1:
+            raise UserError(
+                f"torch has {threads} threads, on which sums depend: leave out set_num_threads, and make "
+                f"ExactGradients after the Accelerator"
+            )
         for name, parameter in zip(self.names(parameters), parameters, strict=True):
             if parameter.grad is not None and parameter.grad is not self._given.get(parameter):
                 raise UserError(

@@ -1,5 +1,6 @@
 """What a training process sets up once: the processor, the process group, Accelerate."""
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -15,6 +16,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch.distributed.rendezvous import rendezvous
 
@@ -27,7 +29,7 @@ from cs324dist.distributed.launcher import (
     check_launcher,
     nodes_used,
 )
-from cs324dist.errors import RANK, ReportedError, RunFailed, UserError, say, warn
+from cs324dist.errors import RANK, ReportedError, RunFailed, UserError, say, show_errors_as_lines, warn
 from cs324dist.runs.environment import Environment, Precision, has_gpu, processor
 
 Answer = TypeVar("Answer")
@@ -89,11 +91,17 @@ def compare_environments(made_in: Environment, *, exact: bool) -> None:
     Raises:
         UserError: they do.
     """
-    lines = differences(gather_objects(vars(made_in)))
+    lines = differences(gather_objects(vars(made_in), "at the start"))
     if lines and exact:
         raise UserError(*(f"{line}: with --micro-batches, give all processes the same" for line in lines))
     for line in lines if RANK == "0" else ():
         warn(f"{line}: a step then depends on which process computes what")
+
+
+def compiled_by(accelerator: Accelerator) -> str | None:
+    """The backend of torch.compile that the launcher was asked for."""
+    backend: str = accelerator.state.dynamo_plugin.backend.value
+    return None if backend == "NO" else backend.lower()
 
 
 def check_batch(batch_size: int | None, micro_batches: int | None, processes: int) -> None:
@@ -161,6 +169,21 @@ def prepare_process(
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
         if _launcher_has_died():  # before this was set
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def accelerator_of_script(
+    given: Accelerator | None, micro_batches: int | None = None, peer_timeout: int = 600
+) -> Accelerator:
+    """The accelerator of a script with a loop of its own: the one given, the one there is, or a new one.
+
+    Its errors for the user become lines and exit codes. At its end it leaves the process group: gloo's
+    threads abort a process that does not (pytorch #179291).
+    """
+    show_errors_as_lines()
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+    if given is None and AcceleratorState._shared_state:
+        return Accelerator()
+    return given or start_accelerator(None, micro_batches, peer_timeout)
 
 
 def make_deterministic() -> None:

@@ -66,7 +66,7 @@ class SumOver:
         own = [pieces[min(first + self._rank, len(pieces) - 1)] for first in rounds]
         rows = map(row_of, self._until_stopped(own))
         row = total = next(rows)
-        if any(found != shapes for found in gather_objects(shapes)):
+        if any(found != shapes for found in gather_objects(shapes, "in an evaluation")):
             raise UserError(OTHER_SHAPES)
         for number, first in enumerate(rounds):
             row = row if number == 0 else next(rows, torch.zeros_like(row))

@@ -89,6 +89,9 @@ class TrainerState:
     metrics_lines: Number = 0
     """Lines of `metrics.jsonl` that belong to the completed steps."""
 
+    is_over: bool = False
+    """Whether the loop has ended before its last step."""
+
     sha256: dict[str, str] = field(default_factory=dict)
     """Digests of the other files, by path."""
 
@@ -262,7 +265,7 @@ def read_checkpoint(folder: Path, trained: Trained, hidden: HiddenState | None =
     try:
         trained.load_state_dict(_join(state.task, own))
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{folder / TRAINER}: the task cannot take the state {state.task!r:.200}") from None
+        raise UserError(f"{folder / TRAINER} holds a state that does not fit: {state.task!r:.200}") from None
     return state
 
 

@@ -17,28 +17,37 @@ from cs324dist.runs.optimizers import each
 Hidden = dict[str, dict[str, Any]]
 """By owner (a module, a task, a group of an optimizer) and name: the value."""
 
-OF_STEP = ("params", "lr")  # of a group; the learning rate follows from the step
-
 
 class HiddenState:
     """Compares a task with what it was at its start."""
 
-    def __init__(self, task: Any) -> None:
-        """At its start."""
+    def __init__(self, task: Any, *, with_rates: bool = False) -> None:
+        """At its start; `with_rates`: learning rates are state, and do not follow from the step."""
         self._task = task
-        self._first = {place: _as_text(value) for place, value in _values(task)}
+        self._of_step = ("params",) if with_rates else ("params", "lr")
+        self._first = {place: _as_text(value) for place, value in self._values()}
         self._said: set[tuple[str, str]] = set()
 
     def changed(self) -> Hidden:
         """What differs from the start; a line for what no checkpoint can hold."""
         found: Hidden = {}
-        for (owner, name), value in _values(self._task):
+        for (owner, name), value in self._values():
             if (text := _as_text(value)) != self._first.get((owner, name)):
                 if isinstance(text, str):
                     found.setdefault(owner, {})[name] = json.loads(text)
                 else:
                     self._say(owner, name, value)
         return found
+
+    def _values(self) -> Iterator[tuple[tuple[str, str], Any]]:
+        for owner_name, owner in _owners(self._task):
+            if isinstance(owner, Tensor):
+                yield (owner_name, "requires_grad"), owner.requires_grad
+                continue
+            values = owner if isinstance(owner, dict) else vars(owner)
+            for name, value in values.items():
+                if not (isinstance(owner, nn.Module) and name.startswith("_")) and name not in self._of_step:
+                    yield (owner_name, name), value
 
     def _say(self, owner: str, name: str, value: object) -> None:
         """The first time, a line about what would be state, and not a cache."""
@@ -81,17 +90,6 @@ def _owners(task: Any) -> Iterator[tuple[str, Any]]:
     for name, optimizer in each(task.optimizers):
         for number, group in enumerate(optimizer.param_groups):
             yield f"optimizer {name}, group {number}", group
-
-
-def _values(task: Any) -> Iterator[tuple[tuple[str, str], Any]]:
-    for owner_name, owner in _owners(task):
-        if isinstance(owner, Tensor):
-            yield (owner_name, "requires_grad"), owner.requires_grad
-            continue
-        values = owner if isinstance(owner, dict) else vars(owner)
-        for name, value in values.items():
-            if not (isinstance(owner, nn.Module) and name.startswith("_")) and name not in OF_STEP:
-                yield (owner_name, name), value
 
 
 def _as_text(value: Any) -> Any:

@@ -214,7 +214,7 @@ def _wait_for_the_end_of(generation: int, run: Path) -> None:
     owner, me = owner_of(run, generation), this_process()
     path = run / "owners" / f"{generation}.json"
     name = owner or "another process"
-    in_use = UserError(f"{run} is in use by {name}: wait for it, stop it, or give another --run-dir")
+    in_use = UserError(f"{run} is in use by {name}: wait for it, stop it, or give another folder")
     if owner and owner.slurm_job == me.slurm_job is not None and owner.slurm_restarts < me.slurm_restarts:
         return  # an earlier start of this job, which Slurm has ended or cut off
     lock = _lock_of(path, owner.nonce if owner else "*")

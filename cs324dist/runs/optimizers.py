@@ -108,7 +108,7 @@ def _after_a_step(optimizer: Optimizer) -> Optimizer:
     vars(taken).update(copy.deepcopy(vars(optimizer), {id(optimizer): taken}))
     for parameter in _parameters(taken):
         parameter.grad = torch.zeros_like(parameter)  # a frozen one may be trained later
-    taken.step()
+    type(taken).step(taken)  # not what a scheduler has put in its place, which steps the original
     return taken
 
 

@@ -108,19 +108,27 @@ class RunDir:
         Raises:
             UserError: it is something else.
         """
+        if self.check_holds(task) and (lines := conflicts(config, self.read_config(type(config)))):
+            raise UserError(*lines)
+
+    def check_holds(self, task: str) -> bool:
+        """Whether the folder holds a run of `task`; if not, it is new or empty.
+
+        Raises:
+            UserError: it is something else.
+        """
         for name in (*FOLDERS, "wandb", ".wandb", "tensorboard", "metrics.jsonl"):
             if (self.path / name).is_symlink():
                 raise UserError(f"{self.path / name} is a link: a run writes only into its own folder")
         found = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         if not self.exists:  # looked at after the names: another process may start it in between
             if self.path.is_file() or any(not re.fullmatch(LEFTOVERS, name) for name in found - FOLDERS):
-                raise UserError(f"--run-dir {self} is not a run folder: give an empty or a new one")
-            return
+                raise UserError(f"{self} is not a run folder: give an empty or a new one")
+            return False
         record = self.read_record()
         if record.task != task:
-            raise UserError(f"--run-dir {self} holds a run of {record.task!r:.99}: give another folder")
-        if lines := conflicts(config, self.read_config(type(config))):
-            raise UserError(*lines)
+            raise UserError(f"{self} holds a run of {record.task!r:.99}: give another folder")
+        return True
 
     @contextmanager
     def claimed(self, check: Callable[[], None], on_main: OnMain) -> Iterator[None]:
@@ -164,7 +172,15 @@ class RunDir:
             if error.errno != errno.EROFS or not self._is_finished():
                 raise self._read_only from None
 
-    def start(self, record: RunRecord, environment: Environment, step: int, metrics_lines: int) -> None:
+    def start(
+        self,
+        record: RunRecord,
+        environment: Environment,
+        step: int,
+        metrics_lines: int,
+        *,
+        is_exact: bool = False,
+    ) -> None:
         """Write down what is about to run, and drop the metrics past the checkpoint of `step`.
 
         Raises:
@@ -176,13 +192,13 @@ class RunDir:
         self._started = True
         before = self.latest_environment()
         hash_seed, now = before and before.variables.get(HASH_SEED), environment.variables.get(HASH_SEED)
-        if record.config.get("micro_batches") and hash_seed and hash_seed != now:
+        if is_exact and hash_seed and hash_seed != now:
             raise UserError(
                 f"{self} was made with {HASH_SEED}={hash_seed}, now {now}: a set of words would have another "
                 f"order; set it to {hash_seed}"
             )
         for name, value in vars(environment).items():
-            if name in ("threads", "processes") and record.config.get("micro_batches"):
+            if name in ("threads", "processes") and is_exact:
                 continue
             if before and value != (old := getattr(before, name)):
                 warn(f"{self} was made with {name} {printable(old)}, now {value}: bits may differ")
@@ -213,7 +229,7 @@ class RunDir:
 
     def unwritable(self, error: OSError) -> UserError:
         """What to say of an error before the first step."""
-        return UserError(f"--run-dir {self} cannot be written to ({error.strerror}): give another folder")
+        return UserError(f"{self} cannot be written to ({error.strerror}): give another folder")
 
     @property
     def exists(self) -> bool:
@@ -425,7 +441,7 @@ class RunDir:
         if damaged or saved:
             raise UserError(
                 *(str(error) for error in damaged.values()),
-                f"no checkpoint of {self} can be used: bring one back, or give another --run-dir",
+                f"no checkpoint of {self} can be used: bring one back, or give another folder",
             )
         return None
 

@@ -125,9 +125,9 @@ class TestDifferences:
 
 def test_every_process_gets_what_each_has():
     def own(rank: Rank) -> list[dict[str, int]]:
-        return gather_objects({"rank": rank.process_index})
+        return gather_objects({"rank": rank.process_index}, "in a test")
 
-    assert gather_objects("alone") == ["alone"]
+    assert gather_objects("alone", "in a test") == ["alone"]
     assert as_ranks(3, own) == [[{"rank": 0}, {"rank": 1}, {"rank": 2}]] * 3
 
 

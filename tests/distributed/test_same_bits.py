@@ -19,6 +19,7 @@ from cs324dist.distributed import belongings, gradients, parts
 from cs324dist.distributed.belongings import PartBelongings, Unchanged
 from cs324dist.distributed.ordered_sum import OrderedSum, _SumOfOneDtype
 from cs324dist.distributed.sum_over import SumOver
+from cs324dist.errors import UserError
 from cs324dist.tasks.gan import GANTask
 from cs324dist.trainer import Trainer
 
@@ -176,8 +177,15 @@ class TestEachMechanismIsNeeded:
             torch.set_num_threads(threads)
             with monkeypatch.context() as patch:
                 patch.setattr(torch, "set_num_threads", lambda threads: None)
+                patch.setattr(torch, "get_num_threads", lambda: 1)
                 found.append(exact_steps.digests("mixed", Rank(0, 1)))
         assert found[0]["tensors"] != found[1]["tensors"]
+
+    def test_so_they_are_refused(self, monkeypatch):
+        monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        with pytest.raises(UserError, match="torch has 2 threads, on which sums depend"):
+            exact_steps.digests("mixed", Rank(0, 1))
 
 
 def test_what_is_only_measured_spans_the_batch_too():

@@ -1,9 +1,10 @@
 """A run checks itself: planted faults are found and named, on one process and on three."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import exact_steps
 import numpy as np
@@ -17,7 +18,9 @@ from cs324dist.data.streams import CPU, seed_everything
 from cs324dist.distributed import gradients
 from cs324dist.distributed.parts import rank_and_processes
 from cs324dist.errors import ReportedError, RunFailed
-from cs324dist.trainer import Run, Trainer
+from cs324dist.loop import TaskRun
+from cs324dist.run import Run
+from cs324dist.trainer import Trainer
 
 COUNT, STEPS = 4, 3
 REPEATED = 3  # the last part, on any number of processes
@@ -201,15 +204,17 @@ def first_moment(task: Own) -> Tensor:
 
 
 class TestRanksAreCompared:
-    def trainer(self, rank: Rank, micro_batches: int | None = COUNT) -> Trainer:
+    def run_of(self, rank: Rank, micro_batches: int | None = COUNT) -> TaskRun:
         seed_everything(0, "task", CPU)
-        config = replace(Own.presets["fast"], micro_batches=micro_batches)
+        config = replace(Own.presets["fast"], micro_batches=micro_batches, run_dir=Path("runs/own"))
         task_type = type("Normed", (Own,), {"middle": nn.BatchNorm1d})
         trainer = Trainer(task_type(config, CPU), rank)
         trainer.task.extra = [1]
         trainer.task.state_dict = lambda: {"extra": trainer.task.extra, "tensor": torch.tensor([1.5])}
         trainer.step(0, is_logged=False)
-        return trainer
+        run = TaskRun(trainer)
+        run.step = 1
+        return run
 
     @pytest.mark.parametrize(
         ("change", "said"),
@@ -222,12 +227,12 @@ class TestRanksAreCompared:
     )
     def test_one_bit_on_one_rank_is_found_and_named(self, change, said):
         def found(rank: Rank) -> str:
-            trainer = self.trainer(rank)
-            trainer.compare_processes()
-            if rank.process_index == 1 and (changed := change(trainer.task)) is not None:
+            run = self.run_of(rank)
+            run.compare()
+            if rank.process_index == 1 and (changed := change(run.task)) is not None:
                 changed.data.view(torch.int32).view(-1)[0] ^= 1
             with pytest.raises(RunFailed) as raised:
-                trainer.compare_processes()
+                run.compare()
             return str(raised.value)
 
         for line in as_ranks(3, found):
@@ -239,18 +244,18 @@ class TestRanksAreCompared:
         monkeypatch.setattr(gradients, "_wrapped", lambda losses, place: losses)  # all have the same loss
 
         def found(rank: Rank) -> float:
-            trainer = self.trainer(rank, None)
-            for parameter in trainer.task.net.parameters():
+            run = self.run_of(rank, None)
+            for parameter in run.task.net.parameters():
                 parameter.detach().fill_(1)
-            trainer.task.optimizers["net"].state.clear()
-            trainer.task.net[1].running_mean.fill_(rank.process_index + 2)
-            trainer.compare_processes()
-            return trainer.task.net[1].running_mean[0].item()
+            run.task.optimizers["net"].state.clear()
+            run.task.net[1].running_mean.fill_(rank.process_index + 2)
+            run.compare()
+            return run.task.net[1].running_mean[0].item()
 
         assert as_ranks(3, found) == [2, 2, 2]
 
     def test_nothing_is_saved_where_they_differ(self):
-        run = Mock(trainer=Mock(compare_processes=Mock(side_effect=RunFailed("they differ"))))
+        run = MagicMock(compare=Mock(side_effect=RunFailed("they differ")))
         with pytest.raises(RunFailed, match="they differ"):
-            Run.save(run, 3)
-        run.on_main.assert_not_called()
+            Run._write(run)
+        run._on_main.assert_not_called()

@@ -10,7 +10,7 @@ import pytest
 from launched import REPOSITORY, Launched, metrics, newest_checkpoint, status
 
 from cs324dist.runs.checkpoints import step_of
-from cs324dist.testing import assert_same_on_one_process_and_three, assert_same_when_killed
+from cs324dist.testing import assert_same_on, assert_same_when_killed
 
 SMALL = ("--steps", "6", "--batch-size", "12", "--micro-batches", "3", "--log-every", "1",
          "--evaluate-every", "3", "--checkpoint-every", "2")  # fmt: skip
@@ -39,14 +39,14 @@ def one_thread(monkeypatch):
 
 @pytest.mark.slow
 def test_photos_is_the_same_on_one_process_and_three(photos, tmp_path):
-    assert_same_on_one_process_and_three(photos, tmp_path)
-    assert 0 <= metrics(tmp_path / "one")[-1]["eval/accuracy"] <= 1
+    assert_same_on(1, 3, command=photos, folder=tmp_path)
+    assert 0 <= metrics(tmp_path / "1")[-1]["eval/accuracy"] <= 1
 
 
 @pytest.mark.slow
 def test_gpt_is_the_same_on_one_process_and_three(gpt, tmp_path):
-    assert_same_on_one_process_and_three(gpt, tmp_path)
-    losses = [row["eval/loss"] for row in metrics(tmp_path / "one") if "eval/loss" in row]
+    assert_same_on(1, 3, command=gpt, folder=tmp_path)
+    losses = [row["eval/loss"] for row in metrics(tmp_path / "1") if "eval/loss" in row]
     assert losses[0] < 5.6  # of 256 equally likely characters: 5.55
     assert losses[-1] < losses[0]
 

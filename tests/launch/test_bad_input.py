@@ -84,14 +84,14 @@ def test_a_run_folder_of_other_settings_keeps_every_byte(launch, lstm_run):
 def test_a_run_folder_of_another_task_keeps_every_byte(launch, lstm_run):
     before = content_of(lstm_run)
     done = launch("launch/gan.py", "--dataset", "fake", "--run-dir", lstm_run, check=False)
-    assert_refused(done, f"--run-dir {lstm_run} holds a run of 'lstm'")
+    assert_refused(done, f"{lstm_run} holds a run of 'lstm'")
     assert content_of(lstm_run) == before
 
 
 def test_a_run_folder_that_holds_something_else_keeps_it(launch, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     done = launch(*TINY, "--run-dir", tmp_path, check=False)
-    assert_refused(done, f"--run-dir {tmp_path} is not a run folder … give an empty or a new")
+    assert_refused(done, f"{tmp_path} is not a run folder … give an empty or a new")
     assert content_of(tmp_path) == {"thesis.tex": b"mine"}
 
 
@@ -100,7 +100,7 @@ def test_a_run_folder_where_nothing_can_be_written(launch, tmp_path):
     run = tmp_path / "file" / "run"
     assert_refused(
         launch(*TINY, "--run-dir", run, check=False),
-        f"--run-dir {run} cannot be written to … Not a directory",
+        f"{run} cannot be written to … Not a directory",
     )
     assert content_of(tmp_path) == {"file": b"mine"}
 

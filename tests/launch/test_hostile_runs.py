@@ -206,7 +206,7 @@ def test_a_list_of_files_that_names_others(lstm, refused, name):
     [
         ({"metrics_lines": "6"}, "trainer.json: metrics_lines is 6"),
         ({"task": {"length": "4"}}, "a curriculum of this run cannot reach length 4"),
-        ({"task": {}}, "the task cannot take the state {}"),
+        ({"task": {}}, "holds a state that does not fit: {}"),
     ],
     ids=["the trainer's", "the task's", "none"],
 )

@@ -10,6 +10,7 @@ from made_runs import leave, make_gan, make_lstm, save_generator
 
 from cs324dist.command_line import from_command_line
 from cs324dist.config import Config, Positive
+from cs324dist.loop import run_record
 from cs324dist.report import provenance
 from cs324dist.report.page import TEMPLATES
 from cs324dist.report.reading import Run, read_run
@@ -18,7 +19,6 @@ from cs324dist.runs.lease import this_process
 from cs324dist.tasks.base import Task
 from cs324dist.tasks.gan import GANTask
 from cs324dist.tasks.lstm import LSTMTask
-from cs324dist.trainer import run_record
 
 
 def read(path: Path) -> Run:

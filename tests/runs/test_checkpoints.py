@@ -188,7 +188,7 @@ def test_a_state_that_the_task_does_not_take_is_refused(tmp_path, own):
     with pytest.raises(UserError) as caught:
         read_checkpoint(folder, Learner())
     (line,) = caught.value.lines
-    assert line == f"{folder / 'trainer.json'}: the task cannot take the state {own}"
+    assert line == f"{folder / 'trainer.json'} holds a state that does not fit: {own}"
 
 
 @pytest.mark.parametrize("written", [None, 1, 3, "4"])

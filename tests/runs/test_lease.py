@@ -117,7 +117,7 @@ def test_a_live_process_is_waited_for_and_then_named(run, other, monkeypatch, ca
         Lease(run)
     (line,) = caught.value.lines
     assert line.startswith(f"{run} is in use by process {other.pid} on ")
-    assert "give another --run-dir" in line
+    assert "give another folder" in line
     assert f"in use by process {other.pid}" in capsys.readouterr().err
     assert newest_generation(run / "owners") == 1
 
@@ -582,7 +582,7 @@ class TestAClaimThatIsStillEmpty:
         with pytest.raises(UserError) as caught:
             Lease(run)
         assert caught.value.lines == (
-            f"{run} is in use by another process: wait for it, stop it, or give another --run-dir",
+            f"{run} is in use by another process: wait for it, stop it, or give another folder",
         )
         assert capsys.readouterr().err == f"{run} is in use by another process; waiting 0.1 s for its end\n"
 

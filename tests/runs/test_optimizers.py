@@ -1,6 +1,7 @@
 """The state of any optimizer comes back to the last bit, and a run's first steps are those of plain torch."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,14 +14,15 @@ from torch.optim import Optimizer
 
 from cs324dist.config import Config
 from cs324dist.data.streams import MicroBatch
-from cs324dist.distributed.stop import StopRequest
 from cs324dist.errors import UserError
+from cs324dist.loop import TaskRun
 from cs324dist.models.rnn import RNN
+from cs324dist.run import restore
 from cs324dist.runs.checkpoints import TrainerState, read_checkpoint, write_checkpoint
+from cs324dist.runs.hidden_state import HiddenState
 from cs324dist.runs.optimizers import optimizer_tensors, with_full_state
-from cs324dist.runs.run_dir import RunDir
 from cs324dist.tasks.base import Metrics, Task, Updater
-from cs324dist.trainer import Run, Trainer
+from cs324dist.trainer import Trainer
 
 Networks = dict[str, nn.Module]
 Optimizers = dict[str, Optimizer | list[Optimizer]]
@@ -141,9 +143,9 @@ class Learner(Task[Config]):
         return loss, {"loss": loss}
 
 
-def start(build: Build) -> tuple[Learner, Trainer]:
+def start(build: Build, folder: Path | None = None) -> tuple[Learner, Trainer]:
     task_type = type("Learner", (Learner,), {"build": staticmethod(build)})
-    task = task_type(Learner.presets["default"], torch.device("cpu"))
+    task = task_type(replace(Learner.presets["default"], run_dir=folder), torch.device("cpu"))
     return task, Trainer(task, Accelerator(cpu=True))
 
 
@@ -172,15 +174,15 @@ def build(request) -> Build:
 
 
 def test_a_run_is_plain_torch_from_its_first_step_and_across_a_restart(build, tmp_path):
-    task, trainer = start(build)
-    Run(trainer, RunDir(tmp_path / "run"), StopRequest(1)).resume()
-    for step in range(3):
-        trainer.step(step, is_logged=False)
-    assert bits(task.networks) == plain_torch(build, 3)
-    write_checkpoint(tmp_path / "3", task, TrainerState(3, hidden=trainer.hidden.changed()))
+    task, trainer = start(build, tmp_path / "run")
+    with TaskRun(trainer) as run:
+        for step in range(3):
+            trainer.step(step, is_logged=False)
+        assert bits(task.networks) == plain_torch(build, 3)
+        write_checkpoint(tmp_path / "3", task, TrainerState(3, hidden=run.hidden.changed()))
 
     task, trainer = start(build)
-    trainer.restore(tmp_path / "3")
+    restore(tmp_path / "3", task, HiddenState(task), trainer.accelerator)
     for step in range(3, 7):
         trainer.step(step, is_logged=False)
     assert bits(task.networks) == plain_torch(build, 7)
@@ -194,7 +196,7 @@ def test_what_is_restored_takes_the_place_of_a_state_that_was_there(build, tmp_p
     write_checkpoint(tmp_path / "0", task, TrainerState(0))
     for step in range(2):
         trainer.step(step, is_logged=False)
-    trainer.restore(tmp_path / "0")
+    restore(tmp_path / "0", task, HiddenState(task), trainer.accelerator)
     for step in range(3):
         trainer.step(step, is_logged=False)
     assert bits(task.networks) == plain_torch(build, 3)
@@ -296,9 +298,11 @@ def test_numbers_in_a_state_come_back_as_numbers(tmp_path: Path, value: float):
 
 @pytest.mark.parametrize("value", ["warm", [torch.zeros(2)]], ids=["a word", "a list"])
 def test_what_else_is_in_a_state_is_refused_before_the_first_step(tmp_path, value):
-    task, trainer = start(lambda networks: {"rnn": Remembers(networks["rnn"].parameters(), value)})
+    task, trainer = start(
+        lambda networks: {"rnn": Remembers(networks["rnn"].parameters(), value)}, tmp_path / "run"
+    )
     with pytest.raises(UserError) as caught:
-        Run(trainer, RunDir(tmp_path / "run"), StopRequest(1)).resume()
+        TaskRun(trainer).__enter__()
     (line,) = caught.value.lines
     assert line.startswith("the state of an optimizer holds rnn/rnn.input.weight/remembered = ")
     assert bits(task.networks) == bits(networks())
@@ -327,6 +331,6 @@ def test_a_parameter_that_is_trained_later_has_its_state_back(tmp_path):
 
     again, trainer = start(build)
     again.networks["head"].requires_grad_(False)
-    trainer.restore(tmp_path / "4")
+    restore(tmp_path / "4", again, HiddenState(again), trainer.accelerator)
     steps(again, trainer, 4, 6)
     assert bits(again.networks) == bits(task.networks)

@@ -7,10 +7,10 @@ import torch
 from accelerate import Accelerator
 
 from cs324dist.config import Config
-from cs324dist.distributed.stop import StopRequest
+from cs324dist.loop import run_task
 from cs324dist.tasks.base import Task
 from cs324dist.tasks.lstm import LSTMTask
-from cs324dist.trainer import Trainer, run_task
+from cs324dist.trainer import Trainer
 
 
 def accelerator(**scaler) -> Accelerator:
@@ -70,7 +70,6 @@ def test_a_run_goes_on_with_the_scale_that_it_had(tmp_path):
             LSTMTask.presets["smoke"], preset="smoke", steps=steps, wandb="disabled", run_dir=tmp_path
         )
         scaled = accelerator(init_scale=8.0, growth_interval=2)
-        with StopRequest(1) as stop:
-            assert run_task(LSTMTask, config, scaled, stop)
+        assert run_task(LSTMTask, config, scaled)
         scales.append(scaled.scaler.get_scale())
     assert scales == [8.0 * 2**2, 8.0 * 2**3]

@@ -58,7 +58,7 @@ def test_a_live_owner_is_waited_for_and_the_second_is_refused_in_one_line(start,
     waiting, refusal = said
     assert f"{tmp_path}/run is in use by process {first.pid} on " in waiting
     assert refusal.startswith(f"error: {tmp_path}/run is in use by process {first.pid} on ")
-    assert "give another --run-dir" in refusal
+    assert "give another folder" in refusal
     assert files_of(tmp_path / "run") == before
 
 

@@ -131,7 +131,7 @@ def test_on_a_read_only_disk_a_finished_run_says_so_and_another_is_refused(run, 
     done = launch(*command, "--steps", "25", environment=read_only, check=False)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert line.startswith(f"error: --run-dir {run} cannot be written to (Read-only file system)")
+    assert line.startswith(f"error: {run} cannot be written to (Read-only file system)")
 
 
 def test_a_run_killed_after_its_last_checkpoint_is_finished_by_the_next_start(run, launch):
@@ -178,9 +178,7 @@ def test_a_disk_that_is_full_at_the_start_is_one_line_and_nobody_hangs(run, laun
     how = {"launcher": launcher, "options": options, "environment": {"FAULT": "no room to rewind"}}
     done = launch(*command, **how, check=False)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert line == (
-        f"error: --run-dir {run} cannot be written to (No space left on device): give another folder"
-    )
+    assert line == (f"error: {run} cannot be written to (No space left on device): give another folder")
     assert "cs324dist/" not in done.stderr  # a traceback of the launcher has no frame of ours
     if launcher == "python":
         assert done.returncode == 2  # and no job is queued again

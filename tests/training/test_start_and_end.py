@@ -9,10 +9,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from cs324dist import trackers
-from cs324dist.distributed.stop import StopRequest
 from cs324dist.errors import UserError
+from cs324dist.loop import main, run_task
 from cs324dist.tasks.lstm import LSTMTask
-from cs324dist.trainer import main, run_task
 
 
 class RefusesItsData(LSTMTask):
@@ -55,13 +54,13 @@ def test_a_run_that_is_refused_before_its_first_step_leaves_no_trace(tmp_path, t
         folder.mkdir()
     config = replace(task.presets["smoke"], preset="smoke", run_dir=folder)
     with pytest.raises(UserError, match=said):
-        run_task(task, config, Accelerator(cpu=True), StopRequest(1))
+        run_task(task, config, Accelerator(cpu=True))
     assert list(tmp_path.rglob("*")) == [folder] * existed
 
 
 def run_in(folder, task=LSTMTask, **changes) -> bool:
     config = replace(task.presets["smoke"], preset="smoke", run_dir=folder, wandb="disabled", **changes)
-    return run_task(task, config, Accelerator(cpu=True), StopRequest(1))
+    return run_task(task, config, Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])

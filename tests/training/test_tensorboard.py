@@ -9,10 +9,9 @@ import torch
 from accelerate import Accelerator
 from launched import metrics
 
-from cs324dist.distributed.stop import StopRequest
+from cs324dist.loop import run_task
 from cs324dist.tasks.gan import GANTask
 from cs324dist.tasks.lstm import LSTMTask
-from cs324dist.trainer import run_task
 
 
 class Writer:
@@ -48,8 +47,7 @@ def opened(monkeypatch):
 
 def train(task, folder, **changed):
     config = replace(task.presets["smoke"], preset="smoke", run_dir=folder, wandb="disabled", **changed)
-    with StopRequest(1) as stop:
-        assert run_task(task, replace(config, tensorboard=True), Accelerator(cpu=True), stop)
+    assert run_task(task, replace(config, tensorboard=True), Accelerator(cpu=True))
 
 
 def test_it_gets_what_the_metrics_file_gets(opened, tmp_path):

@@ -10,10 +10,9 @@ from accelerate import Accelerator
 from launched import metrics
 
 from cs324dist import Config, MicroBatch, Task, loader
-from cs324dist.distributed.stop import StopRequest
+from cs324dist.loop import run_task
 from cs324dist.runs.run_dir import RunDir
 from cs324dist.trackers import Trackers
-from cs324dist.trainer import run_task
 
 DELAY = 0.01  # seconds that a sample takes
 
@@ -49,11 +48,10 @@ class AtOnce(Waiting):
 
 
 def lines(task, folder):
-    with StopRequest(1) as stop:
-        config = replace(task.presets["fast"], preset="fast", run_dir=folder)
-        began = time.monotonic()
-        assert run_task(task, config, Accelerator(cpu=True), stop)
-        took = time.monotonic() - began
+    config = replace(task.presets["fast"], preset="fast", run_dir=folder)
+    began = time.monotonic()
+    assert run_task(task, config, Accelerator(cpu=True))
+    took = time.monotonic() - began
     return [row for row in metrics(folder) if "train/loss" in row], took
 
 
@@ -80,5 +78,6 @@ def test_on_a_gpu_a_line_has_the_most_memory_that_was_held(tmp_path, monkeypatch
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**29)
     monkeypatch.setattr(Accelerator, "device", torch.device("cuda"))
     monkeypatch.setattr(Accelerator, "log", lambda _, row, step: logged.update(row))
-    Trackers(RunDir(tmp_path), Accelerator(cpu=True), Config(), 0).log_step(10, {})
+    tracking = {"config": {}, "wandb": "disabled", "tensorboard": False}
+    Trackers(RunDir(tmp_path), Accelerator(cpu=True), start=0, until=20, **tracking).log_step(10, {})
     assert logged["throughput/peak_memory_gib"] == 1.5

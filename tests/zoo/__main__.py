@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-for module in ("cs324dist.trainer", "torch._dynamo"):  # the latter is imported by the first optimizer
+for module in ("cs324dist.loop", "torch._dynamo"):  # the latter is imported by the first optimizer
     importlib.import_module(module)
 
 from entry import Finding, Habit, load  # noqa: E402
