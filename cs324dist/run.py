@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -369,7 +370,7 @@ class Run:
             if (was := first.get(name, "no tensor")) != (is_now := now.get(name, "no tensor")):
                 raise RunFailed(
                     f"after step {self.completed}, {name} is {is_now}, and was {was} at the start, as a "
-                    f"resume expects it: create it before the run starts, or keep numbers; {self._last_good()}"
+                    f"resume expects it: create it before the start, or keep numbers; {self._last_good()}"
                 )
 
     def _diverged(self, what: str) -> RunFailed:
@@ -455,7 +456,12 @@ class _Loop:
         if state.keys() != self._states.keys():
             raise ValueError
         for name, own in self._states.items():
-            own.load_state_dict(state[name])
+            kinds = {key: type(v) for key, v in own.state_dict().items() if isinstance(v, tuple | Counter)}
+            own.load_state_dict({key: kinds.get(key, _as_it_is)(v) for key, v in state[name].items()})
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

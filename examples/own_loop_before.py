@@ -42,7 +42,7 @@ def is_right(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def main(args: argparse.Namespace) -> None:
     """Train; after each epoch, measure the accuracy on every sixth picture, which is held out."""
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     set_seed(args.seed)
 
     pictures = ImageFolder(args.data, v2.Compose(AS_TENSOR))

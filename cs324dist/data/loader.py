@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from accelerate.data_loader import DataLoaderStateMixin
 from accelerate.utils import send_to_device
 from jaxtyping import Int64
 from torch import Tensor
@@ -56,6 +57,11 @@ def loader(
         UserError: the data set is empty, or can only be iterated over, or its samples come in another order.
     """
     if isinstance(dataset, DataLoader):
+        if isinstance(dataset, DataLoaderStateMixin):
+            raise UserError(
+                f"the DataLoader of {name!r} went through accelerator.prepare, which gives each process a "
+                f"share of it: give it as it was before"
+            )
         if not isinstance(dataset.sampler, RandomSampler) or dataset.sampler.replacement:
             raise UserError(
                 f"the DataLoader of {name!r} has the order of a {type(dataset.sampler).__name__}, and would "

@@ -473,7 +473,7 @@ class ExactGradients(Gradients):
         for parameter, is_used in zip(parameters, used, strict=True):
             if not is_used:
                 parameter.grad = None
-        self._given = {p: p.grad for p in parameters if p.grad is not None}
+        self._given |= {p: p.grad for p in parameters if p.grad is not None}
         value, weight = add_in_order(of_all[:, :2])
         if kinds[0]:
             _scale(networks, self.parts.count / weight)

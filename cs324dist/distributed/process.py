@@ -29,7 +29,16 @@ from cs324dist.distributed.launcher import (
     check_launcher,
     nodes_used,
 )
-from cs324dist.errors import RANK, ReportedError, RunFailed, UserError, say, show_errors_as_lines, warn
+from cs324dist.errors import (
+    RANK,
+    WORLD_SIZE,
+    ReportedError,
+    RunFailed,
+    UserError,
+    say,
+    show_errors_as_lines,
+    warn,
+)
 from cs324dist.runs.environment import Environment, Precision, has_gpu, processor
 
 Answer = TypeVar("Answer")
@@ -178,12 +187,21 @@ def accelerator_of_script(
 
     Its errors for the user become lines and exit codes. At its end it leaves the process group: gloo's
     threads abort a process that does not (pytorch #179291).
+
+    Raises:
+        UserError: the launcher started several processes, and it is one's alone.
     """
     show_errors_as_lines()
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
-    if given is None and AcceleratorState._shared_state:
-        return Accelerator()
-    return given or start_accelerator(None, micro_batches, peer_timeout)
+    if given is None and not AcceleratorState._shared_state:
+        return start_accelerator(None, micro_batches, peer_timeout)
+    accelerator = given or Accelerator()
+    if accelerator.num_processes < WORLD_SIZE:
+        raise UserError(
+            f"{WORLD_SIZE} processes were started, and the Accelerator lets each train alone: without GPUs, "
+            f"write Accelerator(cpu=True)"
+        )
+    return accelerator
 
 
 def make_deterministic() -> None:

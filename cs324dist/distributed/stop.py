@@ -62,9 +62,12 @@ class StopRequest:
             os.close(signal.set_wakeup_fd(-1))
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        if self._ballot is not None and kind is None:
+        if self._group is not None and (kind is None or issubclass(kind, SystemExit)):
             with suppress(RuntimeError):  # of a process that has ended
-                self._ballot[2].wait()
+                if self._ballot is not None:
+                    self._ballot[2].wait()
+                dist.destroy_process_group(self._group)
+            self._group = self._ballot = None
 
     def _count(self, arrivals: int) -> None:
         """In a thread: a handler would have to wait for the end of whatever torch is doing."""

@@ -78,7 +78,8 @@ class TrainerState:
     """Processes that wrote it; another number may read it."""
 
     task: dict[str, Any] = field(default_factory=dict)
-    """The task's own state, such as a curriculum's length; `{"$tensor": NAME}` stands for a tensor."""
+    """The task's own state, such as a curriculum's length; `{"$tensor": NAME}` stands for a tensor,
+    `{"$numbered": [[KEY, VALUE], …]}` for a dictionary with whole numbers as keys."""
 
     hidden: Hidden = field(default_factory=dict)
     """What differs from a new task, and no `state_dict` holds; see `hidden_state`."""
@@ -197,7 +198,11 @@ def _split(tree: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
             return {key: plain for key, (plain, _) in parts.items()}, tensors
         if not isinstance(tree, dict):
             return [plain for plain, _ in parts.values()], tensors
-    elif tree is None or type(tree) in (bool, int, str) or (type(tree) is float and math.isfinite(tree)):
+        if all(type(key) is int for key in tree):  # such as the milestones of a MultiStepLR
+            return {"$numbered": [[key, plain] for key, (plain, _) in parts.items()]}, tensors
+    elif type(tree) is float and not math.isfinite(tree):  # such as the best loss before the first
+        return {"$float": str(tree)}, {}
+    elif tree is None or type(tree) in (bool, int, float, str):
         return tree, {}
     raise UserError(
         f"the task's state holds {prefix} = {printable(repr(tree)):.99}: give tensors, numbers and words"
@@ -208,6 +213,10 @@ def _join(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(plain, dict):
         if set(plain) == {"$tensor"}:
             return tensors[plain["$tensor"]]
+        if set(plain) == {"$float"}:
+            return float(plain["$float"])
+        if set(plain) == {"$numbered"}:
+            return {key: _join(part, tensors) for key, part in plain["$numbered"]}
         return {key: _join(part, tensors) for key, part in plain.items()}
     return [_join(part, tensors) for part in plain] if isinstance(plain, list) else plain
 

@@ -1,0 +1,195 @@
+"""A loop of one's own keeps the promises of a task's, and each mistake of a first hour ends in one line."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launched import REPOSITORY, metrics, newest_checkpoint, status, trainer
+
+from cs324dist.testing import assert_same_on, assert_same_when_killed
+
+SCRIPT = REPOSITORY / "tests/own_loops/script.py"
+COMMAND = (SCRIPT, "{run}", "30")
+Done = subprocess.CompletedProcess
+
+
+def run(variant: str, folder: Path, processes: int = 1, steps: int = 15) -> Done:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
+    command = [sys.executable, *(launcher if processes > 1 else ()), SCRIPT, folder, str(steps)]
+    environment = {**os.environ, "VARIANT": variant}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+
+def errors(done: Done) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("error")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of the variant `exact`."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert run("exact", folder).returncode == 0
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["exact", "without an accelerator", "gan"])
+def test_it_is_the_same_on_one_to_four_processes(variant, monkeypatch, tmp_path):
+    monkeypatch.setenv("VARIANT", variant)
+    assert_same_on(1, 2, 3, 4, command=COMMAND, folder=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "processes"), [("exact", 1), ("exact", 3), ("ddp", 2), ("gan", 2)])
+def test_it_ends_the_same_when_killed(variant, processes, monkeypatch, tmp_path):
+    monkeypatch.setenv("VARIANT", variant)
+    assert_same_when_killed((SCRIPT, "{run}", "200"), tmp_path, processes=processes)
+
+
+def test_a_second_start_says_that_it_is_finished_and_more_steps_go_on(finished, tmp_path):
+    before = newest_checkpoint(finished)
+    again = run("exact", finished)
+    assert again.returncode == 0
+    assert "is finished, 15 steps" in again.stderr
+    assert newest_checkpoint(finished) == before
+    assert run("exact", finished, steps=20).returncode == 0
+    assert trainer(finished)["step"] == 20
+    whole = tmp_path / "whole"
+    run("exact", whole, steps=20)
+    assert [row["loss"] for row in metrics(whole)] == [row["loss"] for row in metrics(finished)]
+
+
+def test_break_saves_finishes_and_is_not_gone_past(tmp_path):
+    folder = tmp_path / "run"
+    assert run("break", folder).returncode == 0
+    assert (status(folder)["state"], trainer(folder)["step"], len(metrics(folder))) == ("finished", 12, 12)
+    again = run("exact", folder)
+    assert again.returncode == 0
+    assert "is finished, 12 steps: its loop has ended" in again.stderr
+    assert trainer(folder)["step"] == 12
+
+
+def test_an_error_of_the_loop_is_a_traceback_and_the_status_says_it(tmp_path):
+    done = run("own error", tmp_path / "run")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert status(tmp_path / "run") == {"state": "failed", "step": 5, "why": "ValueError: of the loop itself"}
+
+
+def test_a_scheduler_and_its_rate_come_back(finished):
+    state = trainer(finished)
+    assert state["task"]["scheduler"]["last_epoch"] == state["step"]
+    (rates,) = state["hidden"].values()
+    passed = sum(step <= state["step"] for step in (10, 20))
+    assert rates["lr"] == pytest.approx(1e-2 * 0.1**passed)
+
+
+MISTAKES = {  # on how many processes, and what is said
+    "prepared network": (
+        1,
+        r"Sequential went through accelerator.prepare, which would add gradients",
+    ),
+    "prepared loader": (
+        1,
+        r"the DataLoader of 'train' went through accelerator.prepare, which gives each",
+    ),
+    "prepared scheduler": (
+        1,
+        r"accelerator.prepare was given a scheduler, which it would step once",
+    ),
+    "unshuffled loader": (1, r"the DataLoader of 'train' has the order of a SequentialSampler"),
+    "forgotten scheduler": (1, r"optimizer 'net' has a scheduler that no checkpoint would hold"),
+    "more threads": (1, r"torch has 2 threads, on which sums depend"),
+    "network before": (2, r"Sequential: .* on rank 1 is not as on rank 0: make ExactGradients"),
+    "each alone": (2, r"2 processes were started, and the Accelerator lets each train alone"),
+    "skipped backward": (
+        2,
+        r"the place in the program on rank 1 is not as on rank 0 \(.* in loss of step 1\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_of_the_first_hour_is_one_line(mistake, tmp_path):
+    processes, said = MISTAKES[mistake]
+    done = run(mistake, tmp_path / "run", processes)
+    assert done.returncode != 0
+    (line,) = errors(done)
+    assert re.match(f"error: {said}", line)
+    assert not (tmp_path / "run" / "checkpoints").exists() or not list(
+        (tmp_path / "run").glob("checkpoints/0*")
+    )
+    if processes == 1:
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variant", "said"),
+    [
+        ("other networks", r"error: .*model.safetensors.*"),
+        (
+            "other setting",
+            r"error: lr = 0.02 differs from the run's 0.01: give the run's value",
+        ),
+    ],
+)
+def test_a_run_goes_on_only_as_what_it_was(finished, variant, said):
+    before = newest_checkpoint(finished)
+    done = run(variant, finished, steps=40)
+    assert done.returncode == 2
+    (line,) = errors(done)
+    assert re.match(said, line)
+    assert newest_checkpoint(finished) == before
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, SCRIPT, folder, "100000"]
+    environment = {**os.environ, "VARIANT": "exact"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as first:
+        for line in first.stderr:
+            if line.startswith("step 1/"):
+                break
+        done = run("exact", folder, steps=100000)
+        first.send_signal(signal.SIGTERM)
+        assert first.stderr.read()
+    assert first.returncode == 75
+    assert done.returncode == 2
+    assert "is in use by" in errors(done)[0]
+
+
+def test_a_signal_saves_and_the_next_start_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    environment = {**os.environ, "VARIANT": "exact"}
+    command = [sys.executable, SCRIPT, folder, "100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as first:
+        for line in first.stderr:
+            if line.startswith("step 12/"):
+                first.send_signal(signal.SIGTERM)
+                break
+        assert "stopped after" in first.stderr.read()
+    assert first.returncode == 75
+    stopped_at = status(folder)["step"]
+    assert status(folder)["state"] == "stopped"
+    assert stopped_at >= 12
+    done = run("exact", folder, steps=stopped_at + 5)
+    assert done.returncode == 0
+    assert f"continuing from step {stopped_at}" in done.stderr
+
+
+def test_in_a_notebook_or_a_test_it_is_one_process_of_python(tmp_path):
+    code = f"""
+import os, runpy, sys
+os.environ["VARIANT"] = "without an accelerator"
+sys.argv = ["", {str(tmp_path / "run")!r}, "5"]
+print("after", runpy.run_path({str(SCRIPT)!r})["STEPS"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "after 5\n"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"] == {"lr": 0.01, "steps": 5}
