@@ -45,7 +45,10 @@ TASKS = {
     "gan": ("launch/gan.py", *FAKE),
     "classifier": ("examples/classifier.py", *FAKE),
 }
-EXAMPLE = {"mlp": ("examples/mlp.py", "--steps", "60", *EVERY)}
+EXAMPLES = {
+    "mlp": ("examples/mlp.py", "--steps", "60", *EVERY),
+    "BatchNorm beside dropout": ("tests/normed_task.py", "--steps", "30", *EVERY),
+}
 MOMENTS = {"start-up": 2, "training": 4, "writing": 5}
 MOST_KILLS = 10  # of one trial
 LATER = 0.2  # seconds at most from a step's line to a kill: steps, evaluations and what follows a write
@@ -71,7 +74,7 @@ class Cell:
     def command(self, processes: int, run: Path) -> list[str]:
         launcher = (*TORCHRUN, str(processes)) if processes > 1 else ()
         exact = ("--micro-batches", str(self.processes[-1])) if len(self.processes) > 1 else ()
-        script = (TASKS | EXAMPLE)[self.task]
+        script = (TASKS | EXAMPLES)[self.task]
         return [sys.executable, *launcher, *script, *exact, "--run-dir", str(run)]
 
     @property

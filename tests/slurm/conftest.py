@@ -54,7 +54,7 @@ def submit(cluster, launch_environment, tmp_path_factory) -> Submit:
     ) -> Job:
         if checkout is None:
             checkout = tmp_path_factory.mktemp("checkout")
-            for name in ("slurm", "launch", "accelerate_configs", ".venv"):
+            for name in ("slurm", "launch", "examples", "accelerate_configs", ".venv"):
                 if (REPOSITORY / name).exists():
                     (checkout / name).symlink_to(REPOSITORY / name)
         command = ["sbatch", "--parsable", f"--nodes={nodes}", *options, f"slurm/{script}", *arguments]

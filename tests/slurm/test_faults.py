@@ -109,6 +109,23 @@ def test_nodes_powered_off(breakable, submit, uninterrupted, outcomes):
     job.assert_as_if_uninterrupted(reference, mine)
 
 
+def test_own_loop_on_a_node_that_is_powered_off(breakable, submit, outcomes, launch, tmp_path):
+    launch("examples/shapes.py", tmp_path / "shapes", "120")
+    script = ("python", "examples/own_loop.py", "--data", str(tmp_path / "shapes"), "--epochs", "120")
+    command = ("train.sbatch", "--run-dir", "run", "--", *script, "--run-dir", "run")
+    reference, mine = submit(*command, nodes=1), []
+    reference.wait_for_end()
+    job = submit(*command)
+    job.wait_for_step(90)
+    with job.fault("own loop: node powered off", mine, or_once_more=True):
+        breakable.power_off("n2")
+    breakable.power_on("n2")
+    with job.fault("own loop: time limit", mine):
+        job.signal_of_time_limit()
+    outcomes += mine
+    job.assert_as_if_uninterrupted(reference, mine)
+
+
 def test_cable_pulled_and_put_back(breakable, submit, uninterrupted, outcomes):
     """The old process trains on, on the same disk, when the job is started again on another node."""
     job, mine = submit(*LSTM, "--steps", "1000000", nodes=1), []
