@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint_stall.py
 
-Times the training step and `Run.save` (which checks that all is finite, copies, writes, syncs, hashes and
+Times the training step and `Run._write` (which checks that all is finite, copies, writes, syncs, hashes and
 renames) in turn, on one process with all cores, and takes medians. Takes about two minutes on two cores.
 """
 
@@ -15,11 +15,9 @@ from tempfile import TemporaryDirectory
 
 from common import REPOSITORY, Row, command_line, store, trainer_of
 
-from cs324dist.distributed.stop import StopRequest
 from cs324dist.errors import exit_process
-from cs324dist.runs.environment import environment
+from cs324dist.loop import TaskRun
 from cs324dist.runs.run_dir import RunDir
-from cs324dist.trainer import Run, run_record
 
 WARM_UP = 5  # steps
 
@@ -33,17 +31,17 @@ def milliseconds(work: Callable[[], object]) -> float:
 def measure(folder: Path, repeats: int, steps: int) -> Row:
     run_dir, dataset = RunDir(folder / "run"), "mnist" if Path("data/MNIST").is_dir() else "fake"
     trainer = trainer_of("gan", "fast", dataset=dataset, run_dir=run_dir.path, keep_last=2)
-    task, config = trainer.task, trainer.config
-    run, step_times, save_times = Run(trainer, run_dir, StopRequest(world_size=1)), [], []
-    with run_dir.claimed(lambda: run_dir.check_fits(task.name, config), run.on_main):
-        start = run.resume()
-        run_dir.start(run_record(type(task), config), environment(), start.step, start.metrics_lines)
+    config = trainer.config
+    step_times, save_times = [], []
+    with TaskRun(trainer) as run:
+        run._start(WARM_UP + repeats * steps)
         for step in range(WARM_UP):
             trainer.step(step, is_logged=False)
         for first in range(WARM_UP, WARM_UP + repeats * steps, steps):
             for step in range(first, first + steps):
                 step_times.append(milliseconds(lambda step=step: trainer.step(step, is_logged=False)))
-            save_times.append(milliseconds(lambda last=first + steps: run.save(last)))
+            run.step = first + steps
+            save_times.append(milliseconds(run._write))
         size = sum(path.stat().st_size for path in run_dir.newest().rglob("*") if path.is_file())
     step, stall = statistics.median(step_times), statistics.median(save_times)
     interval = config.checkpoint_every

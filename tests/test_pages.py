@@ -3,6 +3,7 @@
 `make docs-check` runs those that stand in blocks of README.md and docs/; here is what it goes by.
 """
 
+import argparse
 import itertools
 import re
 import runpy
@@ -38,7 +39,7 @@ def commands() -> list[str]:
         found += [part.strip() for line in lines for part in line.split("&&")]
     whole = (line for line in found if not line.endswith("\N{HORIZONTAL ELLIPSIS}"))
     # which stand for files of the reader's
-    whole = (line for line in whole if "path/to/" not in line and "my_task.py" not in line)
+    whole = (line for line in whole if not re.search(r"path/to/|my_(task|loop)\.py", line))
     return sorted({line for line in whole if line.startswith(BEGINNINGS)})
 
 
@@ -54,6 +55,9 @@ def test_the_page_of_the_api_is_made_from_the_source_as_it_is_and_leaves_nothing
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_a_page_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(re.sub(r"-m cs324dist\.launch\.(\w+)", r"launch/\1.py", command), comments=True)
+    if "--" in words:  # of a script for slurm/train.sbatch
+        assert words[words.index("slurm/train.sbatch") + 1] == "--run-dir"
+        words = words[words.index("--") + 1 :]
     if words[0] == "make":
         makefile = (REPOSITORY / "Makefile").read_text()
         known = {
@@ -89,13 +93,15 @@ def test_a_command_of_a_page_is_understood(command: str, monkeypatch: pytest.Mon
     if "cs324dist" not in script.read_text():  # it makes something to train on
         return
 
-    honest = command_line._parsed
+    parsers = (command_line, "_parsed"), (argparse.ArgumentParser, "parse_args")
+    place = parsers["argparse" in script.read_text()]
+    honest = getattr(*place)
 
     def parsed(*given: object) -> None:
         honest(*given)
         raise Parsed
 
-    monkeypatch.setattr(command_line, "_parsed", parsed)
+    monkeypatch.setattr(*place, parsed)
     monkeypatch.setattr("sys.argv", [str(script), *arguments])
     with pytest.raises(Parsed):
         runpy.run_path(str(script), run_name="__main__")
@@ -104,6 +110,7 @@ def test_a_command_of_a_page_is_understood(command: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("page", CHECK.PAGES, ids=lambda page: page.name)
 def test_every_block_can_be_run_or_says_why_it_is_not(page: Path) -> None:
     text, blocks = page.read_text(), CHECK.blocks_of(page.read_text())
+    text = re.sub(r"^```diff\n.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     assert len(re.findall("^ *```", text, re.MULTILINE)) == 2 * len(blocks)  # all of a language that is run
     outside = CHECK.BLOCK.sub("", text)
     assert "<!-- not run: " not in outside  # where it would leave nothing out

@@ -200,9 +200,9 @@ def _split(tree: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
             return [plain for plain, _ in parts.values()], tensors
         if all(type(key) is int for key in tree):  # such as the milestones of a MultiStepLR
             return {"$numbered": [[key, plain] for key, (plain, _) in parts.items()]}, tensors
-    elif type(tree) is float and not math.isfinite(tree):  # such as the best loss before the first
+    elif type(tree) is float and math.isinf(tree):  # such as the best loss before the first
         return {"$float": str(tree)}, {}
-    elif tree is None or type(tree) in (bool, int, float, str):
+    elif tree is None or type(tree) in (bool, int, str) or (type(tree) is float and math.isfinite(tree)):
         return tree, {}
     raise UserError(
         f"the task's state holds {prefix} = {printable(repr(tree)):.99}: give tensors, numbers and words"

@@ -555,7 +555,7 @@ class TestTheTasksOwnState:
             ),
             ({"a": {"b": math.nan}}, "the task's state holds a.b = nan: give tensors"),
             ({"a": [1, {2}]}, "the task's state holds a.1 = {2}: give tensors"),
-            ({"a": {1: 2}}, "the task's state holds a = {1: 2}: give tensors"),
+            ({"a": {1.5: 2}}, "the task's state holds a = {1.5: 2}: give tensors"),
             ({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, "two tensors of the task's state are both "),
         ],
         ids=["class", "NaN", "set", "number as key", "same name"],
