@@ -76,8 +76,8 @@ class Run:
                 run.log(loss=loss)
 
     Inside, no other process writes into the folder, and networks, optimizers and states are what the newest
-    checkpoint holds. `break` saves and finishes. SIGTERM and SIGINT save after the step, and end the process
-    with exit code 75; give the same command again to go on, on any number of processes.
+    checkpoint holds. `break` saves and finishes. SIGTERM, SIGINT and SIGUSR1 save after the step, and end the
+    process with exit code 75; give the same command again to go on, on any number of processes.
     """
 
     def __init__(
@@ -279,7 +279,12 @@ class Run:
 
         The main process writes what it is given; every process may call it. To read a tensor waits for the
         device.
+
+        Raises:
+            UserError: no step is being taken.
         """
+        if not self._is_started:
+            raise UserError("log was called before the first step: call it in the loop over run.steps(…)")
         if self.accelerator.is_main_process:
             values = {name: float(value) for name, value in {**(metrics or {}), **more}.items()}
             self.trackers.log_step(self.completed, values)

@@ -30,7 +30,7 @@ main() { # a function is read as a whole: the file may change while the job runs
         shift 3
     else
         case $task in
-            *:*) set -- launch/train.py "$task" "$@" ;;
+            *:* | *.py) set -- launch/train.py "$task" "$@" ;;
             *) set -- "launch/$task.py" "$@" ;;
         esac
         # Options that are not allowed are refused here, once, and not on every node.

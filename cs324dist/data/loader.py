@@ -32,7 +32,7 @@ from cs324dist.data.streams import (
 from cs324dist.errors import ReportedError, UserError
 
 Collate = Callable[[list[Any]], Any]
-TO_STOP = (signal.SIGTERM, signal.SIGINT)
+TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 Address = tuple[str, int]  # what its random numbers are named by, and the item
 
 

@@ -11,6 +11,7 @@ from cs324dist.errors import RunFailed
 NO_MEMORY = ("can't allocate memory", "out of memory", "bad allocation")
 LOADER_GONE = ("dataloader worker (pid",)
 UNUSED = ("expected to have finished reduction",)
+NOT_DETERMINISTIC = ("does not have a deterministic implementation",)
 PEER_SILENT = ("timed out", "timeout")
 PEER_GONE = ("connection closed by peer", "connection reset", "broken pipe", "connection refused")
 
@@ -49,6 +50,11 @@ def translate_errors(peer_timeout: int) -> Iterator[None]:
             raise RunFailed(
                 "on several processes, a loss has to use every parameter of its networks that is not frozen: "
                 "freeze the others with requires_grad_(False), or give --micro-batches"
+            ) from error
+        if _says(text, NOT_DETERMINISTIC):
+            raise RunFailed(
+                f"{str(error).partition(',')[0]} on this device, and with micro-batches all operations need "
+                f"one: use another operation"
             ) from error
         if dist.is_initialized() and _says(text, PEER_SILENT):
             raise ProcessLost(

@@ -281,6 +281,7 @@ def _thread_state(device: torch.device) -> Callable[[], AbstractContextManager[N
         torch.is_grad_enabled(),
         torch.get_default_device(),
     )
+    current = torch.cuda.current_device() if device.type == "cuda" else None  # `device` may have no index
     kinds = dict.fromkeys(("cpu", device.type))
     autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
 
@@ -288,8 +289,8 @@ def _thread_state(device: torch.device) -> Callable[[], AbstractContextManager[N
     def enter() -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(True)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        if current is not None:
+            torch.cuda.set_device(current)
         with ExitStack() as stack, torch.set_grad_enabled(grad):
             for kind, dtype, enabled in autocast:
                 stack.enter_context(torch.autocast(kind, dtype, enabled))

@@ -207,10 +207,12 @@ def accelerator_of_script(
 def make_deterministic() -> None:
     """Have GPUs compute the same bits every time: other kernels, and one order for NCCL's sums.
 
-    Call it before CUDA starts. torch warns of an operation for which it has no such kernel.
+    Call it before CUDA starts. An operation for which torch has no such kernel raises: with `warn_only`, the
+    backward pass of attention would stay as it is (torch 2.13, attention_backward.cu).
     """
     os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_NVLS_ENABLE": "0", "NCCL_ALGO": "Ring"}
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False  # which picks kernels by their speed
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # none is read
 
 

@@ -13,13 +13,14 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last: of Slurm, with --signal
 SIGNALS_TO_END = 3  # signals; a user who asks this often wants out at once
 TOGETHER = 1.0  # seconds in which signals count as one: a launcher passes on what Slurm has sent to all
 Part = TypeVar("Part")
 
 
 class StopRequest:
-    """SIGTERM and SIGINT set a flag; `agreed` says, the same on every rank, when to stop.
+    """SIGTERM, SIGINT and SIGUSR1 set a flag; `agreed` says, the same on every rank, when to stop.
 
     The ranks vote on the CPU, over gloo, while the next step runs: a request takes effect one step later and
     the device is never waited for.
@@ -40,9 +41,7 @@ class StopRequest:
 
         Before, while there is nothing to lose yet, they end the process at once, whatever it waits for.
         """
-        self._previous = {
-            number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self._previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         arrivals, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)

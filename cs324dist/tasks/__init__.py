@@ -20,12 +20,14 @@ TASKS = {
 def find_task(name: str) -> type[Task[Any]]:
     """The task called `name`: one of `TASKS`, or `path/to/file.py:Class`, or `package.module:Class`.
 
-    The code in the file or module runs. It can import what lies beside the file, or in the current folder.
+    The class may be left out where a file has one task. The code in the file or module runs. It can import
+    what lies beside the file, or in the current folder.
 
     Raises:
         UserError: there is no such task.
     """
-    module_name, _, class_name = TASKS.get(name, name).rpartition(":")
+    path = TASKS.get(name, name)
+    module_name, _, class_name = (f"{path}:" if path.endswith(".py") else path).rpartition(":")
     if not module_name:
         raise UserError(
             f"task {name!r} is unknown: give {', '.join(TASKS)}, path/file.py:Class, or package.module:Class"
@@ -36,13 +38,25 @@ def find_task(name: str) -> type[Task[Any]]:
         sys.path.insert(0, folder)  # as Python does for a script
     try:
         module = _from_file(file) if file else importlib.import_module(module_name)
-        task = getattr(module, class_name)
+        task = getattr(module, class_name or _only_task(module))
     except (ImportError, OSError, AttributeError) as error:
         raise UserError(f"task {name!r} cannot be imported: {error}") from None
     if not (isinstance(task, type) and issubclass(task, Task)):
         raise UserError(f"task {name!r} is not a subclass of cs324dist.Task")
     check_task(task)
     return task
+
+
+def _only_task(module: Any) -> str:
+    """The name of the only task that a file defines."""
+    found = [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Task) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise UserError(f"{module.__file__} has {len(found)} tasks: name one, {module.__file__}:CLASS")
+    return found[0]
 
 
 def check_task(task: type[Task[Any]]) -> None:

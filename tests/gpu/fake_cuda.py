@@ -104,11 +104,13 @@ def read_tensors(path, expected, **options):
 
 
 for name, answer in {  # of torch.cuda, as far as torch, Accelerate and the project ask
-    "is_available": True, "device_count": 1, "current_device": 0, "set_device": None, "_lazy_init": None,
+    "is_available": True, "device_count": 1, "current_device": 0, "_lazy_init": None,
     "is_bf16_supported": True, "is_current_stream_capturing": False, "get_device_name": "fake",
     "get_device_capability": (9, 0), "synchronize": None, "get_rng_state": torch.zeros(1),
 }.items():  # fmt: skip
     setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+# It refuses a device without an index, as torch does.
+torch.cuda.set_device = lambda device: torch.cuda._utils._get_device_index(device)
 FakeTensorMode.avoid_device_init = property(lambda mode: True)
 FakeTensorMode.__deepcopy__ = lambda mode, memo: mode
 FakeTensor.__deepcopy__ = copied

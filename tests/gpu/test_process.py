@@ -9,7 +9,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from cs324dist.distributed import gradients, parts, process
-from cs324dist.errors import UserError
+from cs324dist.distributed.failures import translate_errors
+from cs324dist.errors import RunFailed, UserError
 
 SETTINGS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_NVLS_ENABLE": "0", "NCCL_ALGO": "Ring"}
 
@@ -98,3 +99,11 @@ def test_emulated_bf16_is_warned_about(one_gpu, capsys, emulated, precision, war
     )
     process.start_accelerator()
     assert ("warning: this GPU emulates bf16" in capsys.readouterr().err) == warned
+
+
+def test_an_operation_without_a_deterministic_kernel_is_one_line():
+    said = "kthvalue CUDA does not have a deterministic implementation, but you set 'torch.use_determin…"
+    with pytest.raises(RunFailed) as failed, translate_errors(peer_timeout=1):
+        raise RuntimeError(said)  # as torch's alertNotDeterministic does
+    (line,) = failed.value.lines
+    assert line.startswith("kthvalue CUDA does not have a deterministic implementation on this device, and")

@@ -70,6 +70,8 @@ def exactly() -> None:
         accelerator=accelerator,
     )
     loss = 0.0
+    if VARIANT == "logged too soon":
+        run.log(loss=loss)
     with run:
         for step in run.steps(STEPS, save_every=5):
             if not (VARIANT == "skipped backward" and RANK == 1):

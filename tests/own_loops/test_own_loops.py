@@ -104,6 +104,7 @@ MISTAKES = {  # on how many processes, and what is said
     ),
     "unshuffled loader": (1, r"the DataLoader of 'train' has the order of a SequentialSampler"),
     "forgotten scheduler": (1, r"optimizer 'net' has a scheduler that no checkpoint would hold"),
+    "logged too soon": (1, r"log was called before the first step"),
     "more threads": (1, r"torch has 2 threads, on which sums depend"),
     "network before": (2, r"Sequential: .* on rank 1 is not as on rank 0: make ExactGradients"),
     "each alone": (2, r"2 processes were started, and the Accelerator lets each train alone"),
@@ -164,14 +165,15 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     assert "is in use by" in errors(done)[0]
 
 
-def test_a_signal_saves_and_the_next_start_goes_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_the_next_start_goes_on(tmp_path, number):
     folder = tmp_path / "run"
     environment = {**os.environ, "VARIANT": "exact"}
     command = [sys.executable, SCRIPT, folder, "100000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as first:
         for line in first.stderr:
             if line.startswith("step 12/"):
-                first.send_signal(signal.SIGTERM)
+                first.send_signal(number)
                 break
         assert "stopped after" in first.stderr.read()
     assert first.returncode == 75

@@ -455,6 +455,17 @@ class TestStarting:
             assert run.read_config(Config).steps == 60
         assert capsys.readouterr().err == ""
 
+    def test_with_exact_gradients_another_hash_seed_is_refused(self, tmp_path):
+        made = replace(HERE, variables={"PYTHONHASHSEED": "0"})
+        with started(tmp_path / "run", environment=made):
+            pass
+        now, run = replace(HERE, variables={"PYTHONHASHSEED": "7"}), RunDir(tmp_path / "run")
+        with pytest.raises(UserError, match="was made with PYTHONHASHSEED=0, now 7: a set of words would"):
+            with run.claimed(anything, at_once):
+                run.start(RECORD, now, 0, 0, is_exact=True)
+        with started(tmp_path / "run", environment=now):  # a warning, without
+            pass
+
     def test_what_may_change_bits_is_warned_of_with_old_and_new_value(self, tmp_path, capsys):
         changed = replace(HERE, commit="def", packages={"torch": "3.0.0"}, compiled="inductor", cuda="13.0")
         with started(tmp_path / "run"):
