@@ -460,9 +460,9 @@ class TestStarting:
         with started(tmp_path / "run", environment=made):
             pass
         now, run = replace(HERE, variables={"PYTHONHASHSEED": "7"}), RunDir(tmp_path / "run")
-        with pytest.raises(UserError, match="was made with PYTHONHASHSEED=0, now 7: a set of words would"):
-            with run.claimed(anything, at_once):
-                run.start(RECORD, now, 0, 0, is_exact=True)
+        said = "was made with PYTHONHASHSEED=0, now 7: a set of words would"
+        with pytest.raises(UserError, match=said), run.claimed(anything, at_once):
+            run.start(RECORD, now, 0, 0, is_exact=True)
         with started(tmp_path / "run", environment=now):  # a warning, without
             pass
 
