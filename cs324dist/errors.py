@@ -89,6 +89,7 @@ def show_errors_as_lines() -> None:
 
     def hook(kind: Any, error: Any, trace: Any) -> None:
         if isinstance(error, ReportedError):
+            sys.stderr = sys.__stderr__  # torch's own hook around this one collects what is said in a string
             _end_with(error)
         before(kind, error, trace)
 

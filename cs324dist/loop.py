@@ -28,10 +28,9 @@ from cs324dist.errors import (
     RunFailed,
     UserError,
     exit_process,
-    printable,
     warn,
 )
-from cs324dist.run import Run, Stopped
+from cs324dist.run import Run, Stopped, as_numbers
 from cs324dist.runs.environment import Precision
 from cs324dist.runs.optimizers import each
 from cs324dist.runs.run_dir import RunDir, RunRecord
@@ -166,22 +165,6 @@ class TaskRun(Run):
             return
         text = f"--keep-best {wanted} is no metric of an evaluation: {todo}"
         raise RunFailed(f"{text}; {self._last_good()}") if evaluated else UserError(text)
-
-
-def as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """What a task's evaluation has measured, as plain numbers.
-
-    Raises:
-        UserError: something is no number.
-    """
-    found = {}
-    for name, value in metrics.items():
-        try:
-            found[name] = float(value)
-        except (TypeError, ValueError, RuntimeError):
-            text = printable(repr(value)).partition("\n")[0]
-            raise UserError(f"the evaluation gives {name} = {text:.99}: give a number") from None
-    return found
 
 
 def main(task: str | type[Task[Any]], description: str | None) -> None:

@@ -1,6 +1,7 @@
 """A run of a training loop: one owner, checkpoints, metrics, signals, and how it ended."""
 
 import json
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from cs324dist.data.streams import seed_everything
 from cs324dist.distributed.checks import checksums, differences, gather_objects
 from cs324dist.distributed.failures import ProcessLost, translate_errors
-from cs324dist.distributed.gradients import LOOK_FOR, is_exact
+from cs324dist.distributed.gradients import LOOK_FOR, exact_of
 from cs324dist.distributed.process import (
     accelerator_of_script,
     compare_environments,
@@ -118,15 +119,18 @@ class Run:
         self.accelerator = accelerator_of_script(accelerator, peer_timeout=peer_timeout)
         self.dir, self.peer_timeout = RunDir(Path(folder)), peer_timeout
         self.keep_last, self.keep_best = keep_last, keep_best
-        self.trained: Trained = _Loop(networks, optimizers, states or {})
-        self.is_exact = is_exact(self.trained.networks.values())
+        self.trained: Any = _Loop(networks, optimizers, states or {})
+        exact = exact_of(self.trained.networks.values())
+        self.is_exact = exact is not None
         self.step = 0
         """Steps that have been completed."""
         self.is_over = False
         """Whether the loop has ended before its last step."""
-        self._config, self._may_change = _plain(config or {}), set(may_change)
+        made_of = {"gradients": str(exact) if exact else "of the loop", **self.trained.kinds()}
+        self._config, self._may_change = {**_plain(config or {}), "made of": made_of}, set(may_change)
         self._tracking: dict[str, Any] = {"wandb": wandb, "tensorboard": tensorboard, "config": self._config}
         self._on_main = partial(on_main_process, self.accelerator)
+        self._session: Any = None
         self._is_started = self._in_step = self._save_asked = self._stop_asked = False
         self._until = 0
         self._metrics_lines = 0
@@ -164,13 +168,12 @@ class Run:
     def _check_fits(self) -> None:
         if not self.dir.check_holds(LOOP):
             return
-        stored = self.dir.read_record().config
-        names = [name for name in {**self._config, **stored} if name not in self._may_change]
+        stored, now = _flat(self.dir.read_record().config), _flat(self._config)
         if lines := [
-            f"{name} = {printable(self._config.get(name))} differs from the run's "
-            f"{printable(stored.get(name))}: give the run's value, another folder, or may_change"
-            for name in names
-            if self._config.get(name) != stored.get(name)
+            f"{name} = {printable(now.get(name))} differs from the run's {printable(stored.get(name))}: "
+            f"give the run's value, another folder, or may_change"
+            for name in {**now, **stored}
+            if name not in self._may_change and now.get(name) != stored.get(name)
         ]:
             raise UserError(*lines)
 
@@ -220,7 +223,13 @@ class Run:
         Args:
             until: steps in total.
             save_every: steps between checkpoints; the last step is always saved.
+
+        Raises:
+            UserError: outside of `with`, or `save_every` is not positive.
+            RunFailed: processes differ, or a weight is not finite.
         """
+        if self._session is None or save_every < 1:
+            raise UserError("steps belongs inside `with run`, with a save_every of at least 1")
         if self.step >= until or self.is_over:
             if self._is_started:
                 return
@@ -281,12 +290,12 @@ class Run:
         device.
 
         Raises:
-            UserError: no step is being taken.
+            UserError: no step is being taken, or something is no number.
         """
         if not self._is_started:
             raise UserError("log was called before the first step: call it in the loop over run.steps(…)")
         if self.accelerator.is_main_process:
-            values = {name: float(value) for name, value in {**(metrics or {}), **more}.items()}
+            values = as_numbers({**(metrics or {}), **more})
             self.trackers.log_step(self.completed, values)
 
     def _end(self) -> None:
@@ -398,6 +407,9 @@ class Run:
         except (Superseded, Stopped):
             raise
         except BaseException as error:
+            with suppress(ValueError):  # not the main thread
+                # torch's handler raises once more for a worker that has died, wherever this process is then.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             # A signal to stop all, which others obeyed sooner; not the launcher's, that follows a failure.
             stopped = self._stop.received_before_the_last_vote and isinstance(error, ProcessLost)
             if self._is_started and self.accelerator.is_main_process:
@@ -454,6 +466,11 @@ class _Loop:
                     f'states={{"scheduler": …}}'
                 )
 
+    def kinds(self) -> dict[str, str]:
+        """What the optimizers and states are."""
+        kinds = {name: kind for name, kind in layout(self).items() if name.startswith("optimizer ")}
+        return {**kinds, **{f"state {name}": type(state).__name__ for name, state in self._states.items()}}
+
     def state_dict(self) -> dict[str, Any]:
         return {name: state.state_dict() for name, state in self._states.items()}
 
@@ -463,6 +480,26 @@ class _Loop:
         for name, own in self._states.items():
             kinds = {key: type(v) for key, v in own.state_dict().items() if isinstance(v, tuple | Counter)}
             own.load_state_dict({key: kinds.get(key, _as_it_is)(v) for key, v in state[name].items()})
+
+
+def as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics as plain numbers.
+
+    Raises:
+        UserError: something is no number.
+    """
+    found = {}
+    for name, value in metrics.items():
+        try:
+            found[name] = float(value.detach() if isinstance(value, Tensor) else value)
+        except (TypeError, ValueError, RuntimeError):
+            text = printable(repr(value)).partition("\n")[0]
+            raise UserError(f"the metric {name} = {text:.99} is no number: give one") from None
+    return found
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {**config, **config.get("made of", {}), "made of": None}
 
 
 def _as_it_is(value: Any) -> Any:

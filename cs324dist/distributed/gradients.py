@@ -26,7 +26,7 @@ from cs324dist.distributed.ordered_sum import OrderedSum
 from cs324dist.distributed.parts import Parts, add_in_order, gather_rows
 from cs324dist.distributed.process import accelerator_of_script, check_batch, make_deterministic
 from cs324dist.distributed.sum_over import SumOver
-from cs324dist.errors import RunFailed, UserError
+from cs324dist.errors import RunFailed, UserError, warn
 
 Mean = Float[Tensor, ""] | tuple[Float[Tensor, ""], Tensor | float]
 """The mean over the samples of a part; or a sum and its weight, such as the number of tokens."""
@@ -39,12 +39,12 @@ LOOK_FOR = (
 )
 
 
-_exact: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_exact: "weakref.WeakKeyDictionary[nn.Module, ExactGradients]" = weakref.WeakKeyDictionary()
 
 
-def is_exact(networks: Iterable[nn.Module]) -> bool:
-    """Whether `ExactGradients` has prepared any of these."""
-    return any(network in _exact for network in networks)
+def exact_of(networks: Iterable[nn.Module]) -> "ExactGradients | None":
+    """Which `ExactGradients` has prepared any of these."""
+    return next((_exact[network] for network in networks if network in _exact), None)
 
 
 class Gradients:
@@ -208,7 +208,7 @@ class ExactGradients(Gradients):
         *,
         check_every: int = 100,
         peer_timeout: int = 600,
-        anywhere: bool = False,
+        anywhere: bool = True,
     ) -> None:
         """Use one core, and seed everything: make it before networks and data.
 
@@ -219,8 +219,8 @@ class ExactGradients(Gradients):
             check_every: steps between two in which gradients are computed a second time, and compared to the
                 last bit; the first step is one of them. 0: never.
             peer_timeout: seconds for which a part may keep the others waiting.
-            anywhere: whether any process can compute any part. The second time, another process does;
-                otherwise the same process does, in the reverse order.
+            anywhere: whether any process can compute any part. The second time, another process does, which
+                finds other data on one of them; otherwise the same process does, in the reverse order.
 
         Raises:
             UserError: there are fewer parts than processes.
@@ -236,7 +236,8 @@ class ExactGradients(Gradients):
         self._check_every, self._anywhere = check_every, anywhere
         self._checked: set[str] = set()
         self._sums: dict[tuple[int, ...], OrderedSum] = {}
-        self._given: dict[Tensor, Tensor] = {}
+        self._given: dict[Tensor, tuple[Tensor, int]] = {}  # a gradient, and the parameter's version then
+        self._has_warned = False
         self.belongings = PartBelongings({}, self._device, micro_batches)
 
     def prepare(self, network: nn.Module, name: str = "") -> nn.Module:
@@ -247,7 +248,7 @@ class ExactGradients(Gradients):
         """
         self._refuse_what_is_prepared(network)
         prepared = super().prepare(network, name)
-        _exact.add(prepared)
+        _exact[prepared] = self
         held = checksums(dict(prepared.state_dict()))
         if lines := differences(gather_objects(held, "where a network is prepared"), with_values=False):
             raise UserError(
@@ -284,6 +285,9 @@ class ExactGradients(Gradients):
     def watch(self, networks: Mapping[str, nn.Module], task: object = None) -> None:
         """Watch what the loss sets on these networks, and on a task."""
         self.belongings.owners = owners_in(networks, task)
+
+    def __str__(self) -> str:
+        return f"{self.parts.count} parts, seed {self._seed}"
 
     def explanation(self, attribute: str | None) -> str:
         """See `Gradients`."""
@@ -334,16 +338,21 @@ class ExactGradients(Gradients):
             # In this thread, where the parts of this process meet.
             with torch.autograd.set_multithreading_enabled(not self.parts.layers):
                 value, weight = _pair(loss_of(self.batch(index, step, batch_size, is_check=is_check)))
+                unused: Sequence[Tensor | None] = [None] * len(parameters)
+                self._check_after(names, parameters, unused)
                 found = (
                     torch.autograd.grad(value, parameters, allow_unused=True)
                     if value.requires_grad
-                    else [None] * len(parameters)
+                    else unused
                 )
             self._check_after(names, parameters, found)
             rows[index] = self._row(value, weight, found)
             return found
 
-        check_batch(batch_size, self.parts.count, self.parts.processes)
+        if not parameters:
+            raise UserError("there is nothing to train: give each network to ExactGradients.prepare first")
+        if batch_size % self.parts.count:
+            raise UserError(f"batch_size={batch_size} is not divisible by micro_batches={self.parts.count}")
         is_checked = self._check_every and (name not in self._checked or step % self._check_every == 0)
         if is_checked:
             gather_objects(None, f"in {name} of step {step + 1}")
@@ -430,8 +439,17 @@ class ExactGradients(Gradients):
                 f"torch has {threads} threads, on which sums depend: leave out set_num_threads, and make "
                 f"ExactGradients after the Accelerator"
             )
-        for name, parameter in zip(self.names(parameters), parameters, strict=True):
-            if parameter.grad is not None and parameter.grad is not self._given.get(parameter):
+        given = [self._given.get(parameter, (None, 0)) for parameter in parameters]
+        unused = [
+            p for p, (gradient, _) in zip(parameters, given, strict=True) if p.grad is gradient is not None
+        ]
+        if unused and all(parameter._version == self._given[parameter][1] for parameter in unused):
+            raise UserError(
+                f"the last gradient of {self.names(unused)[0]} was used by no optimizer, and would be lost: "
+                f"add up losses in one function, or set .grad to None (zero_grad)"
+            )
+        for name, parameter, (gradient, _) in zip(self.names(parameters), parameters, given, strict=True):
+            if parameter.grad is not None and parameter.grad is not gradient:
                 raise UserError(
                     f"{name} has a gradient before the update, which would be lost: leave backward() to the "
                     f"update, and set .grad to None after a step of your own"
@@ -473,7 +491,11 @@ class ExactGradients(Gradients):
         for parameter, is_used in zip(parameters, used, strict=True):
             if not is_used:
                 parameter.grad = None
-        self._given |= {p: p.grad for p in parameters if p.grad is not None}
+        self._given |= {p: (p.grad, p._version) for p in parameters if p.grad is not None}
+        if not any(used) and not self._has_warned:
+            self._has_warned = True
+            if self.parts.rank == 0:
+                warn("the loss of no part depends on a parameter, and nothing is trained: is it detached?")
         value, weight = add_in_order(of_all[:, :2])
         if kinds[0]:
             _scale(networks, self.parts.count / weight)

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import ctypes
+import gc
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 from cs324dist import PARENT
 from cs324dist.distributed.checks import differences, gather_objects
@@ -171,9 +173,13 @@ def prepare_process(
         warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
     if keep_memory:
         keep_large_memory()
+    end_with_the_launcher()
+
+
+def end_with_the_launcher() -> None:
+    """Have this process asked to stop when its launcher is killed, which would leave it running."""
     launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if sys.platform == "linux" and launched:
-        # A launcher that is killed would leave its workers running.
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
         if _launcher_has_died():  # before this was set
@@ -192,7 +198,8 @@ def accelerator_of_script(
         UserError: the launcher started several processes, and it is one's alone.
     """
     show_errors_as_lines()
-    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+    end_with_the_launcher()
+    atexit.register(_leave_groups)
     if given is None and not AcceleratorState._shared_state:
         return start_accelerator(None, micro_batches, peer_timeout)
     accelerator = given or Accelerator()
@@ -202,6 +209,15 @@ def accelerator_of_script(
             f"write Accelerator(cpu=True)"
         )
     return accelerator
+
+
+def _leave_groups() -> None:
+    """At the end of Python, destroy the process groups, and what holds them."""
+    for held in gc.get_objects():
+        if type(held) is DistributedDataParallel:
+            vars(held).clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def make_deterministic() -> None:
@@ -246,7 +262,7 @@ def _cores() -> int:
 def _say_which_cores_are_idle(most: int) -> None:
     if (processes := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) < most:
         say(
-            f"with --micro-batches, a process uses one core: {processes} of {_cores()} are used. "
+            f"with micro-batches, a process uses one core: {processes} of {_cores()} are used. "
             f"For the same result sooner: torchrun --nproc_per_node {most} …"
         )
 

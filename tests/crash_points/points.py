@@ -61,7 +61,7 @@ LEFT_BEHIND = b"left behind"
 NORMAL = (
     r"step \d+/\d+  .*|evaluation after \d+ steps  .*"
     r"|\S+: (starting at|continuing from) step \d+ of .*|\S+: finished after \d+ steps|\S+ is finished, .*"
-    r"|with --micro-batches, a process uses one core: .*"
+    r"|with micro-batches, a process uses one core: .*"
 )
 STOPPED_BY_A_SIGNAL = r"|\S+: stopped after \d+ steps; run the same command to go on"
 CUT_OFF = (  # what an owner may say that wakes up and finds its temporary files cleared, or another at work

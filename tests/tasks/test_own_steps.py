@@ -293,8 +293,8 @@ def test_what_an_evaluation_gives_can_be_read_again(train, evaluation):
 @pytest.mark.parametrize(
     ("evaluation", "said"),
     [
-        ("{'a': 'high'}", "the evaluation gives a = 'high': give a number"),
-        ("{'a': torch.ones(2)}", "the evaluation gives a = tensor([1., 1.]): give a number"),
+        ("{'a': 'high'}", "the metric a = 'high' is no number: give one"),
+        ("{'a': torch.ones(2)}", "the metric a = tensor([1., 1.]) is no number: give one"),
     ],
 )
 def test_what_could_not_be_read_again_is_refused(train, evaluation, said):
