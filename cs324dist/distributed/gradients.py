@@ -443,7 +443,8 @@ class ExactGradients(Gradients):
         unused = [
             p for p, (gradient, _) in zip(parameters, given, strict=True) if p.grad is gradient is not None
         ]
-        if unused and all(parameter._version == self._given[parameter][1] for parameter in unused):
+        left = unused and all(parameter._version == self._given[parameter][1] for parameter in unused)
+        if left and any(parameter.grad.any() for parameter in unused):  # type: ignore[union-attr]
             raise UserError(
                 f"the last gradient of {self.names(unused)[0]} was used by no optimizer, and would be lost: "
                 f"add up losses in one function, or set .grad to None (zero_grad)"

@@ -86,10 +86,11 @@ def test_it_is_the_gradient_of_a_plain_loop(loss, processes):
         assert all(f is None or torch.equal(f, found[name]) for name, f in first.items())
 
 
-def test_a_gradient_that_was_given_may_be_left_or_filled_with_zeros():
+def test_a_gradient_that_was_used_may_be_left_or_filled_with_zeros():
     gradients, steps = ExactGradients(COUNT, 0, Rank(0, 1)), []
     gradients.prepare(net := network())
-    for step, change in enumerate((lambda: None, lambda: net.zero_grad(set_to_none=False), net.zero_grad)):
+    used = torch.optim.SGD(net.parameters(), 0.0).step
+    for step, change in enumerate((used, lambda: net.zero_grad(set_to_none=False), net.zero_grad)):
         gradients.backward(lambda batch: mean(net, batch), step, 2 * COUNT)
         steps.append(net["used"].weight.grad.clone())
         change()

@@ -43,6 +43,7 @@ def gradients(rank: Rank, draw: Callable[[int], Tensor], middle: nn.Module) -> l
         return layers[2](hidden * draw(batch.step)).square().mean()
 
     def of_step(step: int) -> list[Tensor]:
+        layers.zero_grad()
         exact.backward(loss_of, step, 2 * COUNT)
         return [parameter.grad.clone() for parameter in layers.parameters() if parameter.requires_grad]
 
