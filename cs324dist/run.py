@@ -44,10 +44,8 @@ from cs324dist.runs.files import clear
 from cs324dist.runs.hidden_state import HiddenState
 from cs324dist.runs.lease import Superseded
 from cs324dist.runs.optimizers import Optimizers, each, with_full_state
-from cs324dist.runs.run_dir import RunDir, RunRecord
+from cs324dist.runs.run_dir import LOOP, RunDir, RunRecord
 from cs324dist.trackers import Trackers
-
-LOOP = "loop"  # what `config.json` calls a loop of one's own
 
 
 class Stopped(SystemExit):

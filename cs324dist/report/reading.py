@@ -19,7 +19,7 @@ from cs324dist.runs.checkpoints import checkpoints_in, read_state
 from cs324dist.runs.environment import Environment
 from cs324dist.runs.files import matches, read_record
 from cs324dist.runs.lease import Owner, generations
-from cs324dist.runs.run_dir import RunDir, RunRecord, State
+from cs324dist.runs.run_dir import LOOP, RunDir, RunRecord, State
 
 Series = dict[int, float | None]  # value by step, in the order of steps; None: it was not finite
 LARGEST = 1e15  # larger values are not drawn
@@ -69,7 +69,7 @@ class Run:
     @property
     def steps(self) -> int | None:
         """How many steps it is to take."""
-        return self.options.steps if self.options else None
+        return self.options.steps if self.options and self.record.task != LOOP else None
 
     @property
     def reached(self) -> int:
@@ -145,7 +145,8 @@ def read_run(path: Path, name: str) -> Run:
         return None
 
     record = read(folder.read_record)
-    base = {name: value for name, value in (record.config if record else {}).items() if name in BASE_OPTIONS}
+    given = record.config if record and record.task != LOOP else {}
+    base = {name: value for name, value in given.items() if name in BASE_OPTIONS}
     options = read(from_json, Config, base, f"{path}/config.json") if record else None
     begun = (path / "status.json").exists()
     status = read(folder.read_status) if begun else None

@@ -44,6 +44,7 @@ from cs324dist.runs.lease import Lease, generations, owner_of
 OnMain = Callable[[Callable[[], None]], None]
 State = Literal["running", "stopped", "finished", "failed"]
 HASH_SEED = "PYTHONHASHSEED"
+LOOP = "loop"  # the task of a loop of one's own, whose settings have names of their own
 FOLDERS = {"owners", "checkpoints", "samples"}
 LEFTOVERS = r"\.config\.json.*\.tmp"  # of a start that was killed
 

@@ -7,6 +7,8 @@ from made_runs import ENDS_SCRIPT, HOSTILE, add_owner, edit, make_gan, make_lstm
 
 from cs324dist.errors import UserError
 from cs324dist.report.reading import plain, read_run, read_runs
+from cs324dist.runs.environment import environment
+from cs324dist.runs.run_dir import LOOP, RunDir, RunRecord
 
 
 @pytest.mark.parametrize(
@@ -200,3 +202,20 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     run = read_run(tmp_path / "new", "new")
     assert (run.state, run.step, run.metrics, run.samples, run.processes) == ("not started", 0, {}, {}, None)
     assert run.problems == []
+
+
+def test_a_loop_of_ones_own_has_settings_of_its_own(tmp_path):
+    """Names that options of a task have, with values that those could not have."""
+    config = {
+        "steps": "many",
+        "seed": None,
+        "schedule": "one of mine",
+        "made of": {"gradients": "of the loop"},
+    }
+    run = RunDir(tmp_path / "run")
+    with run.claimed(lambda: None, lambda work: work()):
+        run.start(RunRecord(LOOP, "mine.py", config, {}), environment(commit=False), 0, 0)
+        run.append_metrics(3, {"loss": 0.5})
+    found = read_run(tmp_path / "run", "mine")
+    assert (found.steps, found.problems, found.series("loss")) == (None, [], {3: 0.5})
+    assert found.state_shown == "running"
