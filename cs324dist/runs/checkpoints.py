@@ -347,8 +347,8 @@ def keep_newest(folder: Path, count: int, generation: int, *, best: int | None =
 
 def clear_unfinished(folder: Path, generation: int) -> None:
     """Remove what killed writers left below `folder`, if they were no later owners than `generation`."""
-    for path in folder.glob(".*.tmp"):
-        of = re.fullmatch(rf"\.({CHECKPOINT})(\.deleted)?\.tmp", path.name)
+    for match in matches(folder, r"\..*\.tmp"):
+        path, of = folder / match[0], re.fullmatch(rf"\.({CHECKPOINT})(\.deleted)?\.tmp", match[0])
         if of is None:
             clear(path)
         elif int(of[3]) <= generation:

@@ -106,10 +106,10 @@ def replaced(path: Path, writer: Writer | None = None) -> Iterator[Path]:
 
 def clear_temporaries(folder: Path, name: str, generation: int) -> None:
     """Remove what writers before `generation` left: they were killed, or have nothing to rename any more."""
-    for path in folder.glob(f".{name}*.tmp"):
-        by = re.search(r"\.([0-9]+)-[0-9a-f]{8}\.tmp", path.name)
+    for match in matches(folder, rf"\.{re.escape(name)}.*\.tmp"):
+        by = re.search(r"\.([0-9]+)-[0-9a-f]{8}\.tmp", match[0])
         if not by or int(by[1]) < generation:
-            clear(path)
+            clear(folder / match[0])
 
 
 def write_json(path: Path, content: Mapping[str, Any], writer: Writer | None = None) -> None:
