@@ -124,8 +124,8 @@ class Run:
         """Steps that have been completed."""
         self.is_over = False
         """Whether the loop has ended before its last step."""
-        made_of = {"gradients": str(exact) if exact else "of the loop", **self.trained.kinds()}
-        self._config, self._may_change = {**_plain(config or {}), "made of": made_of}, set(may_change)
+        self._config, self._may_change = _plain(config or {}), set(may_change)
+        self._made_of = {"gradients": str(exact) if exact else "of the loop", **self.trained.kinds()}
         self._tracking: dict[str, Any] = {"wandb": wandb, "tensorboard": tensorboard, "config": self._config}
         self._on_main = partial(on_main_process, self.accelerator)
         self._session: Any = None
@@ -166,7 +166,8 @@ class Run:
     def _check_fits(self) -> None:
         if not self.dir.check_holds(LOOP):
             return
-        stored, now = _flat(self.dir.read_record().config), _flat(self._config)
+        record = self.dir.read_record()
+        stored, now = {**record.config, **record.made_of}, {**self._config, **self._made_of}
         if lines := [
             f"{name} = {printable(now.get(name))} differs from the run's {printable(stored.get(name))}: "
             f"give the run's value, another folder, or may_change"
@@ -177,7 +178,7 @@ class Run:
 
     def _record(self) -> RunRecord:
         """What `config.json` is to hold."""
-        return RunRecord(LOOP, sys.argv[0], self._config, {})
+        return RunRecord(LOOP, sys.argv[0], self._config, {}, made_of=self._made_of)
 
     def _restore(self) -> None:
         """Read the newest valid checkpoint, if there is one.
@@ -494,10 +495,6 @@ def as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
             text = printable(repr(value)).partition("\n")[0]
             raise UserError(f"the metric {name} = {text:.99} is no number: give one") from None
     return found
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {**config, **config.get("made of", {}), "made of": None}
 
 
 def _as_it_is(value: Any) -> Any:

@@ -71,6 +71,9 @@ class RunRecord:
     task_given: str = ""
     """The task as it was given to the script; empty for a script of one task."""
 
+    made_of: dict[str, str] = field(default_factory=dict)
+    """Of a loop of one's own: how gradients are made, and the kinds of optimizers and states."""
+
     format: Literal[4] = 4
 
 

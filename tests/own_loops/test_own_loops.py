@@ -51,6 +51,15 @@ def test_it_ends_the_same_when_killed(variant, processes, monkeypatch, tmp_path)
     assert_same_when_killed((SCRIPT, "{run}", "200"), tmp_path, processes=processes)
 
 
+@pytest.mark.slow
+def test_in_bf16_it_is_the_same_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("VARIANT", "exact")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert_same_on(1, 3, command=COMMAND, folder=tmp_path)
+    (owner,) = (tmp_path / "3" / "owners").glob("*.json")
+    assert json.loads(owner.read_text())["environment"]["precision"] == "bf16"
+
+
 def test_a_second_start_says_that_it_is_finished_and_more_steps_go_on(finished, tmp_path):
     before = newest_checkpoint(finished)
     again = run("exact", finished)
@@ -204,4 +213,4 @@ print("after", runpy.run_path({str(SCRIPT)!r})["STEPS"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "after 5\n"
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["lr"] == 0.01
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"] == {"lr": 0.01, "steps": 5}
