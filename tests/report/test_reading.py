@@ -210,7 +210,6 @@ def test_a_loop_of_ones_own_has_settings_of_its_own(tmp_path):
         "steps": "many",
         "seed": None,
         "schedule": "one of mine",
-        "made of": {"gradients": "of the loop"},
     }
     run = RunDir(tmp_path / "run")
     with run.claimed(lambda: None, lambda work: work()):
