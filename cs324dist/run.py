@@ -128,6 +128,8 @@ class Run:
         self._made_of = {"gradients": str(exact) if exact else "of the loop", **self.trained.kinds()}
         self._tracking: dict[str, Any] = {"wandb": wandb, "tensorboard": tensorboard, "config": self._config}
         self._on_main = partial(on_main_process, self.accelerator)
+        used = self.accelerator
+        self._how = used.num_processes, used.mixed_precision, compiled_by(used)
         self._session: Any = None
         self._is_started = self._in_step = self._save_asked = self._stop_asked = False
         self._until = 0
@@ -142,12 +144,12 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        return self._session.__exit__(kind, error, trace)
+        session, self._session = self._session, None
+        return session.__exit__(kind, error, trace)
 
     @contextmanager
     def _opened(self) -> Iterator[None]:
-        how = self.accelerator.num_processes, self.accelerator.mixed_precision, compiled_by(self.accelerator)
-        compare_environments(environment(*how, commit=False), exact=self.is_exact)
+        compare_environments(environment(*self._how, commit=False), exact=self.is_exact)
         with (
             StopRequest(self.accelerator.num_processes, self.peer_timeout) as self._stop,
             ExitStack() as self._stack,
@@ -260,18 +262,21 @@ class Run:
             return
         self._until = until
         self._stop.listen()
-        accelerator = self.accelerator
-        how = accelerator.num_processes, accelerator.mixed_precision, compiled_by(accelerator)
+        accelerator, (processes, precision, _) = self.accelerator, self._how
         self._on_main(
             lambda: self.dir.start(
-                self._record(), environment(*how), self.step, self._metrics_lines, is_exact=self.is_exact
+                self._record(),
+                environment(*self._how),
+                self.step,
+                self._metrics_lines,
+                is_exact=self.is_exact,
             )
         )
         self._is_started = True
         self._say(
             f"{self.dir}: {'continuing from' if self.step else 'starting at'} step {self.step} of {until}, "
-            f"processes: {how[0]}, device: {accelerator.device.type}, "
-            f"precision: {'float32' if how[1] == 'no' else how[1]}"
+            f"processes: {processes}, device: {accelerator.device.type}, "
+            f"precision: {'float32' if precision == 'no' else precision}"
         )
         self.trackers = self._stack.enter_context(
             Trackers(self.dir, accelerator, start=self.step, until=until, **self._tracking)
