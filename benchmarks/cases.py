@@ -29,12 +29,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
 from cs324dist.distributed.process import prepare_process
-from cs324dist.models.gan import Discriminator, Generator
-from cs324dist.models.lstm import LSTM
 from cs324dist.report.reading import read_run
 from cs324dist.runs.environment import has_gpu
-from cs324dist.runs.trained import load_generator
-from cs324dist.sampling.generators import generate
+from cs324dist.tasks.gan.networks import Discriminator, Generator
+from cs324dist.tasks.gan.sampling import generate, load_generator
+from cs324dist.tasks.lstm.networks import LSTM
 
 BATCH, LATENT = 64, 100  # the course recipe's
 ON_GPU = has_gpu()

@@ -22,12 +22,11 @@ import torch
 from common import IMAGES, REPOSITORY, Row, on_each_core, run_parts, run_python
 from torch import Tensor
 
-from cs324dist.data.images import load_images, to_unit_range
-from cs324dist.metrics.digits import read_digits
+from cs324dist.pictures import grid, save_png
 from cs324dist.report.reading import read_run
-from cs324dist.runs.trained import load_generator
-from cs324dist.sampling.generators import generate, latents
-from cs324dist.sampling.grids import grid, save_png
+from cs324dist.tasks.gan.images import load_images, to_unit_range
+from cs324dist.tasks.gan.sampling import generate, latents, load_generator
+from cs324dist.tasks.gan.statistics import read_digits
 
 RUNS = REPOSITORY / "runs" / "results"
 COURSE = {  # the discriminator is trained: name, options

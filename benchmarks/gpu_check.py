@@ -118,8 +118,8 @@ def difference(one: Path, other: Path) -> float:
 def facts_here() -> Row:
     import torch
 
-    from cs324dist.models.lstm import LSTM
     from cs324dist.runs.environment import environment, has_gpu
+    from cs324dist.tasks.lstm.networks import LSTM
 
     device = torch.device("cuda" if has_gpu() else "cpu")
     x = torch.zeros(5, 4, 10, device=device)

@@ -26,11 +26,11 @@ from common import REPOSITORY, Row, on_each_core, run_parts, trainer_of
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cs324dist.data.palindromes import DIGITS, all_palindromes, free_digits, palindromes
 from cs324dist.data.streams import Stream
-from cs324dist.models.lstm import LSTM
 from cs324dist.report.reading import read_run
-from cs324dist.tasks.lstm import LSTMTask
+from cs324dist.tasks.lstm.networks import LSTM
+from cs324dist.tasks.lstm.palindromes import DIGITS, all_palindromes, free_digits, palindromes
+from cs324dist.tasks.lstm.task import LSTMTask
 from cs324dist.trainer import Trainer
 
 FAST, COURSE = LSTMTask.presets["fast"], LSTMTask.presets["course"]

@@ -15,15 +15,15 @@ from pathlib import Path
 from common import REPOSITORY, Row, command_line
 from torch import Tensor
 
-from cs324dist.data.images import load_images, to_unit_range
 from cs324dist.data.streams import Stream
 from cs324dist.distributed.process import start_accelerator
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import errors_as_exit_codes
-from cs324dist.metrics.digits import WEIGHTS, DigitStatistics
-from cs324dist.models.gan import Generator
 from cs324dist.runs.models import load_model
-from cs324dist.runs.trained import find_generator
+from cs324dist.tasks.gan.images import load_images, to_unit_range
+from cs324dist.tasks.gan.networks import Generator
+from cs324dist.tasks.gan.sampling import find_generator
+from cs324dist.tasks.gan.statistics import WEIGHTS, DigitStatistics
 
 FLOOR = 10_000  # training images, the first of the set, whose distance is the floor
 

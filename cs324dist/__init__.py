@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from cs324dist.distributed.gradients import ExactGradients
     from cs324dist.distributed.sum_over import SumOver
     from cs324dist.errors import UserError
-    from cs324dist.metrics.accuracy import accuracy, count_correct
+    from cs324dist.metrics import accuracy, count_correct
     from cs324dist.run import Run
     from cs324dist.runs.models import load_model
-    from cs324dist.runs.trained import load_generator, load_network
+    from cs324dist.runs.trained import load_network
     from cs324dist.tasks.base import Evaluation, Task
+    from cs324dist.tasks.gan.sampling import load_generator
 
 _PLACES = {
     "config": ("MUTABLE", "BatchSize", "Config", "Count", "Fraction", "Positive"),
@@ -27,11 +28,12 @@ _PLACES = {
     "distributed.gradients": ("ExactGradients",),
     "distributed.sum_over": ("SumOver",),
     "errors": ("UserError",),
-    "metrics.accuracy": ("accuracy", "count_correct"),
+    "metrics": ("accuracy", "count_correct"),
     "run": ("Run",),
     "runs.models": ("load_model",),
-    "runs.trained": ("load_generator", "load_network"),
+    "runs.trained": ("load_network",),
     "tasks.base": ("Evaluation", "Task"),
+    "tasks.gan.sampling": ("load_generator",),
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
 __all__ = [

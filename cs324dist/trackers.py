@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from cs324dist.data.loader import Loader
 from cs324dist.errors import printable, say, warn
+from cs324dist.pictures import save_png
 from cs324dist.runs.run_dir import RunDir
-from cs324dist.sampling.grids import save_png
 from cs324dist.tasks.base import Evaluation
 
 CONNECT_TIMEOUT = 5  # seconds

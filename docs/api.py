@@ -34,9 +34,10 @@ PARTS = {  # by module
         "distributed.sum_over": ["SumOver"],
         "data.loader": ["loader"],
         "data.streams": ["MicroBatch", "ShuffledEpochs", "Stream", "seeded"],
-        "metrics.accuracy": ["accuracy", "count_correct"],
+        "metrics": ["accuracy", "count_correct"],
         "runs.models": ["load_model"],
-        "runs.trained": ["load_network", "load_generator"],
+        "runs.trained": ["load_network"],
+        "tasks.gan.sampling": ["load_generator"],
         "errors": ["UserError"],
     },
     "From `cs324dist.testing`": {

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cs324dist import Evaluation, MicroBatch, UserError, main
-from cs324dist.data.palindromes import palindromes
-from cs324dist.models.lstm import LSTM
-from cs324dist.tasks.lstm import LSTMConfig, LSTMTask
+from cs324dist.tasks.lstm.networks import LSTM
+from cs324dist.tasks.lstm.palindromes import palindromes
+from cs324dist.tasks.lstm.task import LSTMConfig, LSTMTask
 
 FLOAT32 = 2.0**-24  # relative error of one operation
 FUNCTION = 16  # errors of one operation that there is room for in sigmoid and tanh; measured: below 5

@@ -19,12 +19,11 @@ from annotated_types import Interval
 from cs324dist.command_line import parse_command
 from cs324dist.config import POSITIONAL, Seed
 from cs324dist.errors import UserError, errors_as_exit_codes
+from cs324dist.pictures import grid, save_gif, save_png
 from cs324dist.runs.files import check_writable, replaced
 from cs324dist.runs.models import save_tensors
-from cs324dist.runs.trained import load_generator
-from cs324dist.sampling.generators import generate, latents, surest
-from cs324dist.sampling.grids import grid, save_gif, save_png
-from cs324dist.sampling.interpolation import interpolate, strip
+from cs324dist.tasks.gan.interpolation import interpolate, strip
+from cs324dist.tasks.gan.sampling import generate, latents, load_generator, surest
 
 FRAMES = 60  # of the film from one end to the other
 Digit = Annotated[int, Interval(ge=0, le=9)] | None

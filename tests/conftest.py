@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from cs324dist.data.fetch import fetch
+from cs324dist.tasks.gan.fetch import fetch
 
 # A test does not depend on the machine's speed.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -146,3 +146,11 @@ LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
     "accelerate": [sys.executable, "-m", "accelerate.commands.launch"],
 }
+
+
+@pytest.fixture
+def set_default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
+    """torch.set_default_dtype, undone after the test."""
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)

@@ -20,7 +20,7 @@ import torch
 from cs324dist.runs import checkpoints, run_dir
 from cs324dist.runs.run_dir import RunDir
 from cs324dist.tasks.base import Updater
-from cs324dist.tasks.lstm import LSTMTask
+from cs324dist.tasks.lstm.task import LSTMTask
 
 FAULT, _, VALUE = os.environ["FAULT"].partition(": ")
 RANK = os.environ.get("RANK", "0")

@@ -54,13 +54,13 @@ from cs324dist.config import as_json
 from cs324dist.distributed.process import start_accelerator
 from cs324dist.errors import errors_as_exit_codes
 from cs324dist.loop import run_task
-from cs324dist.models.gan import Generator
 from cs324dist.report.page import write_report
 from cs324dist.runs import checkpoints, environment, lease
 from cs324dist.runs.run_dir import RunDir
-from cs324dist.runs.trained import load_generator
-from cs324dist.sampling import generators as sampling
 from cs324dist.tasks import find_task
+from cs324dist.tasks.gan import sampling
+from cs324dist.tasks.gan.networks import Generator
+from cs324dist.tasks.gan.sampling import load_generator
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "fuzz.json"

@@ -20,7 +20,7 @@ for module in (
     "cs324dist.audit",
     "cs324dist.command_line",
     "cs324dist.report.page",
-    "cs324dist.sampling.grids",
+    "cs324dist.pictures",
     "cs324dist.loop",
     "torch._dynamo",  # which the first optimizer imports
 ):

@@ -12,11 +12,9 @@ FLOORS = (  # a folder or module imports from those before it, and from those be
     {"__init__"},
     {"errors", "schedules"},
     {"config"},
-    {"models", "data"},
+    {"data", "metrics"},
     {"runs"},
-    {"distributed"},
-    {"metrics"},
-    {"sampling"},
+    {"distributed", "pictures"},
     {"tasks"},
     {"trackers"},
     {"run"},
@@ -27,7 +25,7 @@ FLOORS = (  # a folder or module imports from those before it, and from those be
     {"testing"},
     {"report"},
 )
-NOT_OF_THE_PAGE = {"tasks", "trackers", "run", "trainer", "loop", "audit"}  # it reads what run folders say
+NOT_OF_THE_PAGE = {"trackers", "run", "trainer", "loop", "audit"}  # it reads what run folders say
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("slurm/*.md")])
 
 

@@ -228,7 +228,7 @@ def test_a_part_of_the_gans_results_is_what_the_page_reads(
 ) -> None:
     import gan_results
 
-    from cs324dist.data.images import load_images
+    from cs324dist.tasks.gan.images import load_images
 
     def tiny(script: str, *words: object, **environment: str) -> str:
         steps = ("--steps", "102" if part == "pace" else "2") if script == "launch/gan.py" else ()

@@ -9,12 +9,11 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from cs324dist.pictures import grid
 from cs324dist.report.charts import number
 from cs324dist.report.reading import Run
-from cs324dist.runs.trained import load_generator
-from cs324dist.sampling.generators import generate
-from cs324dist.sampling.grids import grid
-from cs324dist.sampling.interpolation import STRIP_IMAGES, Method, interpolate, strip, walk_ends
+from cs324dist.tasks.gan.interpolation import STRIP_IMAGES, Method, interpolate, strip, walk_ends
+from cs324dist.tasks.gan.sampling import generate, load_generator
 
 WALK_FRAMES = 48
 METHODS: tuple[Method, ...] = ("linear", "spherical")

@@ -26,12 +26,6 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named.items() if first[id(tensor)] == name}
 
 
-def buffers_that_are_not_persistent(model: nn.Module) -> dict[str, Tensor]:
-    """The live buffers of a model that its `state_dict` lacks, by name."""
-    persistent = model.state_dict(keep_vars=True).keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name not in persistent}
-
-
 def transient_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The live buffers of a model that its `state_dict` lacks (`persistent=False`), by name."""
     persistent = model.state_dict(keep_vars=True).keys()

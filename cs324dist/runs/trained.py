@@ -2,15 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from cs324dist.errors import UserError
-from cs324dist.models.gan import Generator
 from cs324dist.runs.checkpoints import TRAINER, WEIGHTS, checkpoints_in, verify_checkpoint
 from cs324dist.runs.models import Model, load_model
 from cs324dist.runs.run_dir import RunDir
-
-Weights = Literal["averaged", "raw"]
 
 
 def load_network(run_or_checkpoint: str | Path, name: str, model: type[Model]) -> Model:
@@ -25,21 +21,6 @@ def load_network(run_or_checkpoint: str | Path, name: str, model: type[Model]) -
         UserError: there is no such checkpoint or network, or it is damaged.
     """
     return load_model(find_network(run_or_checkpoint, (name,)), model)
-
-
-def load_generator(run_or_checkpoint: str | Path, weights: Weights = "averaged") -> Generator:
-    """The generator of a GAN; see `load_network`.
-
-    Args:
-        run_or_checkpoint: a run folder, one of its `checkpoints/STEP-OWNER`, or a network's folder.
-        weights: `averaged` takes the averaged generator if there is one; `raw` the one being trained.
-    """
-    return load_model(find_generator(run_or_checkpoint, weights), Generator)
-
-
-def find_generator(run_or_checkpoint: str | Path, weights: Weights) -> Path:
-    """The folder of the generator that `load_generator` loads; raises as it does."""
-    return find_network(run_or_checkpoint, ("generator_ema", "generator")[weights == "raw" :])
 
 
 def find_network(run_or_checkpoint: str | Path, names: Sequence[str]) -> Path:

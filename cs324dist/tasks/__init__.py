@@ -12,8 +12,8 @@ from cs324dist.errors import UserError
 from cs324dist.tasks.base import Task
 
 TASKS = {
-    "lstm": "cs324dist.tasks.lstm:LSTMTask",
-    "gan": "cs324dist.tasks.gan:GANTask",
+    "lstm": "cs324dist.tasks.lstm.task:LSTMTask",
+    "gan": "cs324dist.tasks.gan.task:GANTask",
 }
 
 

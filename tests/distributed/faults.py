@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cs324dist import Evaluation, MicroBatch
 from cs324dist.distributed import gradients
-from cs324dist.tasks.gan import GANTask
-from cs324dist.tasks.lstm import LSTMTask
+from cs324dist.tasks.gan.task import GANTask
+from cs324dist.tasks.lstm.task import LSTMTask
 
 FAULT = os.environ.get("FAULT", "")
 torch.set_default_dtype(torch.float64)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from cs324dist.data.streams import MicroBatch, Stream
-from cs324dist.models.gan import Discriminator
+from cs324dist.tasks.gan.networks import Discriminator
 
 if __name__ == "__main__":
     out, static_graph = sys.argv[1], sys.argv[2] == "static"

@@ -12,12 +12,12 @@ from paths import Weights, assert_same_path, command, weights_in
 from torch import Tensor
 from torch.nn import functional as F
 
-from cs324dist.data.images import load_images
-from cs324dist.data.palindromes import palindromes
 from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream
-from cs324dist.models.gan import Discriminator, Generator
-from cs324dist.models.lstm import LSTM
 from cs324dist.tasks import find_task
+from cs324dist.tasks.gan.images import load_images
+from cs324dist.tasks.gan.networks import Discriminator, Generator
+from cs324dist.tasks.lstm.networks import LSTM
+from cs324dist.tasks.lstm.palindromes import palindromes
 
 STEPS, BATCH, LENGTH = 20, 16, 12
 GAN_BATCH = 8  # float64 convolutions are slow

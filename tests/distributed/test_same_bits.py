@@ -20,7 +20,7 @@ from cs324dist.distributed.belongings import PartBelongings, Unchanged
 from cs324dist.distributed.ordered_sum import OrderedSum, _SumOfOneDtype
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import UserError
-from cs324dist.tasks.gan import GANTask
+from cs324dist.tasks.gan.task import GANTask
 from cs324dist.trainer import Trainer
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launched import REPOSITORY, metrics
 
-from cs324dist.data.palindromes import DIGITS
-from cs324dist.models.lstm import LSTM
+from cs324dist.tasks.lstm.networks import LSTM
+from cs324dist.tasks.lstm.palindromes import DIGITS
 
 
 @pytest.fixture(scope="module")

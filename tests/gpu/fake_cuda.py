@@ -29,17 +29,20 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from cs324dist.data.images import LabelledImages  # noqa: E402
 from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream  # noqa: E402
 from cs324dist.distributed import parts  # noqa: E402
 from cs324dist.distributed.process import start_accelerator  # noqa: E402
-from cs324dist.metrics import accuracy, digits  # noqa: E402
-from cs324dist.models.lstm import LSTM  # noqa: E402
 from cs324dist.run import restore  # noqa: E402
 from cs324dist.runs import checkpoints, models, optimizers  # noqa: E402
 from cs324dist.runs.environment import environment  # noqa: E402
 from cs324dist.runs.hidden_state import HiddenState  # noqa: E402
-from cs324dist.tasks import find_task, gan, lstm  # noqa: E402
+from cs324dist.tasks import find_task  # noqa: E402
+from cs324dist.tasks.gan import statistics  # noqa: E402
+from cs324dist.tasks.gan import task as gan  # noqa: E402
+from cs324dist.tasks.gan.images import LabelledImages  # noqa: E402
+from cs324dist.tasks.lstm import palindromes  # noqa: E402
+from cs324dist.tasks.lstm import task as lstm  # noqa: E402
+from cs324dist.tasks.lstm.networks import LSTM  # noqa: E402
 from cs324dist.trainer import Trainer  # noqa: E402
 
 aten = torch.ops.aten
@@ -119,8 +122,8 @@ warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
 honest_state, parts._thread_state = parts._thread_state, in_a_thread_too
 honest_save, models.save = models.save, save
 honest_read = models.read_tensors
-checkpoints.read_tensors = optimizers.read_tensors = digits.read_tensors = read_tensors
-accuracy.TRIALS, accuracy.DIGITS_AT_ONCE = 100, 1000
+checkpoints.read_tensors = optimizers.read_tensors = statistics.read_tensors = read_tensors
+palindromes.TRIALS, palindromes.DIGITS_AT_ONCE = 100, 1000
 sys.modules[LSTM.__module__].WHOLE = sys.modules[LSTM.__module__].PART = 12 * 128  # 13 digits are long
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)  # one, as permutations and the classifier are kept
 

@@ -26,7 +26,7 @@ def waits(case: str, precision: str) -> list[str]:
         return [MEETINGS, USED] if case.startswith("gan") else [USED]
     found = []
     if case == "lstm curriculum":
-        found.append("a value is read: cs324dist/tasks/lstm.py, step: if decides")
+        found.append("a value is read: cs324dist/tasks/lstm/task.py, step: if decides")
     if precision == "fp16" and case in NOT_FUSED:
         # Whether a gradient overflowed: torch has no other way to leave the step of such an optimizer out.
         found.append("a value is read: grad_scaler.py: cs324dist/trainer.py, update: scaler.step")
@@ -34,13 +34,15 @@ def waits(case: str, precision: str) -> list[str]:
 
 
 FAULTS = {  # and what is said of them
-    "indices without a device": "aten.scatter_.value of tensors on a GPU and a CPU: cs324dist/models/lstm.py",
+    "indices without a device": "aten.scatter_.value of tensors on a GPU and a CPU: "
+    "cs324dist/tasks/lstm/networks.py",
     "a state without a device": "found input tensor at cuda:0 and hidden tensor at cpu",
-    "a constant on the CPU": "aten.div.Tensor of tensors on a GPU and a CPU: cs324dist/tasks/gan.py",
-    "an index on the CPU": "aten.index.Tensor of tensors on a GPU and a CPU: cs324dist/tasks/gan.py",
-    "float(loss)": "a value is read: cs324dist/tasks/lstm.py, loss:",
-    "data left on the CPU": "aten.index.Tensor of tensors on a GPU and a CPU: cs324dist/tasks/gan.py",
-    "a generator on the CPU": "on cuda draws from a generator on cpu: cs324dist/tasks/gan.py, generator_loss",
+    "a constant on the CPU": "aten.div.Tensor of tensors on a GPU and a CPU: cs324dist/tasks/gan/task.py",
+    "an index on the CPU": "aten.index.Tensor of tensors on a GPU and a CPU: cs324dist/tasks/gan/task.py",
+    "float(loss)": "a value is read: cs324dist/tasks/lstm/task.py, loss:",
+    "data left on the CPU": "aten.index.Tensor of tensors on a GPU and a CPU: cs324dist/tasks/gan/task.py",
+    "a generator on the CPU": "on cuda draws from a generator on cpu: "
+    "cs324dist/tasks/gan/task.py, generator_loss",
 }
 Found = dict[str, list[str]]
 

@@ -20,11 +20,11 @@ from torch import Tensor
 import cs324dist
 from cs324dist.data.streams import Stream
 from cs324dist.errors import UserError
-from cs324dist.metrics.digits import read_digits
-from cs324dist.models.gan import Generator
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
 from cs324dist.runs.environment import environment as environment_here
 from cs324dist.runs.run_dir import RunDir, RunRecord
+from cs324dist.tasks.gan.networks import Generator
+from cs324dist.tasks.gan.statistics import read_digits
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "sample.py"
 PITCH, TILE = 30, 28  # pixels from tile to tile, and of a tile; a border of two all around

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import torch
 
 from cs324dist.loop import run_record
-from cs324dist.models.gan import Generator
+from cs324dist.pictures import grid, save_png
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
 from cs324dist.runs.environment import environment
 from cs324dist.runs.run_dir import RunDir
-from cs324dist.sampling.grids import grid, save_png
 from cs324dist.tasks import find_task
+from cs324dist.tasks.gan.networks import Generator
 
 HOSTILE = "<img src=x onerror=alert(1)>&amp;"  # a name that a folder can have
 ENDS_SCRIPT = "</script><script>window.hacked = 1</script>"

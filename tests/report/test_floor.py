@@ -6,10 +6,10 @@ from typing import Literal
 import pytest
 from accelerate import Accelerator
 
-from cs324dist.data.images import load_images, to_unit_range
 from cs324dist.distributed.sum_over import SumOver
-from cs324dist.metrics.digits import DigitStatistics
 from cs324dist.report.page import FRECHET_FLOOR, SURE_OF_REAL
+from cs324dist.tasks.gan.images import load_images, to_unit_range
+from cs324dist.tasks.gan.statistics import DigitStatistics
 
 
 @pytest.mark.slow

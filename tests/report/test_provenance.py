@@ -17,8 +17,8 @@ from cs324dist.report.reading import Run, read_run
 from cs324dist.runs.checkpoints import TrainerState
 from cs324dist.runs.lease import this_process
 from cs324dist.tasks.base import Task
-from cs324dist.tasks.gan import GANTask
-from cs324dist.tasks.lstm import LSTMTask
+from cs324dist.tasks.gan.task import GANTask
+from cs324dist.tasks.lstm.task import LSTMTask
 
 
 def read(path: Path) -> Run:

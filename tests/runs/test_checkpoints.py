@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from cs324dist.errors import RunFailed, UserError
-from cs324dist.models.rnn import RNN
 from cs324dist.runs import checkpoints
 from cs324dist.runs.checkpoints import (
     TrainerState,
@@ -29,6 +28,7 @@ from cs324dist.runs.checkpoints import (
     write_checkpoint,
 )
 from cs324dist.runs.optimizers import optimizer_tensors, with_full_state
+from cs324dist.tasks.lstm.networks import RNN
 
 FILES = ["rnn/config.json", "rnn/model.safetensors", "optimizers.safetensors"]
 SCALE = {"scale": 1024.5, "_growth_tracker": 7}

@@ -10,9 +10,8 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from cs324dist.errors import UserError
-from cs324dist.models.lstm import LSTM
-from cs324dist.models.rnn import RNN
 from cs324dist.runs.models import load_model, read_tensors, save_model, save_tensors
+from cs324dist.tasks.lstm.networks import LSTM, RNN
 
 
 class Small(nn.Module):

@@ -16,12 +16,12 @@ from cs324dist.config import Config
 from cs324dist.data.streams import MicroBatch
 from cs324dist.errors import UserError
 from cs324dist.loop import TaskRun
-from cs324dist.models.rnn import RNN
 from cs324dist.run import restore
 from cs324dist.runs.checkpoints import TrainerState, read_checkpoint, write_checkpoint
 from cs324dist.runs.hidden_state import HiddenState
 from cs324dist.runs.optimizers import optimizer_tensors, with_full_state
 from cs324dist.tasks.base import Metrics, Task, Updater
+from cs324dist.tasks.lstm.networks import RNN
 from cs324dist.trainer import Trainer
 
 Networks = dict[str, nn.Module]

@@ -18,14 +18,14 @@ from cs324dist.config import Config, as_json
 from cs324dist.data.streams import MicroBatch
 from cs324dist.errors import UserError
 from cs324dist.loop import run_task
-from cs324dist.models.rnn import RNN
+from cs324dist.pictures import save_png
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
 from cs324dist.runs.environment import Environment
 from cs324dist.runs.files import read_json
 from cs324dist.runs.lease import owner_of
 from cs324dist.runs.run_dir import RunDir, RunRecord, Status
-from cs324dist.sampling.grids import save_png
 from cs324dist.tasks.base import Metrics, Task
+from cs324dist.tasks.lstm.networks import RNN
 
 CONFIG = Config(seed=0, steps=30)
 RECORD = RunRecord("gan", "launch/gan.py", as_json(CONFIG), {"steps": 2500})

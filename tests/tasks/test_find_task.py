@@ -15,7 +15,7 @@ class {name}(Task):
 
 def test_a_file_with_one_task_needs_no_class(tmp_path):
     file = tmp_path / "with_one.py"
-    file.write_text(TASK.format(name="Mine") + "from cs324dist.tasks.lstm import LSTMTask\n")
+    file.write_text(TASK.format(name="Mine") + "from cs324dist.tasks.lstm.task import LSTMTask\n")
     assert find_task(str(file)).name == find_task(f"{file}:Mine").name == "Mine"
 
 

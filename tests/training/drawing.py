@@ -5,14 +5,14 @@ import sys
 
 import torch
 
-from cs324dist.sampling import generators
+from cs324dist.tasks.gan import sampling
 
 if __name__ == "__main__":
-    honest, nothing = generators.generate, sys.argv.pop(1) == "nothing"
+    honest, nothing = sampling.generate, sys.argv.pop(1) == "nothing"
 
     def generate(generator, z):
         print("drawing", file=sys.stderr, flush=True)
         return torch.zeros(len(z), 1, 28, 28) if nothing else honest(generator, z)
 
-    generators.generate = generate
+    sampling.generate = generate
     runpy.run_path("launch/sample.py", run_name="__main__")

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from cs324dist.config import Config
 from cs324dist.loop import run_task
 from cs324dist.tasks.base import Task
-from cs324dist.tasks.lstm import LSTMTask
+from cs324dist.tasks.lstm.task import LSTMTask
 from cs324dist.trainer import Trainer
 
 

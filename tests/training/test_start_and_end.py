@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from cs324dist import trackers
 from cs324dist.errors import UserError
 from cs324dist.loop import main, run_task
-from cs324dist.tasks.lstm import LSTMTask
+from cs324dist.tasks.lstm.task import LSTMTask
 
 
 class RefusesItsData(LSTMTask):

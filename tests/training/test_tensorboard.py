@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from launched import metrics
 
 from cs324dist.loop import run_task
-from cs324dist.tasks.gan import GANTask
-from cs324dist.tasks.lstm import LSTMTask
+from cs324dist.tasks.gan.task import GANTask
+from cs324dist.tasks.lstm.task import LSTMTask
 
 
 class Writer:

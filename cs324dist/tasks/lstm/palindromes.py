@@ -3,15 +3,25 @@
 The last digit equals the first, so the model has to remember one digit over the whole length.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from cs324dist.data.streams import Stream
+from cs324dist.distributed.sum_over import SumOver
+from cs324dist.metrics import count_correct
 
 DIGITS = 10
 DRAWN_AT_ONCE = 1 << 20
 Samples = tuple[UInt8[Tensor, "time batch"], Int64[Tensor, " batch"]]  # inputs and targets
+Predict = Callable[[Tensor], Tensor]  # inputs to logits
+TRIALS = 10_000
+TRIALS_WHEN_LONG = 1_000
+LONG = 2_000  # digits; beyond, 10 000 palindromes take minutes
+DIGITS_AT_ONCE = 250_000  # of a forward pass, in which an RNN keeps about 1 KiB per digit
+LEAST_AT_ONCE = 100  # palindromes of a forward pass, however long they are: 50 take three fifths of the time
 
 
 def palindromes(stream: Stream, indices: Int64[Tensor, " batch"], length: int) -> Samples:
@@ -38,3 +48,20 @@ def complete(half: UInt8[Tensor, "batch free"], length: int) -> Samples:
     mirrored = half.flip(1)[:, (length + 1) % 2 :]
     whole = torch.cat([half, mirrored], dim=1)
     return whole[:, :-1].T, whole[:, -1].long()
+
+
+def palindrome_accuracy(predict: Predict, length: int, stream: Stream, sum_over: SumOver) -> float:
+    """The share of palindromes whose last digit is predicted.
+
+    Of all there are, if they are at most 10 000; else of 10 000 of `stream`, 1 000 beyond length 2 000.
+    """
+    all_there_are = DIGITS ** free_digits(length)
+    trials = min(all_there_are, TRIALS if length <= LONG else TRIALS_WHEN_LONG)
+
+    def count_right(indices: Int64[Tensor, " batch"]) -> dict[str, Tensor]:
+        is_all = trials == all_there_are
+        digits, last = all_palindromes(length, indices) if is_all else palindromes(stream, indices, length)
+        return {"right": count_correct(predict(digits), last)}
+
+    found = sum_over(count_right, trials, max(LEAST_AT_ONCE, DIGITS_AT_ONCE // length))
+    return found["right"].item() / trials

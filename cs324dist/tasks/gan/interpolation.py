@@ -7,9 +7,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from cs324dist.errors import UserError
-from cs324dist.models.gan import Generator
-from cs324dist.sampling.generators import generate, latents, surest
-from cs324dist.sampling.grids import grid
+from cs324dist.pictures import grid
+from cs324dist.tasks.gan.networks import Generator
+from cs324dist.tasks.gan.sampling import generate, latents, surest
 
 START, END, STRIP_IMAGES = 4, 1, 10  # two digits and the images of the walk, as in the course report
 Method = Literal["linear", "spherical"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from cs324dist.sampling.grids import grid, save_gif, save_png
+from cs324dist.pictures import grid, save_gif, save_png
 
 
 def constant(*values: float) -> Tensor:

@@ -6,9 +6,9 @@ import torch
 from ranks import Rank, on_ranks
 from torch import Tensor
 
-from cs324dist.data.images import LabelledImages, load_images, to_unit_range
 from cs324dist.distributed.sum_over import SumOver
-from cs324dist.metrics.digits import DigitStatistics, digit_classifier, read_digits
+from cs324dist.tasks.gan.images import LabelledImages, load_images, to_unit_range
+from cs324dist.tasks.gan.statistics import DigitStatistics, digit_classifier, read_digits
 
 COUNT = 600  # two pieces
 

@@ -1,4 +1,4 @@
-"""The LSTM of Part I of the course report, implemented from its equations."""
+"""The LSTM of Part I of the course report, implemented from its equations, and the Elman network."""
 
 import math
 
@@ -119,6 +119,28 @@ class LSTM(nn.Module):
         self.b.zero_()
         b_f.uniform_(1, max(2, length)).log_()
         b_i.copy_(-b_f)
+
+
+class RNN(nn.Module):
+    """The Elman network that the course report compares with its LSTM.
+
+    h_t = tanh(W_hx x_t + W_hh h_{t-1} + b_h), p = W_ph h_T + b_p; arguments and inputs as in `LSTM`.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int = 128, classes: int = 10) -> None:
+        super().__init__()
+        self.config = {"input_size": input_size, "hidden_size": hidden_size, "classes": classes}
+        self.input = nn.Linear(input_size, hidden_size)  # W_hx, b_h
+        self.recurrent = nn.Linear(hidden_size, hidden_size, bias=False)  # W_hh
+        self.output = nn.Linear(hidden_size, classes)  # W_ph, b_p
+
+    def forward(self, x: Inputs) -> Float[Tensor, "batch classes"]:
+        """Logits after the last time step."""
+        x = encode(x, self.input.weight)
+        h = x.new_zeros(x.shape[1], self.config["hidden_size"])
+        for from_input in self.input(x):
+            h = torch.tanh(from_input + self.recurrent(h))
+        return self.output(h)
 
 
 def steps_at_once(steps: int, batch: int) -> int:

@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 from torchvision.datasets import MNIST
 
-from cs324dist.data import fetch as fetch_module
-from cs324dist.data.fetch import fetch
-from cs324dist.data.images import load_images
 from cs324dist.errors import UserError
+from cs324dist.tasks.gan import fetch as fetch_module
+from cs324dist.tasks.gan.fetch import fetch
+from cs324dist.tasks.gan.images import load_images
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "fetch_data.py"
 NAMES = tuple(fetch_module.SHA256)

@@ -6,8 +6,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from cs324dist.models.lstm import LSTM
-from cs324dist.models.rnn import RNN
+from cs324dist.tasks.lstm.networks import LSTM, RNN
 
 KERNELS = pytest.mark.parametrize("kernel", ["equations", "fused"])
 
@@ -138,8 +137,8 @@ class TestLSTM:
         model, x = lstm(3, 5, kernel), normals(20, 2, 3)
         whole = model(x)
         expected = torch.autograd.grad(whole[:, 4].sum(), model.parameters())
-        monkeypatch.setattr("cs324dist.models.lstm.WHOLE", 39)
-        monkeypatch.setattr("cs324dist.models.lstm.PART", 2 * steps_at_once)
+        monkeypatch.setattr("cs324dist.tasks.lstm.networks.WHOLE", 39)
+        monkeypatch.setattr("cs324dist.tasks.lstm.networks.PART", 2 * steps_at_once)
         taken, scan = [], model.scan
         monkeypatch.setattr(model, "scan", lambda x, state: (taken.append(len(x)), scan(x, state))[1])
         parts = model(x)
@@ -149,7 +148,7 @@ class TestLSTM:
         assert (sum(taken), max(taken)) == (20, steps_at_once)  # once more: they were not kept
         assert_equal_to_rounding({"p": parts}, {"p": whole})
         assert_equal_to_rounding(dict(enumerate(found)), dict(enumerate(expected)))
-        monkeypatch.setattr("cs324dist.models.lstm.WHOLE", 40)
+        monkeypatch.setattr("cs324dist.tasks.lstm.networks.WHOLE", 40)
         taken.clear()
         monkeypatch.setattr(model, "scan", lambda x: (taken.append(len(x)), scan(x))[1])
         assert (model(x).equal(whole), taken) == (True, [20])

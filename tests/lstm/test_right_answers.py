@@ -5,10 +5,10 @@ import torch
 from ranks import on_ranks
 from torch import Tensor, nn
 
-from cs324dist.data.palindromes import palindromes
 from cs324dist.data.streams import Stream
-from cs324dist.metrics.accuracy import accuracy, count_correct, palindrome_accuracy
-from cs324dist.models.lstm import LSTM
+from cs324dist.metrics import accuracy, count_correct
+from cs324dist.tasks.lstm.networks import LSTM
+from cs324dist.tasks.lstm.palindromes import palindrome_accuracy, palindromes
 
 STREAM = Stream(0, "palindromes/test")
 

@@ -1,16 +1,37 @@
 """Drawing from a trained generator, and finding latent vectors whose images are the digits one wants."""
 
+from pathlib import Path
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from cs324dist.data.streams import Stream
 from cs324dist.errors import UserError
-from cs324dist.metrics.digits import SURE, read_digits
-from cs324dist.models.gan import Generator
+from cs324dist.runs.models import load_model
+from cs324dist.runs.trained import find_network
+from cs324dist.tasks.gan.networks import Generator
+from cs324dist.tasks.gan.statistics import SURE, read_digits
 
 AT_ONCE = 500  # images of one forward pass
 CANDIDATES = 1000
+Weights = Literal["averaged", "raw"]
+
+
+def load_generator(run_or_checkpoint: str | Path, weights: Weights = "averaged") -> Generator:
+    """The generator of a GAN; see `load_network`.
+
+    Args:
+        run_or_checkpoint: a run folder, one of its `checkpoints/STEP-OWNER`, or a network's folder.
+        weights: `averaged` takes the averaged generator if there is one; `raw` the one being trained.
+    """
+    return load_model(find_generator(run_or_checkpoint, weights), Generator)
+
+
+def find_generator(run_or_checkpoint: str | Path, weights: Weights) -> Path:
+    """The folder of the generator that `load_generator` loads; raises as it does."""
+    return find_network(run_or_checkpoint, ("generator_ema", "generator")[weights == "raw" :])
 
 
 def latents(generator: Generator, seed: int, count: int) -> Float[Tensor, "count latent"]:

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cs324dist.config import MUTABLE, Config, Count, ForOlderRuns, Fraction, Positive
-from cs324dist.data.images import load_images, to_unit_range
 from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream, seeded
 from cs324dist.distributed.sum_over import SumOver
-from cs324dist.metrics.digits import DigitStatistics
-from cs324dist.models.gan import Discriminator, Generator
-from cs324dist.sampling.grids import grid
-from cs324dist.sampling.interpolation import STRIP_IMAGES, strip, walk_ends
+from cs324dist.pictures import grid
 from cs324dist.schedules import ScheduleName
 from cs324dist.tasks.base import Evaluation, Metrics, Task, Updater
+from cs324dist.tasks.gan.images import load_images, to_unit_range
+from cs324dist.tasks.gan.interpolation import STRIP_IMAGES, strip, walk_ends
+from cs324dist.tasks.gan.networks import Discriminator, Generator
+from cs324dist.tasks.gan.statistics import DigitStatistics
 
 GRID = 5  # rows and columns of the picture, as in the course report
 FINITE_DIFFERENCE = 0.05  # of the gradient penalty, in units of the images' range [-1, 1]

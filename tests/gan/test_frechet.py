@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cs324dist.metrics.frechet import Moments, frechet_distance
+from cs324dist.tasks.gan.frechet import Moments, frechet_distance
 
 
 def features(count: int, width: int, seed: int) -> Tensor:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cs324dist.data.images import load_images
-from cs324dist.metrics.digits import WEIGHTS, digit_classifier
-from cs324dist.models.digit_classifier import DigitClassifier
+from cs324dist.tasks.gan.classifier import DigitClassifier
+from cs324dist.tasks.gan.images import load_images
+from cs324dist.tasks.gan.statistics import WEIGHTS, digit_classifier
 
 
 def test_the_committed_weights_read_992_of_1000_test_digits(mnist_root: Path) -> None:

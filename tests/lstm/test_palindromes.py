@@ -6,8 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cs324dist.data.palindromes import all_palindromes, free_digits, palindromes
 from cs324dist.data.streams import Stream
+from cs324dist.tasks.lstm.palindromes import all_palindromes, free_digits, palindromes
 
 
 def written_out(digits: torch.Tensor, last: torch.Tensor) -> list[str]:
@@ -54,7 +54,7 @@ def test_all_palindromes_are_drawn_equally_often(length: int) -> None:
 def test_drawn_in_parts_they_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     digits, last = palindromes(Stream(0, "x"), torch.arange(20), 9)
     for at_once in (1, 7, 5 * 20):
-        monkeypatch.setattr("cs324dist.data.palindromes.DRAWN_AT_ONCE", at_once)
+        monkeypatch.setattr("cs324dist.tasks.lstm.palindromes.DRAWN_AT_ONCE", at_once)
         in_parts = palindromes(Stream(0, "x"), torch.arange(20), 9)
         assert torch.equal(in_parts[0], digits)
         assert torch.equal(in_parts[1], last)

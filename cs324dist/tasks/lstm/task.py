@@ -9,15 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cs324dist.config import MUTABLE, BatchSize, Config, Count, Positive
-from cs324dist.data.palindromes import DIGITS, palindromes
 from cs324dist.data.streams import MicroBatch, Stream, seeded
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import UserError, printable
-from cs324dist.metrics.accuracy import accuracy, count_correct, palindrome_accuracy
-from cs324dist.models.lstm import LSTM
-from cs324dist.models.rnn import RNN
+from cs324dist.metrics import accuracy, count_correct
 from cs324dist.schedules import ScheduleName
 from cs324dist.tasks.base import Evaluation, Metrics, Task, Updater
+from cs324dist.tasks.lstm.networks import LSTM, RNN
+from cs324dist.tasks.lstm.palindromes import DIGITS, palindrome_accuracy, palindromes
 
 SHORTEST = 4  # digits; where a curriculum starts
 LENGTHEN_EVERY = 2  # steps between decisions of the curriculum, for which a GPU is waited for

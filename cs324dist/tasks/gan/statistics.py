@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -11,11 +10,11 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from cs324dist.distributed.sum_over import SumOver
-from cs324dist.metrics.frechet import Moments, frechet_distance
-from cs324dist.models.digit_classifier import DigitClassifier
 from cs324dist.runs.models import read_tensors
+from cs324dist.tasks.gan.classifier import DigitClassifier
+from cs324dist.tasks.gan.frechet import Moments, frechet_distance
 
-WEIGHTS = Path(str(files("cs324dist.models"))) / "digit_classifier.safetensors"
+WEIGHTS = Path(__file__).with_name("classifier.safetensors")
 SURE = 0.95  # confidence above which a digit counts as readable
 
 

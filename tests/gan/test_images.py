@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cs324dist.data.images import load_images, to_unit_range
+from cs324dist.tasks.gan.images import load_images, to_unit_range
 
 # Of the published files, from elsewhere than the SHA-256s in the module.
 MNIST_MD5 = {
@@ -67,5 +67,5 @@ class TestContent:
 
 @pytest.mark.parametrize("module", ["images", "fetch"])
 def test_importing_the_module_imports_no_torchvision(module: str) -> None:
-    code = f"import sys, cs324dist.data.{module}; sys.exit('torchvision' in sys.modules)"
+    code = f"import sys, cs324dist.tasks.gan.{module}; sys.exit('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

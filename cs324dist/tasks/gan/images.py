@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from cs324dist.data.fetch import fetch
+from cs324dist.tasks.gan.fetch import fetch
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from cs324dist.data.streams import MicroBatch
-from cs324dist.tasks import lstm
 from cs324dist.tasks.base import Loss
-from cs324dist.tasks.lstm import FAST, LSTMTask
+from cs324dist.tasks.lstm import task as lstm
+from cs324dist.tasks.lstm.task import FAST, LSTMTask
 
 BATCH = 8
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cs324dist.data.images import load_images, to_unit_range
 from cs324dist.data.streams import MicroBatch
 from cs324dist.report.page import DIGITS
-from cs324dist.tasks.gan import FAST, GANTask
+from cs324dist.tasks.gan.images import load_images, to_unit_range
+from cs324dist.tasks.gan.task import FAST, GANTask
 
 BATCH, CLASSES, WEIGHT = 6, 10, 0.25
 

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 
 import cs324dist
-from cs324dist.data.images import load_images, to_unit_range
 from cs324dist.errors import UserError
-from cs324dist.models.gan import Generator
-from cs324dist.models.lstm import LSTM
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
 from cs324dist.runs.files import write_record
 from cs324dist.runs.run_dir import RunDir, RunRecord
-from cs324dist.runs.trained import find_generator, load_generator, load_network
-from cs324dist.sampling import generators, interpolation
-from cs324dist.sampling.generators import generate, latents, surest
+from cs324dist.runs.trained import load_network
+from cs324dist.tasks.gan import interpolation, sampling
+from cs324dist.tasks.gan.images import load_images, to_unit_range
+from cs324dist.tasks.gan.networks import Generator
+from cs324dist.tasks.gan.sampling import find_generator, generate, latents, load_generator, surest
+from cs324dist.tasks.lstm.networks import LSTM
 
 
 class Stub(Generator):
@@ -47,7 +47,7 @@ def fours_of_known_confidence(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.full((len(images),), 4), images[:, 0, 0, 0], torch.zeros(len(images), 128)
 
-    monkeypatch.setattr(generators, "read_digits", read)
+    monkeypatch.setattr(sampling, "read_digits", read)
 
 
 def confident(confidence: Callable[[Tensor], Tensor]) -> Stub:
