@@ -12,7 +12,7 @@ import psutil
 import pytest
 from launched import REPOSITORY, Launched, metrics, newest_checkpoint, status
 
-from cs324dist.runs.checkpoints import step_of
+from cs324dist.runs.history import step_of
 from cs324dist.testing import assert_same_on
 
 SCRIPT = REPOSITORY / "examples/own_loop.py"

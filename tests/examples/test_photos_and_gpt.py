@@ -9,7 +9,7 @@ import psutil
 import pytest
 from launched import REPOSITORY, Launched, metrics, newest_checkpoint, status
 
-from cs324dist.runs.checkpoints import step_of
+from cs324dist.runs.history import step_of
 from cs324dist.testing import assert_same_on, assert_same_when_killed
 
 SMALL = ("--steps", "6", "--batch-size", "12", "--micro-batches", "3", "--log-every", "1",

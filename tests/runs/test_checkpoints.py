@@ -15,18 +15,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from cs324dist.errors import RunFailed, UserError
-from cs324dist.runs import checkpoints
+from cs324dist.runs import checkpoints, history
 from cs324dist.runs.checkpoints import (
     TrainerState,
     check_names,
-    checkpoints_in,
-    clear_unfinished,
-    history_of,
-    keep_newest,
     read_checkpoint,
     verify_checkpoint,
     write_checkpoint,
 )
+from cs324dist.runs.history import checkpoints_in, clear_unfinished, history_of, keep_newest
 from cs324dist.runs.optimizers import optimizer_tensors, with_full_state
 from cs324dist.tasks.lstm.networks import RNN
 
@@ -330,7 +327,7 @@ def test_a_process_killed_at_a_deletion_leaves_no_half_of_a_checkpoint(tmp_path,
             raise Killed
         clear(path)
 
-    monkeypatch.setattr(checkpoints, "clear", killed_half_way)
+    monkeypatch.setattr(history, "clear", killed_half_way)
     with pytest.raises(Killed):
         keep_newest(tmp_path, 1, 1)
     monkeypatch.undo()

@@ -16,7 +16,6 @@ from cs324dist.config import Config
 from cs324dist.data.streams import MicroBatch
 from cs324dist.errors import UserError
 from cs324dist.loop import TaskRun
-from cs324dist.run import restore
 from cs324dist.runs.checkpoints import TrainerState, read_checkpoint, write_checkpoint
 from cs324dist.runs.hidden_state import HiddenState
 from cs324dist.runs.optimizers import optimizer_tensors, with_full_state
@@ -182,7 +181,7 @@ def test_a_run_is_plain_torch_from_its_first_step_and_across_a_restart(build, tm
         write_checkpoint(tmp_path / "3", task, TrainerState(3, hidden=run.hidden.changed()))
 
     task, trainer = start(build)
-    restore(tmp_path / "3", task, HiddenState(task), trainer.accelerator)
+    read_checkpoint(tmp_path / "3", task, HiddenState(task), trainer.accelerator.scaler)
     for step in range(3, 7):
         trainer.step(step, is_logged=False)
     assert bits(task.networks) == plain_torch(build, 7)
@@ -196,7 +195,7 @@ def test_what_is_restored_takes_the_place_of_a_state_that_was_there(build, tmp_p
     write_checkpoint(tmp_path / "0", task, TrainerState(0))
     for step in range(2):
         trainer.step(step, is_logged=False)
-    restore(tmp_path / "0", task, HiddenState(task), trainer.accelerator)
+    read_checkpoint(tmp_path / "0", task, HiddenState(task), trainer.accelerator.scaler)
     for step in range(3):
         trainer.step(step, is_logged=False)
     assert bits(task.networks) == plain_torch(build, 3)
@@ -331,6 +330,6 @@ def test_a_parameter_that_is_trained_later_has_its_state_back(tmp_path):
 
     again, trainer = start(build)
     again.networks["head"].requires_grad_(False)
-    restore(tmp_path / "4", again, HiddenState(again), trainer.accelerator)
+    read_checkpoint(tmp_path / "4", again, HiddenState(again), trainer.accelerator.scaler)
     steps(again, trainer, 4, 6)
     assert bits(again.networks) == bits(task.networks)

@@ -22,7 +22,8 @@ from launched import (
     wait_until,
 )
 
-from cs324dist.runs.checkpoints import TrainerState, step_of, write_checkpoint
+from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
+from cs324dist.runs.history import step_of
 from cs324dist.tasks.gan.networks import Generator
 
 pytestmark = pytest.mark.slow  # real processes, signals and faults: minutes
