@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cs324dist.data.streams import seed_everything
-from cs324dist.distributed.checks import differences, gather_objects, held
+from cs324dist.distributed.checks import LOOK_FOR, differences, gather_objects, held
+from cs324dist.distributed.exact import exact_of
 from cs324dist.distributed.failures import ProcessLost, translate_errors
-from cs324dist.distributed.gradients import LOOK_FOR, exact_of
 from cs324dist.distributed.process import compare_environments, compiled_by, on_main_process
 from cs324dist.distributed.stop import Stopped, StopRequest
 from cs324dist.errors import ReportedError, RunFailed, UserError, say, warn

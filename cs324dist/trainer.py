@@ -14,7 +14,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from cs324dist.data.streams import MicroBatch
-from cs324dist.distributed.gradients import DDPGradients, ExactGradients, buffers_kept
+from cs324dist.distributed.belongings import buffers_kept
+from cs324dist.distributed.exact import ExactGradients
+from cs324dist.distributed.gradients import DDPGradients
 from cs324dist.distributed.parts import add_in_order, gather_rows
 from cs324dist.distributed.process import compiled_by
 from cs324dist.distributed.sum_over import SumOver

@@ -10,7 +10,7 @@ from ranks import Rank, as_ranks
 from torch import Tensor, nn
 
 from cs324dist.data.streams import MicroBatch, generators, seed_everything, seeded
-from cs324dist.distributed.gradients import ExactGradients
+from cs324dist.distributed.exact import ExactGradients
 
 COUNT, SIZE, STEPS = 4, 8, 3
 
