@@ -60,19 +60,6 @@ KINDS: dict[str, Callable[..., Optimizer]] = {
     "a number of steps in a group": lambda parameters: Slowing(parameters, 1e-1),
     "Adafactor": lambda parameters: optim.Adafactor(parameters, 1e-2),
 }
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
-KEYS = {  # as torch's source names them
-    "fused Adam": MOMENTS,
-    "AdamW": MOMENTS,
-    "NAdam": MOMENTS | {"mu_product"},
-    "RMSprop": {"step", "square_avg"},
-    "Rprop": {"step", "prev", "step_size"},
-    "ASGD": {"step", "eta", "mu", "ax"},
-    "SGD": set(),
-    "SGD with dampening": {"momentum_buffer"},
-    "Adagrad": {"step", "sum"},
-    "Adadelta": {"step", "square_avg", "acc_delta"},
-}
 
 
 def one(kind: str) -> Build:
@@ -163,11 +150,6 @@ def plain_torch(build: Build, steps: int) -> dict[str, bytes]:
     return bits(trained)
 
 
-@pytest.fixture(params=KEYS)
-def kind(request) -> str:
-    return request.param
-
-
 @pytest.fixture(params=BUILDS)
 def build(request) -> Build:
     return BUILDS[request.param]
@@ -202,23 +184,6 @@ def test_what_is_restored_takes_the_place_of_a_state_that_was_there(build, tmp_p
     assert bits(task.networks) == plain_torch(build, 3)
 
 
-def test_inside_the_state_is_complete_and_outside_nothing_has_changed(kind):
-    task, _ = start(one(kind))
-    optimizer = task.optimizers["rnn"]
-    before = {parameter: dict(state) for parameter, state in optimizer.state.items()}
-    names = {name for name, _ in task.networks["rnn"].named_parameters()}
-    with with_full_state(task.optimizers):
-        tensors = optimizer_tensors(task.optimizers, task.networks)
-        assert tensors.keys() == {f"rnn/rnn.{name}/{key}" for name in names for key in KEYS[kind]}
-        for parameter, state in optimizer.state.items():
-            values = [value for key, value in state.items() if key not in ("step", "eta", "mu", "mu_product")]
-            assert all(value is None or value.shape == parameter.shape for value in values)
-        assert bits(task.networks) == bits(networks())
-    assert {parameter: dict(state) for parameter, state in optimizer.state.items()} == before
-    assert all(parameter.grad is None for parameter in task.networks["rnn"].parameters())
-    assert bits(task.networks) == bits(networks())
-
-
 def test_tensors_are_named_by_optimizer_network_parameter_and_kind():
     def names(build: Build) -> set[str]:
         task, _ = start(build)
@@ -237,18 +202,6 @@ def test_tensors_are_named_by_optimizer_network_parameter_and_kind():
     )  # which these do not train
     found = names(two_names_for_one_network)
     assert {"a/rnn.input.bias/eta", "b/rnn.input.bias/step_size"} < found
-
-
-def test_a_parameter_that_has_had_no_gradient_has_no_state_before_and_after(tmp_path):
-    task, trainer = start(one("fused Adam"))
-    trainer.step(0, is_logged=False)
-    write_checkpoint(tmp_path / "1", task, TrainerState(1))
-    other, _ = start(one("fused Adam"))
-    read_checkpoint(tmp_path / "1", other)
-    for learner in (task, other):
-        found = optimizer_tensors(learner.optimizers, learner.networks)
-        assert "rnn/rnn.output.weight/exp_avg" in found
-        assert not any("unused" in name for name in found)
 
 
 @pytest.mark.parametrize(("written", "read"), [("NAdam", "fused Adam"), ("fused Adam", "RMSprop")])
@@ -306,11 +259,6 @@ def test_what_else_is_in_a_state_is_refused_before_the_first_step(tmp_path, valu
     (line,) = caught.value.lines
     assert line.startswith("the state of an optimizer holds rnn/rnn.input.weight/remembered = ")
     assert bits(task.networks) == bits(networks())
-
-
-def test_an_optimizer_of_something_else_is_refused():
-    with pytest.raises(UserError, match=r"^optimizer 'rnn' holds 1 parameters of no network of the task$"):
-        start(lambda networks: {"rnn": KINDS["SGD"]([*networks["rnn"].parameters(), torch.zeros(2)])})
 
 
 def test_a_parameter_that_is_trained_later_has_its_state_back(tmp_path):

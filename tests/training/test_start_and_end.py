@@ -1,7 +1,10 @@
 """What a run leaves behind that is refused before its first step, and what is closed at its end."""
 
+import errno
+import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +34,12 @@ class HoldsWhatCannotBeSaved(LSTMTask):
         return {"length": self.length, "file": object()}
 
 
+class HasAComplexBuffer(LSTMTask):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.model.register_buffer("phases", torch.zeros(2, dtype=torch.complex128))
+
+
 class TrainsWhatIsNotItsOwn(LSTMTask):
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -43,19 +52,25 @@ class TrainsWhatIsNotItsOwn(LSTMTask):
         (RefusesItsData, "--data holds no numbers"),
         (HasABadName, r"a network cannot be called '\.\./lstm'"),
         (HoldsWhatCannotBeSaved, "the task's state holds file = <object"),
+        (HasAComplexBuffer, "it cannot be saved: KeyError: torch.complex128"),
         (TrainsWhatIsNotItsOwn, "optimizer 'lstm' holds 1 parameters of no network of the task"),
     ],
     ids=lambda value: getattr(value, "__name__", "-"),
 )
-@pytest.mark.parametrize("existed", [False, True], ids=["new folder", "empty folder"])
-def test_a_run_that_is_refused_before_its_first_step_leaves_no_trace(tmp_path, task, said, existed):
-    folder = tmp_path / "run"
-    if existed:
-        folder.mkdir()
-    config = replace(task.presets["smoke"], preset="smoke", run_dir=folder)
+def test_a_run_that_is_refused_before_its_first_step_leaves_no_trace(tmp_path, task, said):
     with pytest.raises(UserError, match=said):
-        run_task(task, config, Accelerator(cpu=True))
-    assert list(tmp_path.rglob("*")) == [folder] * existed
+        run_in(tmp_path / "run", task)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_seen_before_the_first_step(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"cannot be written to \(No space left on device\): give another"):
+        run_in(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def run_in(folder, task=LSTMTask, **changes) -> bool:
