@@ -8,9 +8,8 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pytest
-from launched import REPOSITORY, Launched, metrics, newest_checkpoint, status
+from launched import REPOSITORY, Launched, metrics, newest_checkpoint
 
 from cs324dist.runs.checkpoints import step_of
 from cs324dist.testing import assert_same_on
@@ -39,14 +38,6 @@ def test_it_is_the_loop_before_with_at_most_20_other_lines():
     )
     changed = [line for line in difflib.ndiff(before, after) if line.startswith("+ ") and line[2:].strip()]
     assert len(changed) <= 20, changed
-
-
-@pytest.mark.slow
-def test_the_loop_before_trains_on_two_processes(launch, data, tmp_path):
-    ddp = ("--config_file", "accelerate_configs/cpu_ddp.yaml")
-    command = ("examples/own_loop_before.py", "--data", data, "--epochs", "1", "--run-dir", tmp_path / "run")
-    launch(*command, launcher="accelerate", options=ddp)
-    assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -87,15 +78,3 @@ def test_killed_ten_times_on_other_numbers_of_processes_it_ends_the_same(data, t
             process.wait()
     subprocess.run([sys.executable, SCRIPT, *options, "--run-dir", run], check=True)
     assert tensors(run) == tensors(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_a_signal_in_the_middle_of_an_epoch_saves_and_ends_with_75(launch_environment, data, tmp_path):
-    command = (str(SCRIPT), "--data", str(data), "--epochs", "9999")
-    with Launched(command, tmp_path / "run", launch_environment, "torchrun with two") as started:
-        started.wait_for_line("step 3/")
-        for worker in psutil.Process(started.process.pid).children():
-            worker.send_signal(signal.SIGTERM)
-        started.end()
-    assert status(tmp_path / "run")["state"] == "stopped"
-    assert step_of(newest_checkpoint(tmp_path / "run")) >= 3

@@ -277,7 +277,7 @@ class TestStarting:
             pass
 
     def test_what_may_change_bits_is_warned_of_with_old_and_new_value(self, tmp_path, capsys):
-        changed = replace(HERE, commit="def", packages={"torch": "3.0.0"}, compiled="inductor", cuda="13.0")
+        changed = replace(HERE, commit="def", packages={"torch": "3.0.0"}, cuda="13.0", threads=2)
         with started(tmp_path / "run"):
             pass
         with started(tmp_path / "run", environment=changed):
@@ -289,7 +289,7 @@ class TestStarting:
                 ("packages", "{'torch': '2.9.0'}", "{'torch': '3.0.0'}"),
                 ("commit", "abc", "def"),
                 ("cuda", "None", "13.0"),
-                ("compiled", "None", "inductor"),
+                ("threads", "4", "2"),
             )
         ]
         with started(tmp_path / "run", environment=changed):

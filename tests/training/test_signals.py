@@ -14,7 +14,6 @@ from launched import (
     LIMIT,
     REPOSITORY,
     Launched,
-    files_of,
     metrics,
     newest_checkpoint,
     status,
@@ -31,8 +30,6 @@ TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
 LONG = ("launch/lstm.py", "--length", "10", "--steps", "5000", "--log-every", "1", "--evaluate-every", "5000",
         "--checkpoint-every", "5000", "--wandb", "disabled")  # fmt: skip
 SMOKE = ("launch/lstm.py", "--preset", "smoke", "--wandb", "disabled")
-GAN = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--steps", "5000", "--log-every", "1",
-       "--evaluate-every", "5000", "--checkpoint-every", "5000", "--wandb", "disabled")  # fmt: skip
 # Two evaluations of eight parts, which take seconds.
 EVALUATING = (*SMOKE, "--length", "2001", "--steps", "2", "--log-every", "1", "--evaluate-every", "1",
               "--checkpoint-every", "2")  # fmt: skip
@@ -84,19 +81,6 @@ class TestTraining:
                 time.sleep(2)  # or they would count as one
             assert started.end() == 128 + TERM
 
-    def test_the_checkpoint_is_there_within_ten_seconds_of_the_steps_end(self, tmp_path, launch_environment):
-        run = tmp_path / "run"
-        with Launched(GAN, run, launch_environment) as started:
-            started.wait_for_line("step 3/")
-            started.send_signal(TERM)
-            last_step = time.time()
-            for line in started.lines():
-                if line.startswith("step "):
-                    last_step = time.time()
-            assert started.end() == 75
-        assert (newest_checkpoint(run) / "trainer.json").stat().st_mtime - last_step < 10
-        assert_stopped_with_a_checkpoint(run, 3)
-
     def test_one_rank_alone_is_asked_and_all_stop(self, tmp_path, launch_environment):
         run = tmp_path / "run"
         with Launched(LONG, run, launch_environment, "torchrun with two") as started:
@@ -133,23 +117,6 @@ class TestEvaluation:
         assert "is finished" in launch(*EVALUATING, "--run-dir", run).stderr
         assert content_of(run) == whole
 
-    def test_two_processes_throw_away_what_one_of_them_cut_short(self, tmp_path, launch, launch_environment):
-        whole, run = tmp_path / "whole", tmp_path / "run"
-        two = {"launcher": "torchrun", "options": ("--nproc_per_node", "2")}
-        launch(*EVALUATING, "--run-dir", whole, **two)
-        with Launched(EVALUATING, run, launch_environment, "torchrun with two") as started:
-            started.wait_for_line("step 1/2")
-            started.workers()[1].send_signal(TERM)
-            assert started.end() != 0
-        with Launched(EVALUATING, run, launch_environment, "torchrun with two") as started:
-            started.wait_for_line(f"{run}: continuing from step 1 of 2")
-            started.send_signal(TERM)
-            assert started.end() != 0
-        assert_stopped_with_a_checkpoint(run, 1)
-        assert [line["step"] for line in metrics(run)] == [1]
-        launch(*EVALUATING, "--run-dir", run, **two)
-        assert content_of(run) == content_of(whole)
-
 
 class TestStartUp:
     @pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
@@ -162,16 +129,6 @@ class TestStartUp:
         expected = {TERM: (-TERM, ""), INT: (75, "stopped by a signal\n")}
         assert (code, started.said) == expected[number]
         assert not run.exists()
-
-    def test_an_old_run_is_left_as_it_was(self, tmp_path, launch, launch_environment):
-        run = tmp_path / "run"
-        launch(*SMOKE, "--run-dir", run)
-        before = files_of(run)
-        with Launched((*SMOKE, "--steps", "30"), run, launch_environment) as started:
-            started.wait_until_importing()
-            started.send_signal(TERM)
-            assert started.end() == -TERM
-        assert files_of(run) == before
 
     def test_while_a_checkpoint_is_read_nothing_is_lost(self, tmp_path, launch, launch_environment):
         run, longer = tmp_path / "run", (*SMOKE, "--steps", "30")
