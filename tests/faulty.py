@@ -85,10 +85,6 @@ def replaced(owner: Any, name: str, fault: Callable[..., None]) -> None:
     setattr(owner, name, wrapped)
 
 
-def full_disk(*_: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
-
-
 def read_only_disk(path: object, flags: int = 0, *_: object) -> None:
     """That of the folder VALUE."""
     if str(path).startswith(VALUE) and flags & (os.O_CREAT | os.O_RDWR):
@@ -98,8 +94,6 @@ def read_only_disk(path: object, flags: int = 0, *_: object) -> None:
 match FAULT:
     case "another was faster":  # and made the run VALUE, of other options
         replaced(RunDir, "_claim", lambda run: shutil.copytree(VALUE, run.path))
-    case "no room to rewind":
-        replaced(RunDir, "_rewind", full_disk)
     case "read-only disk":
         replaced(os, "open", read_only_disk)
     case _:

@@ -149,16 +149,6 @@ class TestInterpolation:
         assert (steps > 0).all()
         assert steps.max() < np.abs(strip[-1] - strip[0]).mean()
 
-    def test_the_film_runs_there_and_back(self, draw, gan_run, tmp_path):
-        film = tmp_path / "walk.gif"
-        seeds = ("--start-seed", 3, "--end-seed", 8, "--out", tmp_path / "strip.png", "--gif", film)
-        answer = draw("interpolate", gan_run, *seeds)
-        assert answer.out.split() == [str(film), str(tmp_path / "strip.png")]
-        with Image.open(film) as picture:
-            frames = [np.asarray(picture.convert("L")).astype(int) for _ in every_frame(picture)]
-        assert np.array_equal(frames[1], frames[-1])
-        assert not np.array_equal(frames[0], frames[len(frames) // 2])
-
     @pytest.mark.parametrize(
         ("ends", "named"),
         [
@@ -173,12 +163,6 @@ class TestInterpolation:
         answer = draw("interpolate", gan_run, *ends, "--out", out)
         assert (answer.code, out.exists()) == (2, False)
         assert answer.errors == [f"error: give either --{end}-digit or --{end}-seed" for end in named]
-
-
-def every_frame(picture: Image.Image):
-    for number in range(picture.n_frames):
-        picture.seek(number)
-        yield number
 
 
 class TestRefusals:

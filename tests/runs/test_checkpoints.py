@@ -307,15 +307,6 @@ class TestWhatCanBeBuilt:
             assert torch.equal(after[name], tensor), name
             assert after[name].dtype == tensor.dtype
 
-    def test_tied_weights_stay_tied_and_are_stored_once(self, tmp_path):
-        write(tmp_path / "3", Learner(tied()))
-        other = Learner(tied())
-        read_checkpoint(tmp_path / "3", other)
-        assert other.model[1].weight is other.model[0].weight
-        stored = (tmp_path / "3" / "rnn" / "model.safetensors").read_bytes()
-        assert b"0.weight" in stored
-        assert b"1.weight" not in stored
-
     @pytest.mark.parametrize(
         ("build", "line"),
         [

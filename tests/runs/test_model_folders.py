@@ -38,51 +38,6 @@ def test_a_model_comes_back_to_the_last_bit_and_in_eval_mode(tmp_path):
     assert not any(module.training for module in loaded.modules())
 
 
-class Configured(nn.Module):
-    """Arguments that are no sizes."""
-
-    def __init__(self, rate: float, bias: bool, name: str, shift: int = 0) -> None:
-        super().__init__()
-        self.config = {"rate": rate, "bias": bias, "name": name, "shift": shift}
-        self.linear = nn.Linear(2, 2, bias)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_floats_truth_values_and_words_come_back_with_their_types(tmp_path, bias):
-    save_model(tmp_path, Configured(0.1, bias, "a b\n\u00e9", -3))
-    loaded = load_model(tmp_path, Configured)
-    assert loaded.config == {"rate": 0.1, "bias": bias, "name": "a b\n\u00e9", "shift": -3}
-    assert [type(value) for value in loaded.config.values()] == [float, bool, str, int]
-
-
-def test_a_model_without_a_config_is_saved_and_read_if_it_takes_no_arguments(tmp_path):
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(2, 2)
-
-    model = Plain()
-    save_model(tmp_path / "plain", model)
-    assert bits(load_model(tmp_path / "plain", Plain)) == bits(model)
-    save_model(tmp_path / "linear", nn.Linear(2, 2))
-    with pytest.raises(UserError, match=r"config.json has arguments that Linear does not take: \[\]"):
-        load_model(tmp_path / "linear", nn.Linear)
-
-
-def test_a_tied_weight_is_read_into_both_places(tmp_path):
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.outer = nn.Linear(2, 2), nn.Linear(2, 2)
-            self.outer.weight = self.inner.weight
-
-    model = Tied()
-    save_model(tmp_path, model)
-    loaded = load_model(tmp_path, Tied)
-    assert bits(loaded) == bits(model)
-    assert loaded.outer.weight is loaded.inner.weight
-
-
 def contents(path: Path) -> dict[str, Tensor]:
     return load(path.read_bytes())  # load_file would map the file that is about to be written over
 

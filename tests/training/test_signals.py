@@ -5,14 +5,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 from chaos import content_of
 from launched import (
     LIMIT,
-    REPOSITORY,
     Launched,
     metrics,
     newest_checkpoint,
@@ -21,8 +19,7 @@ from launched import (
     wait_until,
 )
 
-from cs324dist.runs.checkpoints import TrainerState, step_of, write_checkpoint
-from cs324dist.tasks.gan.networks import Generator
+from cs324dist.runs.checkpoints import step_of
 
 pytestmark = pytest.mark.slow  # real processes, signals and faults: minutes
 
@@ -33,7 +30,6 @@ SMOKE = ("launch/lstm.py", "--preset", "smoke", "--wandb", "disabled")
 # Two evaluations of eight parts, which take seconds.
 EVALUATING = (*SMOKE, "--length", "2001", "--steps", "2", "--log-every", "1", "--evaluate-every", "1",
               "--checkpoint-every", "2")  # fmt: skip
-HERE = Path(__file__).parent
 
 
 def assert_stopped_with_a_checkpoint(run: Path, step: int) -> None:
@@ -48,17 +44,6 @@ def whole(launch, tmp_path_factory):
     launch(*EVALUATING, "--run-dir", run)
     assert [sorted(line)[0] for line in metrics(run)] == ["step", "eval/accuracy"] * 2
     return content_of(run)
-
-
-@pytest.fixture(scope="module")
-def generator(tmp_path_factory):
-    """A checkpoint with an untrained generator."""
-    networks, checkpoint = {"generator": Generator(input_dim=8)}, tmp_path_factory.mktemp("gan") / "1"
-    gan = SimpleNamespace(
-        networks=networks, optimizers={}, state_dict=dict, load_state_dict=lambda state: None
-    )
-    write_checkpoint(checkpoint, gan, TrainerState(1))
-    return checkpoint
 
 
 class TestTraining:
@@ -104,19 +89,6 @@ class TestEvaluation:
         launch(*EVALUATING, "--run-dir", run)
         assert content_of(run) == whole
 
-    def test_the_last_steps_is_made_up_for(self, tmp_path, launch, launch_environment, whole):
-        run = tmp_path / "run"
-        with Launched(EVALUATING, run, launch_environment) as started:
-            started.wait_for_line("step 2/2")
-            started.send_signal(INT)
-            assert started.end() == 75
-        assert_stopped_with_a_checkpoint(run, 2)
-        launch(*EVALUATING, "--run-dir", run)
-        assert status(run)["state"] == "finished"
-        assert content_of(run) == whole
-        assert "is finished" in launch(*EVALUATING, "--run-dir", run).stderr
-        assert content_of(run) == whole
-
 
 class TestStartUp:
     @pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
@@ -129,19 +101,6 @@ class TestStartUp:
         expected = {TERM: (-TERM, ""), INT: (75, "stopped by a signal\n")}
         assert (code, started.said) == expected[number]
         assert not run.exists()
-
-    def test_while_a_checkpoint_is_read_nothing_is_lost(self, tmp_path, launch, launch_environment):
-        run, longer = tmp_path / "run", (*SMOKE, "--steps", "30")
-        launch(*SMOKE, "--run-dir", run)
-        with Launched(longer, run, launch_environment) as started:
-            wait_until((run / "owners" / "2.json").exists)
-            started.send_signal(TERM)
-            assert started.end() in (-TERM, 75)  # as the handlers were not there yet, or were
-        assert not list(run.glob("checkpoints/.*.tmp"))
-        assert "continuing from step 2" in launch(*longer, "--run-dir", run).stderr
-        whole = tmp_path / "whole"
-        launch(*longer, "--run-dir", whole)
-        assert content_of(run) == content_of(whole)
 
 
 class TestLaunchers:
@@ -204,32 +163,3 @@ from cs324dist.distributed.process import prepare_process
 prepare_process(on_cpu=True)
 came_so_far.write_text("began, went on")
 """
-
-
-class TestSampling:
-    @pytest.mark.parametrize("moment", ["drawing", "writing"])
-    @pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
-    def test_no_part_of_a_file_is_left(self, tmp_path, launch_environment, generator, number, moment):
-        out = tmp_path / "samples.safetensors"
-        drawn = {"drawing": "images", "writing": "nothing"}[moment]
-        process = subprocess.Popen(
-            [
-                *(sys.executable, HERE / "drawing.py", drawn),
-                *("tensor", generator, "--count", "100000", "--out", out),
-            ],
-            cwd=REPOSITORY,
-            env=launch_environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        with process:
-            assert process.stderr.readline() == "drawing\n"
-            if moment == "writing":
-                wait_until(lambda: list(tmp_path.glob(".samples.safetensors.*.tmp")))
-            process.send_signal(number)
-            said = process.stderr.read()
-            code = process.wait(LIMIT)
-        assert (code, said) == {TERM: (-TERM, ""), INT: (75, "stopped by a signal\n")}[number]
-        assert not out.exists()
-        if number == INT or moment == "drawing":
-            assert list(tmp_path.iterdir()) == []

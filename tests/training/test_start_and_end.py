@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from cs324dist import trackers
-from cs324dist.errors import UserError
+from cs324dist import run, trackers
+from cs324dist.errors import RunFailed, UserError
 from cs324dist.loop import main, run_task
+from cs324dist.runs.checkpoints import TrainerState
+from cs324dist.runs.run_dir import RunDir
 from cs324dist.tasks.lstm.task import LSTMTask
 
 
@@ -71,6 +73,23 @@ def test_a_disk_without_room_is_seen_before_the_first_step(tmp_path, monkeypatch
     with pytest.raises(UserError, match=r"cannot be written to \(No space left on device\): give another"):
         run_in(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_the_last_one_an_error(
+    tmp_path, monkeypatch, capsys
+):
+    honest = run.write_checkpoint
+
+    def full(folder: Path, trained: object, state: TrainerState, *owner: object) -> None:
+        if owner:  # none has what is written before the first step, to see whether it can be
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        honest(folder, trained, state)
+
+    monkeypatch.setattr(run, "write_checkpoint", full)
+    with pytest.raises(RunFailed, match=r"^no checkpoint of step 4: No space left on device; there is no"):
+        run_in(tmp_path / "run", steps=4, checkpoint_every=2)
+    assert "warning: no checkpoint of step 2: No space left on device" in capsys.readouterr().err
+    assert RunDir(tmp_path / "run").read_status().step == 0
 
 
 def run_in(folder, task=LSTMTask, **changes) -> bool:
