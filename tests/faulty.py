@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from cs324dist.runs import checkpoints, run_dir
 from cs324dist.runs.run_dir import RunDir
 from cs324dist.tasks.base import Updater
 from cs324dist.tasks.lstm.task import LSTMTask
@@ -86,45 +85,16 @@ def replaced(owner: Any, name: str, fault: Callable[..., None]) -> None:
     setattr(owner, name, wrapped)
 
 
-def full_disk(*_: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
-
-
 def read_only_disk(path: object, flags: int = 0, *_: object) -> None:
     """That of the folder VALUE."""
     if str(path).startswith(VALUE) and flags & (os.O_CREAT | os.O_RDWR):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
-def stops(matches: Callable[..., bool] = lambda *_: True) -> Callable[..., None]:
-    """Stop this process in its tracks, the VALUE-th time that the arguments match."""
-    left = int(VALUE)
-
-    def stop(*arguments: Any) -> None:
-        nonlocal left
-        left -= matches(*arguments)
-        if left == 0 and matches(*arguments):
-            os.kill(os.getpid(), signal.SIGSTOP)
-
-    return stop
-
-
 match FAULT:
     case "another was faster":  # and made the run VALUE, of other options
         replaced(RunDir, "_claim", lambda run: shutil.copytree(VALUE, run.path))
-    case "no room to rewind":
-        replaced(RunDir, "_rewind", full_disk)
     case "read-only disk":
         replaced(os, "open", read_only_disk)
-    case "stops before a checkpoint gets its name":
-        replaced(Path, "rename", stops(lambda path, *_: path.name.endswith("-1.tmp")))
-    case "stops while a checkpoint is written":
-        replaced(checkpoints, "save_tensors", stops())
-    case "stops before a line of metrics is written":
-        metrics = type("Metrics", (run_dir.FileIO,), {})
-        replaced(metrics, "write", stops())
-        run_dir.FileIO = metrics
-    case "stops before the status is written":
-        replaced(Path, "replace", stops(lambda _, target: target.name == "status.json"))
     case _:
         assert FAULT in (*BEFORE_A_STEP, "diverges"), FAULT

@@ -1,11 +1,13 @@
 """A run that a test has started, reads line by line, and sends signals to."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from queue import Queue
 from threading import Thread
@@ -129,6 +131,18 @@ def status(run: Path) -> dict:
 
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def mend(checkpoint: Path, **changes: object) -> None:
+    """Make the digests right again after a change, as one who wants to hide it would."""
+    path = checkpoint / "trainer.json"
+    content = {**json.loads(path.read_text()), **changes}
+    content.pop("own_sha256")
+    for name in content["sha256"]:
+        with suppress(OSError, ValueError):
+            content["sha256"][name] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**content, "own_sha256": own}))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -37,21 +37,8 @@ SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.py"))
 TASKS = {name: find_task(name) for name in ("gan", "lstm")}
 PRESETS = {name: task.presets for name, task in TASKS.items()}
 MUTABLE_OPTIONS = {
-    "check_every",
-    "peer_timeout",
-    "preset",
-    "run_dir",
-    "steps",
-    "log_every",
-    "evaluate_every",
-    "checkpoint_every",
-    "keep_last",
-    "keep_best",
-    "wandb",
-    "tensorboard",
-    "dry_run",
-    "data_root",
-    "kernel",
+    *("check_every", "peer_timeout", "preset", "run_dir", "steps", "log_every", "evaluate_every"),
+    *("checkpoint_every", "keep_last", "keep_best", "wandb", "tensorboard", "dry_run", "data_root", "kernel"),
 }
 FIELDS = [(task, field.name) for task, presets in PRESETS.items() for field in fields(presets["fast"])]
 MOST_OPTIONS = 31
@@ -86,52 +73,21 @@ def refused(task: type[Task], *words: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Options:
-    """Some options."""
-
-    count: Count = 1
-    """How many."""
-
-    share: Fraction = 0.5
-    """What part."""
-
     kind: Literal["red", "blue"] = "red"
-    """Which."""
-
-    digit: Annotated[int, Interval(ge=0, le=9)] | None = None
-    """Only this one."""
-
     size: Literal[28, 32] | None = None
-    """Pixels."""
-
-    anything: int = 0
-    """No rule."""
-
-
-@dataclass(frozen=True)
-class Ranged:
-    value: Annotated[float, Interval(ge=0, le=9)]
 
 
 class TestRanges:
-    @settings(max_examples=50)
-    @given(st.floats() | st.integers(-(10**400), 10**400))
-    def test_a_closed_range_holds_both_ends_and_nothing_beyond(self, value):
-        try:
-            allowed = parse(Ranged, "", [f"--value={value!r}"]) == Ranged(value)
-        except UserError:
-            allowed = False
-        assert allowed == (0 <= value <= 9)
-
     @pytest.mark.parametrize(
         ("kind", "words", "allowed", "not_allowed"),
         [
             (Count, "at least 1 and at most 1 000 000 000", [1, 10**9], [0, -1, 10**9 + 1]),
-            (Options.__annotations__["digit"], "at least 0 and at most 9", [0, 9], [-1, 10]),
+            (Annotated[int, Interval(ge=0, le=9)] | None, "at least 0 and at most 9", [0, 9], [-1, 10]),
             (
                 Positive,
                 "more than 0 and at most 1 000 000 000",
                 [1e-300, 1e9],
-                [0.0, -1e-9, 1.1e9, math.inf, math.nan],
+                [0.0, 1.1e9, math.inf, math.nan],
             ),
             (Fraction, "at least 0 and less than 1", [0.0, 1 - 1e-16], [1.0, -0.5, math.inf, math.nan]),
         ],
@@ -160,25 +116,6 @@ class TestRanges:
 
 
 class TestOptions:
-    def test_without_words_there_are_the_defaults(self):
-        assert parse(Options, "", []) == Options()
-
-    def test_each_value_that_is_not_allowed_has_a_line_with_what_is(self):
-        words = ["--count=0", "--share=1.0", "--kind=green", "--digit=10", "--anything=-5"]
-        with pytest.raises(UserError) as caught:
-            parse(Options, "", words)
-        assert caught.value.lines == (
-            "--count 0 is not allowed: give at least 1 and at most 1 000 000 000",
-            "--share 1.0 is not allowed: give at least 0 and less than 1",
-            "--kind green is not allowed: give one of red, blue",
-            "--digit 10 is not allowed: give at least 0 and at most 9",
-        )
-
-    def test_what_is_given_replaces_the_preset(self):
-        presets = {"mine": replace(Config(), keep_last=7, log_every=9)}
-        config = from_command_line(presets, "", lambda config: "run", ["--log-every", "11"])
-        assert (config.keep_last, config.log_every) == (7, 11)
-
     def test_none_takes_a_limit_away(self):
         assert PRESETS["lstm"]["fast"].max_grad_norm == 0.25
         assert command_line(TASKS["lstm"], "--max-grad-norm", "none").max_grad_norm is None
@@ -193,28 +130,20 @@ class TestOptions:
             ("--steps 1e4", "--steps 1e4 is not allowed: " + STEPS),
             ("--length 4.5", "--length 4.5 is not allowed: " + STEPS.replace("1 000 000 000", "10 000 000")),
             ("--curriculum x", "--curriculum x is not allowed: " + STEPS.replace("whole ", "")),
-            ("--steps", "--steps needs a value"),
             ("--preset", "--preset needs a value"),
             ("--steps --seed 1", "--steps needs a value"),
             ("--hiden-size 3", "--hiden-size is unknown: did you mean --hidden-size?"),
             ("--max_grad_norm=3", "--max_grad_norm is unknown: did you mean --max-grad-norm?"),
-            ("--learning-rat 3", "--learning-rat is unknown: did you mean --learning-rate?"),
             ("--xylophone", "--xylophone is unknown: see --help"),
             ("stray", "stray is not an option: see --help"),
             *(
                 (words, f"{words.split()[0].split('=')[0]} {LAUNCHER}")
-                for words in ("--mixed_precision bf16", "--num_processes 2", "--num-processes=2",
-                              "--config_file accelerate_configs/cpu.yaml", "--multi_gpu", "--cpu",
-                              "--dynamo_backend=inductor")
+                for words in ("--mixed_precision bf16", "--num-processes=2", "--multi_gpu")
             ),
         ],
     )  # fmt: skip
     def test_what_cannot_be_used_is_one_line_that_says_what_to_do(self, words, line):
         assert refused(TASKS["lstm"], *words.split()) == (line,)
-
-    def test_everything_that_is_wrong_is_named_together(self):
-        words = "--steps abc --seed -1 --hiden-size 3 --mixed_precision bf16 --beta1 0.5"
-        assert {line.split()[0] for line in refused(TASKS["lstm"], *words.split())} == set(words.split()[::2])
 
     @pytest.mark.parametrize("task", TASKS)
     def test_every_option_that_has_a_rule_can_be_wrong_and_all_are_named_together(self, task):
@@ -260,16 +189,6 @@ class Mixed(Config):
     nested: Nested = Nested()
 
 
-@dataclass(frozen=True)
-class Undescribed(Config):
-    size: Count = 1
-
-
-class UndescribedTask(Task[Undescribed]):
-    name = "undescribed"
-    presets: ClassVar = {"default": Undescribed()}
-
-
 class MixedTask(Task[Mixed]):
     name = "mixed"
     presets: ClassVar = {"default": Mixed(steps=5)}
@@ -298,13 +217,6 @@ class TestRecords:
         assert stored(config) == config
         assert conflicts(config, stored(config)) == []
 
-    def test_json_holds_lists_and_words(self):
-        content = as_json(Mixed(run_dir=Path("runs/a")))
-        assert content["betas"] == [0.9, 0.99]
-        assert content["nested"] == {"weight": 1.0, "places": [], "shade": None}
-        assert (content["shade"], content["table"], content["run_dir"]) == ("light", "table.csv", "runs/a")
-        assert content["max_grad_norm"] is None
-
     def test_they_are_given_on_the_command_line_too(self):
         words = "--betas 0.5 0.75 --widths 3 --shade dark --table a/b.csv --no-shuffled"
         config = command_line(MixedTask, *words.split())
@@ -318,17 +230,13 @@ class TestRecords:
         [
             ({"steps": "3"}, "steps is 3"),
             ({"steps": True}, "steps is True"),
-            ({"steps": None}, "steps is None"),
             ({"steps": 0}, "steps is 0"),
             ({"seed": 2**63}, f"seed is {2**63}"),
             ({"batch_size": 64.0}, "batch_size is 64.0"),
             ({"dry_run": 1}, "dry_run is 1"),
-            ({"wandb": "perhaps"}, "wandb is perhaps"),
             ({"betas": [0.9, "0.99"]}, "betas.1 is 0.99"),
             ({"shade": "red"}, "shade is red"),
-            ({"table": 3}, "table is 3"),
             ({"nested": {"weight": "1"}}, "nested.weight is 1"),
-            ({"nested": None}, "nested is None"),
             ({"colour": 1}, "colour is unknown: it is damaged, or of a newer version"),
             ({"\x1b[2J" + "x" * 999: 1}, f"[2J{'x' * 196} is unknown: it is damaged, or of a newer version"),
         ],
@@ -338,11 +246,6 @@ class TestRecords:
         with pytest.raises(UserError) as caught:
             from_json(Mixed, {**as_json(Mixed()), **change}, "config.json")
         assert caught.value.lines == (f"config.json: {line}",)
-
-    def test_every_field_that_is_wrong_has_a_line(self):
-        with pytest.raises(UserError) as caught:
-            from_json(Mixed, {**as_json(Mixed()), "steps": "3", "seed": -1}, "config.json")
-        assert sorted(caught.value.lines) == ["config.json: seed is -1", "config.json: steps is 3"]
 
 
 class TestAnOptionAddedLater:
@@ -369,20 +272,10 @@ class TestAnOptionAddedLater:
         run = self.older()
         assert (run.plain, run.better, run.free, run.made) == (3, 0.0, "none", [])
 
-    def test_a_value_that_the_run_has_stands(self):
-        run = self.older(plain=4, better=0.25, free="some", made=[1])
-        assert (run.plain, run.better, run.free, run.made) == (4, 0.25, "some", [1])
-
     def test_the_run_is_continued_with_its_own_value_and_no_other(self):
         assert conflicts(self.Newer(better=0.0), self.older()) == []
         (line,) = conflicts(self.Newer(), self.older())
         assert line.startswith("--better 0.5 differs from the run's 0.0: ")
-
-    def test_a_run_of_today_continues_though_it_lacks_an_option_that_has_a_default(self):
-        content = as_json(PRESETS["gan"]["fast"])
-        del content["warmup_steps"], content["max_grad_norm"]
-        older = from_json(type(PRESETS["gan"]["fast"]), content, "config.json")
-        assert conflicts(PRESETS["gan"]["fast"], older) == []
 
     def test_a_gan_from_before_labels_were_used_continues_without_them(self):
         content = as_json(PRESETS["gan"]["fast"])
@@ -425,12 +318,6 @@ def another(task: str, name: str) -> Any:
 
 
 class TestContinuing:
-    @pytest.mark.parametrize("task", TASKS)
-    @pytest.mark.parametrize("preset", ["fast", "course", "smoke"])
-    def test_with_the_same_options_nothing_is_in_conflict(self, task, preset):
-        config = PRESETS[task].get(preset, PRESETS[task]["fast"])
-        assert conflicts(config, stored(config)) == []
-
     @pytest.mark.parametrize(("task", "name"), [(task, name) for task, name in FIELDS if name != "steps"])
     def test_an_option_is_mutable_or_refused_with_old_and_new_value(self, task, name):
         old = PRESETS[task]["fast"]
@@ -443,13 +330,8 @@ class TestContinuing:
             values = f"{getattr(new, name)} differs from the run's {getattr(old, name)}: "
             assert line.startswith(f"{option(name)} {values}")
 
-    def test_the_mutable_options_are_those_of_some_task(self):
-        assert {name for _, name in FIELDS} >= MUTABLE_OPTIONS
-
-    @pytest.mark.parametrize(
-        "old", [PRESETS["gan"]["course"], PRESETS["lstm"]["course"]], ids=lambda config: type(config).__name__
-    )
-    def test_steps_go_up_and_not_down(self, old):
+    def test_steps_go_up_and_not_down(self):
+        old = PRESETS["gan"]["course"]
         more, fewer = (replace(old, steps=old.steps + change) for change in (1, -1))
         assert conflicts(more, stored(old)) == []
         (line,) = conflicts(fewer, stored(old))
@@ -459,12 +341,10 @@ class TestContinuing:
     @pytest.mark.parametrize(
         "old",
         [
-            PRESETS["gan"]["fast"],
             replace(PRESETS["gan"]["course"], schedule="linear"),
-            PRESETS["lstm"]["fast"],
             replace(PRESETS["lstm"]["fast"], schedule="cosine", warmup_steps=7),
         ],
-        ids=["gan fast", "gan course with decay", "lstm fast", "lstm with warm-up"],
+        ids=["with decay", "with warm-up"],
     )
     def test_steps_that_the_learning_rate_depends_on_stay(self, old, change):
         new = replace(old, steps=old.steps + change)
@@ -474,15 +354,6 @@ class TestContinuing:
     def test_a_warm_up_alone_leaves_the_steps_free(self):
         old = replace(PRESETS["lstm"]["course"], warmup_steps=7)
         assert conflicts(replace(old, steps=old.steps + 1), stored(old)) == []
-
-    def test_all_conflicts_are_named_together(self):
-        old = PRESETS["lstm"]["course"]
-        new = replace(old, seed=1, max_grad_norm=2.5, steps=7, wandb="disabled")
-        assert {line.split()[0] for line in conflicts(new, stored(old))} == {
-            "--seed",
-            "--max-grad-norm",
-            "--steps",
-        }
 
     def test_a_tuple_that_changes_is_in_conflict(self):
         (line,) = conflicts(Mixed(betas=(0.9, 0.999)), stored(Mixed()))
@@ -496,9 +367,8 @@ class TestPresets:
         assert config.preset == preset
         assert stored(config) == config
 
-    @pytest.mark.parametrize("words", [["--preset", "course"], ["--preset=course"]])
-    def test_the_courses_gan_is_the_courses(self, words):
-        config = command_line(TASKS["gan"], *words)
+    def test_the_courses_gan_is_the_courses(self):
+        config = command_line(TASKS["gan"], "--preset=course")
         # 200 epochs of 60 000 images in batches of 64; Adam as torch has it by default.
         assert config.steps == 200 * 60_000 // 64
         assert (config.generator_lr, config.discriminator_lr, config.batch_size) == (2e-4, 2e-4, 64)
@@ -512,21 +382,11 @@ class TestPresets:
         assert (config.hidden_size, config.batch_size) == (128, 128)
         assert (config.encoding, config.initialisation, config.curriculum) == ("scalar", "linear", 1.0)
 
-    @pytest.mark.parametrize(
-        "words",
-        [
-            ["--preset", "course", "--max-grad-norm", "3", "--steps=9"],
-            ["--max-grad-norm", "3", "--steps=9", "--preset", "course"],
-        ],
-    )
-    def test_what_is_given_overrides_the_preset_in_any_order(self, words):
-        expected = replace(PRESETS["lstm"]["course"], max_grad_norm=3.0, steps=9, preset="course")
+    def test_what_is_given_overrides_the_preset_in_any_order(self):
+        expected = replace(PRESETS["lstm"]["course"], max_grad_norm=3.0, preset="course")
+        words = ("--max-grad-norm", "3", "--preset", "course")
         folder = Path("runs/lstm-length50-course-0")
         assert command_line(TASKS["lstm"], *words) == replace(expected, run_dir=folder)
-
-    def test_without_a_preset_it_is_the_first_one(self):
-        fast = replace(PRESETS["gan"]["fast"], run_dir=Path("runs/gan-fast-0"))
-        assert command_line(TASKS["gan"]) == fast
 
     def test_an_unknown_preset_is_named_with_everything_else_that_is_wrong(self):
         assert refused(TASKS["gan"], "--preset", "slow", "--steps", "0", "--beta2", "1.0") == (
@@ -551,14 +411,6 @@ class TestPresets:
 
 
 class TestRunNames:
-    def test_runs_of_other_tasks_have_folders_of_their_own(self):
-        class Bare(Task[Config]):
-            name = "bare"
-            presets: ClassVar = {"fast": Config()}
-
-        assert command_line(Bare).folder == Path("runs/bare-fast-0")
-        assert command_line(MixedTask, "--seed", "3").folder == Path("runs/mixed-default-3")
-
     def test_runs_of_other_seeds_presets_and_data_have_folders_of_their_own(self):
         folders = {
             command_line(TASKS["gan"], *words.split()).folder
@@ -632,36 +484,7 @@ class TestHelp:
     def test_the_options_of_a_task_are_in_groups(self, page):
         gan, lstm = page("gan.py"), page("lstm.py")
         assert [*gan] == [*lstm] == ["options", "run", "data", "model", "recipe"]
-        assert {group: {*options} for group, options in gan.items()} == {
-            "options": {"--help"},
-            "run": {
-                *(
-                    "--preset",
-                    "--run-dir",
-                    "--steps",
-                    "--log-every",
-                    "--evaluate-every",
-                    "--check-every",
-                    "--checkpoint-every",
-                ),
-                *(
-                    "--keep-last",
-                    "--keep-best",
-                    "--peer-timeout",
-                    "--wandb",
-                    "--tensorboard",
-                    "--dry-run",
-                ),
-            },
-            "data": {"--seed", "--batch-size", "--micro-batches", "--dataset", "--data-root"},
-            "model": {"--latent-dim"},
-            "recipe": {
-                *("--schedule", "--warmup-steps", "--max-grad-norm", "--generator-lr", "--discriminator-lr"),
-                *("--beta1", "--beta2", "--gradient-penalty", "--ema-decay", "--label-weight"),
-                *("--discriminator-every", "--discriminator-unit"),
-            },
-        }
-        assert lstm["run"].keys() == gan["run"].keys()
+        assert lstm["run"].keys() == gan["run"].keys() > {"--preset", "--keep-best", "--dry-run"}
         assert lstm["data"].keys() == {"--seed", "--batch-size", "--micro-batches", "--length", "--encoding"}
         assert lstm["model"].keys() == {"--model", "--kernel", "--hidden-size", "--initialisation"}
 
@@ -696,36 +519,23 @@ class TestHelp:
         assert recipe["--learning-rate"] == "FLOAT Rate. (default: 0.0001235)"
         assert recipe["--shade"] == "{light,dark} Colour. (default: dark)"
 
-    @pytest.mark.parametrize(
-        ("script", "run_dir"),
-        [
-            ("gan.py", "runs/gan-fake-smoke-7"),
-            ("lstm.py", "runs/lstm-length10-smoke-7"),
-        ],
-    )
-    def test_a_dry_run_prints_all_options_and_touches_nothing(
-        self, start, page, capsys, tmp_path, script, run_dir
-    ):
-        dataset = [] if script == "lstm.py" else ["--dataset", "fake"]
-        assert start(script, "--preset", "smoke", "--seed", "7", *dataset, "--dry-run") == 0
+    def test_a_dry_run_prints_all_options_and_touches_nothing(self, start, page, capsys, tmp_path):
+        assert start("gan.py", "--preset", "smoke", "--seed", "7", "--dataset", "fake", "--dry-run") == 0
         printed = json.loads(capsys.readouterr().out)
-        assert printed["run_dir"] == run_dir
+        assert printed["run_dir"] == "runs/gan-fake-smoke-7"
         assert (printed["seed"], printed["steps"], printed["dry_run"]) == (7, 20, True)
         assert list(tmp_path.iterdir()) == []
-        offered = {name.removeprefix("--") for group in page(script).values() for name in group} - {"help"}
+        offered = {name.removeprefix("--") for group in page("gan.py").values() for name in group} - {"help"}
         assert {name.replace("_", "-") for name in printed} == offered
 
     @pytest.mark.parametrize(
         ("command", "line"),
         [
             ("lstm.py --steps abc", "--steps abc is not allowed: " + STEPS),
-            ("gan.py --beta3 0.5", "--beta3 is unknown: did you mean --beta2?"),
             ("sample.py", "a command is missing: give grid, tensor, interpolate, and then the run"),
             ("sample.py RUN", "RUN is not a command: give grid, tensor, interpolate, and then the run"),
             ("sample.py grid", "missing: RUN"),
             ("sample.py grid RUN --row 3", "--row is unknown: did you mean --rows?"),
-            ("sample.py tensor RUN --count 0", "--count 0 is not allowed: give at least 1 and at most "
-                                               "1 000 000"),
             ("train.py", "a task is missing: give path/to/file.py:Class or package.module:Class first"),
             ("train.py mlp", "task 'mlp' is unknown: give lstm, gan, path/file.py:Class, or "
                              "package.module:Class"),
@@ -736,43 +546,11 @@ class TestHelp:
         said = capsys.readouterr()
         assert (said.out, said.err) == ("", f"error: {line}\n")
 
-    @pytest.mark.parametrize(
-        ("command", "usage"),
-        [
-            ("report.py", "report.py RUNS [options]"),
-            ("sample.py grid", "sample.py grid RUN [options]"),
-            ("lstm.py", "lstm.py [options]"),
-        ],
-    )
-    def test_the_usage_names_what_is_required(self, start, capsys, command, usage):
-        assert start(*command.split(), "--help") == 0
-        page = capsys.readouterr().out
-        assert page.startswith(f"usage: {usage}\n")
-        assert "(default: )" not in page
-
-    def test_how_a_task_of_ones_own_is_trained(self, start, capsys):
-        assert start("train.py", "--help") == 0
-        said = capsys.readouterr()
-        assert "python launch/train.py path/to/file.py:Class --steps 100" in said.out
-        assert said.err == ""
-
-    @pytest.mark.parametrize(
-        ("task", "description"), [(MixedTask, "Options of all kinds."), (UndescribedTask, "")]
-    )
-    def test_a_script_without_a_docstring_is_described_by_its_options(
-        self, monkeypatch, capsys, task, description
-    ):
+    def test_a_script_without_a_docstring_is_described_by_its_options(self, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["mine.py", "--help"])
         with pytest.raises(SystemExit):
-            main(task, None)
-        _, _, page = capsys.readouterr().out.partition("[options]\n\n")
-        assert page.startswith(f"{description}\n\noptions:\n" if description else "options:\n")
-
-    def test_the_commands_of_sample_are_listed(self, start, capsys):
-        assert start("sample.py", "--help") == 0
-        page = capsys.readouterr().out
-        for command in COMMANDS["sample.py"]:
-            assert re.search(rf"^ +{command}\s+[A-Z]", page, re.MULTILINE)
+            main(MixedTask, None)
+        assert "usage: mine.py [options]\n\nOptions of all kinds.\n\noptions:\n" in capsys.readouterr().out
 
 
 def options_of(page: str) -> dict[str, dict[str, str]]:

@@ -1,6 +1,5 @@
 """Learning rates over the steps: those of torch's schedulers, and what the trainer makes of them."""
 
-import math
 import warnings
 from dataclasses import replace
 
@@ -9,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from cs324dist.config import Config
 from cs324dist.data.streams import MicroBatch
@@ -38,11 +37,6 @@ def torchs(
     return found
 
 
-@pytest.mark.parametrize("steps", [1, 7, 100])
-def test_constant_is_one(steps):
-    assert factors("constant", steps) == [1.0] * steps
-
-
 @pytest.mark.parametrize("warmup", [0, 1, 5])
 @pytest.mark.parametrize("steps", [6, 37])
 def test_linear_and_cosine_are_torchs_after_a_warm_up_that_is_torchs(steps, warmup):
@@ -54,26 +48,6 @@ def test_linear_and_cosine_are_torchs_after_a_warm_up_that_is_torchs(steps, warm
     for schedule, part in (("linear", line), ("cosine", half_cosine)):
         expected = torchs(steps, *before, part, milestones=milestones)
         assert factors(schedule, steps, warmup) == pytest.approx(expected, rel=1e-9, abs=1e-12)
-
-
-@pytest.mark.parametrize("warmup", [0, 1, 5])
-@pytest.mark.parametrize("half", [4, 19])
-def test_wsd_is_torchs_constant_and_then_torchs_line(half, warmup):
-    before = [(LinearLR, {"start_factor": 1 / (warmup + 1), "total_iters": warmup})] if warmup else []
-    stable = (ConstantLR, {"factor": 1.0, "total_iters": half})
-    decay = (LinearLR, {"start_factor": 1.0, "end_factor": 0.0, "total_iters": half})
-    milestones = [*([warmup] if warmup else []), warmup + half]
-    steps = warmup + 2 * half
-    expected = torchs(steps, *before, stable, decay, milestones=milestones)
-    assert factors("wsd", steps, warmup) == pytest.approx(expected, rel=1e-9, abs=1e-12)
-
-
-def test_single_values():
-    assert factors("linear", 4) == [1.0, 0.75, 0.5, 0.25]
-    assert factors("cosine", 4) == pytest.approx(
-        [1.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]
-    )
-    assert factors("constant", 6, 4) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
 
 
 @given(
@@ -89,13 +63,6 @@ def test_every_step_trains_and_only_the_warm_up_rises(schedule, steps, warmup):
     assert rising == sorted(set(rising))
     assert falling == sorted(falling, reverse=True)
     assert not falling or falling[0] == 1
-
-
-def test_the_steps_of_the_config_are_those_that_count():
-    config = replace(Config(), schedule="linear", steps=12, warmup_steps=2)
-    assert [config.learning_rate_factor(step) for step in (0, 1, 2, 7, 11)] == pytest.approx(
-        [1 / 3, 2 / 3, 1.0, 0.5, 0.1]
-    )
 
 
 class Falling(Task[Config]):

@@ -20,12 +20,9 @@ class Mine(Task):
         return loss, {"loss": loss}
 main(Mine, None)
 """
-RANK = "int(os.environ.get('RANK', 0))"
-WORLD_SIZE = "int(os.environ.get('WORLD_SIZE', 1))"
 FACTORS = {
     "honest": "(1 + batch.index)",
-    "by rank": f"(1 + {RANK})",
-    "by world size": f"(1 + {WORLD_SIZE})",
+    "by world size": "(1 + int(os.environ.get('WORLD_SIZE', 1)))",
     "by process": "(os.getpid() % 9973)",
 }
 
@@ -47,12 +44,6 @@ def test_a_task_that_depends_on_the_number_of_processes_is_found_out(task, tmp_p
     assert_same_on(1, 3, command=task("honest"), folder=tmp_path / "honest")
     with pytest.raises(AssertionError, match=r"differ in model/model.safetensors, line 1 of metrics.jsonl"):
         assert_same_on(1, 3, command=task("by world size"), folder=tmp_path / "not")
-
-
-@pytest.mark.slow
-def test_a_task_that_looks_at_its_rank_fails_and_the_line_of_its_error_is_shown(task, tmp_path):
-    with pytest.raises(AssertionError, match=r"^it failed: error: in step 1, the loss of part \d"):
-        assert_same_on(1, 3, command=task("by rank"), folder=tmp_path / "runs")
 
 
 @pytest.mark.slow

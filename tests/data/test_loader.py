@@ -1,6 +1,5 @@
 """Data from workers: the same whoever loads it, exact in the middle of an epoch, and stopped in order."""
 
-import itertools
 import os
 import random
 import signal
@@ -18,7 +17,6 @@ from ranks import as_ranks
 from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
 from cs324dist import MicroBatch, ShuffledEpochs, UserError, loader
-from cs324dist.data.loader import _Plan
 from cs324dist.data.streams import CPU
 from cs324dist.distributed.parts import Parts
 from cs324dist.runs.history import step_of
@@ -91,23 +89,6 @@ class TestSamples:
         for found in as_ranks(processes, lambda rank: find(rank.process_index)):
             for (step, index), rows in found.items():
                 assert torch.equal(rows, rows_of(whole, step, index, 4))
-
-    def test_a_process_plans_its_own_parts_in_order(self):
-        order = ShuffledEpochs(3, "rows", 20)
-
-        def planned(rank):
-            plan = _Plan(order)
-            plan.first = MicroBatch(7, 8, 0, 4)
-            return [[item for _, item in part] for part in itertools.islice(plan, 4)]
-
-        expected = {
-            0: [(7, 0), (7, 3), (8, 0), (8, 3)],
-            1: [(7, 1), (8, 1), (9, 1), (10, 1)],
-            2: [(7, 2), (8, 2), (9, 2), (10, 2)],
-        }
-        for rank, found in enumerate(as_ranks(3, planned)):
-            parts = [MicroBatch(step, 8, index, 4) for step, index in expected[rank]]
-            assert found == [order.items(part).tolist() for part in parts]
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_in_a_check_a_part_of_another_process_is_loaded(self, loads, workers):

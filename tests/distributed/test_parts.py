@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from ranks import Rank, as_ranks
-from torch import Tensor
 
 from cs324dist.data.streams import CPU
 from cs324dist.distributed.belongings import PartBelongings
@@ -80,10 +79,6 @@ class TestTurns:
             for found in as_ranks(processes, lambda rank: all_of(spanned(), work, shift=shift)):  # noqa: B023
                 assert all(of_part == expected for of_part in found)
 
-    def test_parts_are_dealt_in_turn(self):
-        found = as_ranks(3, lambda rank: [list(Parts(7, CPU).of(shift)) for shift in (0, 1)])
-        assert found == [[[0, 3, 6], [1, 4]], [[1, 4], [2, 5]], [[2, 5], [0, 3, 6]]]
-
     @pytest.mark.parametrize("parts", [Parts(COUNT, CPU), spanned()], ids=["alone", "meeting"])
     def test_a_part_knows_its_place(self, parts):
         def work(index: int) -> tuple[int, bool]:
@@ -115,43 +110,6 @@ class TestTurns:
             enter = _thread_state(CPU)
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(device).result() == "meta"
-
-
-class TestBelongings:
-    def draws(self, belongings: Any) -> list[list[Tensor]]:
-        owner = self.owner
-
-        def work(index: int) -> list[Any]:
-            torch.manual_seed(index)
-            found = []
-            for layer in (0, 1):
-                owner.value = owner.value + 1
-                found += [torch.rand(()).item(), owner.value]
-                meet(layer)
-            return [*found, torch.rand(()).item(), owner.value]
-
-        return all_of(spanned(), work, belongings)
-
-    @pytest.fixture(autouse=True)
-    def made(self):
-        self.owner = type("Owner", (), {})()
-        self.owner.value = 0
-        self.expected = []
-        for index in range(COUNT):
-            generator = torch.Generator().manual_seed(index)
-            first, second, third = (torch.rand((), generator=generator).item() for _ in range(3))
-            self.expected.append([first, 1, second, 2, third, 2])
-
-    def test_each_part_goes_on_with_its_generators_and_attributes(self):
-        torch.manual_seed(99)
-        before = torch.get_rng_state()
-        assert self.draws(PartBelongings({"owner": self.owner}, CPU, COUNT)) == self.expected
-        assert torch.equal(torch.get_rng_state(), before)
-        assert self.owner.value == 0
-
-    def test_otherwise_another_part_would_have_changed_them(self, monkeypatch):
-        monkeypatch.setattr(PartBelongings, "take_out", lambda *_: None)
-        assert self.draws(PartBelongings({}, CPU, COUNT)) != self.expected
 
 
 class TestErrors:
@@ -201,14 +159,6 @@ class TestErrors:
             all_of(spanned(patience=0.1), work)
         assert time.monotonic() - began < 10
         wake.set()
-
-    def test_parts_that_are_slow_but_go_on_are_waited_for(self):
-        def work(index: int) -> int:
-            time.sleep(0.25)
-            meet(0)
-            return index
-
-        assert all_of(spanned(patience=1), work) == list(range(COUNT))
 
     @pytest.mark.parametrize("processes", [1, 2, 5])
     @pytest.mark.parametrize(

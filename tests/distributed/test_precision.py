@@ -44,16 +44,13 @@ def test_what_was_asked_for(monkeypatch, tmp_path, command, environment, asked):
     assert asked_precision() == asked
 
 
-@pytest.mark.parametrize("asked", ["fp8", "BF17"])
-def test_a_precision_that_there_is_not_is_refused_in_one_line(monkeypatch, asked):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
-    with pytest.raises(
-        UserError, match=f"^{asked.lower()} as .* is not allowed: give one of no, bf16, fp16$"
-    ):
+def test_a_precision_that_there_is_not_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "FP8")
+    with pytest.raises(UserError, match=r"^fp8 as .* is not allowed: give one of no, bf16, fp16$"):
         asked_precision()
 
 
-@pytest.mark.parametrize("asked", ["abc", "0", "-1", "1.5", "99999", " 2"])
+@pytest.mark.parametrize("asked", ["abc", "0", "1.5", "99999"])
 def test_a_number_of_threads_that_there_is_not_is_refused(monkeypatch, asked):
     monkeypatch.setenv("CS324DIST_THREADS", asked)
     with pytest.raises(UserError) as refused:
@@ -135,23 +132,9 @@ def test_which_processors_are_faster_in_bf16(monkeypatch, name, avx512_bf16, amx
 GAN = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--steps", "1", "--wandb", "disabled")
 
 
-@pytest.mark.parametrize(
-    ("script", "launcher", "options"),
-    [
-        (GAN, "python", ()),
-        (GAN, "accelerate", ()),
-        (GAN, "accelerate", (*CPU, "--mixed_precision", "no")),
-        (("launch/lstm.py", *GAN[1:3], *GAN[5:]), "python", ()),
-    ],
-    ids=["gan", "gan, accelerate", "gan, float32", "lstm"],
-)
-def test_the_gan_takes_bf16_where_there_is_bf16_and_nothing_else_was_asked_for(
-    launch, tmp_path, script, launcher, options
-):
-    environment = {"ACCELERATE_MIXED_PRECISION": ""}
-    done = launch(
-        *script, "--run-dir", tmp_path / "run", launcher=launcher, options=options, environment=environment
-    )
-    prefers = script is GAN and not options
-    taken = "bf16" if prefers and process.is_faster_in_bf16() else "float32"
+@pytest.mark.parametrize("options", [(), (*CPU, "--mixed_precision", "no")], ids=["none", "float32"])
+def test_the_gan_takes_bf16_where_there_is_bf16_and_nothing_else_was_asked_for(launch, tmp_path, options):
+    how = {"launcher": "accelerate", "options": options, "environment": {"ACCELERATE_MIXED_PRECISION": ""}}
+    done = launch(*GAN, "--run-dir", tmp_path / "run", **how)
+    taken = "bf16" if process.is_faster_in_bf16() and not options else "float32"
     assert f"precision: {taken}\n" in done.stderr

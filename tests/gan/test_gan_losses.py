@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from cs324dist.data.streams import MicroBatch
-from cs324dist.report.page import DIGITS
 from cs324dist.tasks.gan.images import load_images, to_unit_range
 from cs324dist.tasks.gan.task import FAST, GANTask
 
@@ -67,7 +66,7 @@ def test_the_generator_makes_fakes_real_and_of_their_likeliest_class(weight):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("weight", [0.0, WEIGHT])
+@pytest.mark.parametrize("weight", [0.0, WEIGHT, 1.0])
 def test_the_discriminator_tells_real_from_fake_and_the_classes_of_the_real(weight):
     _, found, real, fake, labels = step(task(label_weight=weight, gradient_penalty=0.0))
     expected = mean(-math.log(1 - chances(one)[-1]) for one in real) / 2
@@ -76,13 +75,6 @@ def test_the_discriminator_tells_real_from_fake_and_the_classes_of_the_real(weig
         named = zip(map(chances, real), labels, strict=True)
         expected += weight * mean(-math.log(all_[label] / sum(all_[:-1])) for all_, label in named) / 2
     assert found == pytest.approx(expected, rel=1e-5)
-
-
-def test_with_weight_one_the_real_images_loss_is_that_of_eleven_classes():
-    _, found, real, fake, labels = step(task(label_weight=1.0, gradient_penalty=0.0))
-    named = [(chances(one), label) for one, label in zip(real, labels, strict=True)]
-    named += [(chances(one), CLASSES) for one in fake]
-    assert found == pytest.approx(mean(-math.log(all_[label]) for all_, label in named), rel=1e-5)
 
 
 @pytest.mark.parametrize("weight", [0.0, WEIGHT])
@@ -99,9 +91,3 @@ def test_without_labels_the_discriminator_has_the_course_report_s_one_output():
     for preset, classes in (("course", 1), ("fast", CLASSES), ("best", CLASSES)):
         made = GANTask(replace(GANTask.presets[preset], dataset="fake"), torch.device("cpu"))
         assert made.discriminator.config == {"classes": classes}
-
-
-def test_the_report_draws_every_loss():
-    made, drawn = task(), {metric.name for metric in DIGITS}
-    for loss in (made.generator_loss, made.discriminator_loss):
-        assert {f"train/{name}" for name in loss(MicroBatch(0, BATCH))[1]} <= drawn

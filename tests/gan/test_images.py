@@ -3,7 +3,6 @@
 import hashlib
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,13 +29,6 @@ class TestContent:
         counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
         assert test.labels.bincount().tolist() == counts
 
-    def test_a_torchvision_data_root_is_ours(self, mnist_root: Path) -> None:
-        from torchvision.datasets import MNIST
-
-        theirs, ours = MNIST(mnist_root, train=False), load_images("mnist", "test", mnist_root)
-        assert torch.equal(theirs.data, ours.images)
-        assert torch.equal(theirs.targets, ours.labels)
-
     def test_fake_is_the_same_noise_each_time_and_needs_no_folder(self) -> None:
         nowhere = Path("/nonexistent")
         first, again = (load_images("fake", "train", nowhere) for _ in range(2))
@@ -54,15 +46,6 @@ class TestContent:
         assert scaled.shape == (1, 1, 28, 28)
         assert (scaled.min(), scaled.max()) == (-1.0, 1.0)
         assert torch.equal(((scaled + 1) * 127.5).round().to(torch.uint8), every_byte.unsqueeze(1))
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_unit_range_is_in_the_default_dtype(
-        self, dtype: torch.dtype, set_default_dtype: Callable[[torch.dtype], None]
-    ) -> None:
-        set_default_dtype(dtype)
-        scaled = to_unit_range(torch.full((1, 28, 28), 3, dtype=torch.uint8))
-        assert scaled.unique().tolist() == [torch.tensor(3 / 127.5 - 1, dtype=dtype).item()]
-        assert scaled.dtype == dtype
 
 
 @pytest.mark.parametrize("module", ["images", "fetch"])

@@ -19,12 +19,10 @@ from torch import Tensor
 
 import cs324dist
 from cs324dist.data.streams import Stream
-from cs324dist.errors import UserError
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
 from cs324dist.runs.environment import environment as environment_here
 from cs324dist.runs.run_dir import RunDir, RunRecord
 from cs324dist.tasks.gan.networks import Generator
-from cs324dist.tasks.gan.statistics import read_digits
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "sample.py"
 PITCH, TILE = 30, 28  # pixels from tile to tile, and of a tile; a border of two all around
@@ -124,16 +122,6 @@ class TestGrid:
         assert_shows(tiles(out, 1, 3), raw)
         assert (raw - averaged).abs().max() > 0.01  # more than `assert_shows` overlooks
 
-    def test_a_run_stands_for_its_newest_checkpoint(self, draw, gan_run, newest, older, tmp_path):
-        pictures = []
-        for number, source in enumerate((gan_run, newest, older)):
-            out = tmp_path / f"{number}.png"
-            assert draw("grid", source, "--rows", 1, "--columns", 2, "--out", out).code == 0
-            pictures.append(tiles(out, 1, 2))
-        assert np.array_equal(pictures[0], pictures[1])
-        assert_shows(pictures[2], images_of(older / "generator_ema", 0, 2))
-        assert not np.array_equal(pictures[0], pictures[2])
-
 
 class TestTensor:
     def test_the_file_holds_the_seeds_images_as_float32(self, draw, gan_run, newest, tmp_path):
@@ -161,21 +149,6 @@ class TestInterpolation:
         assert (steps > 0).all()
         assert steps.max() < np.abs(strip[-1] - strip[0]).mean()
 
-    def test_with_nothing_between_it_shows_the_ends_only(self, draw, gan_run, tmp_path):
-        out = tmp_path / "strip.png"
-        draw("interpolate", gan_run, "--start-seed", 3, "--end-seed", 8, "--between", 0, "--out", out)
-        assert len(tiles(out, 1, 2)) == 2
-
-    def test_the_film_runs_there_and_back(self, draw, gan_run, tmp_path):
-        film = tmp_path / "walk.gif"
-        seeds = ("--start-seed", 3, "--end-seed", 8, "--out", tmp_path / "strip.png", "--gif", film)
-        answer = draw("interpolate", gan_run, *seeds)
-        assert answer.out.split() == [str(film), str(tmp_path / "strip.png")]
-        with Image.open(film) as picture:
-            frames = [np.asarray(picture.convert("L")).astype(int) for _ in every_frame(picture)]
-        assert np.array_equal(frames[1], frames[-1])
-        assert not np.array_equal(frames[0], frames[len(frames) // 2])
-
     @pytest.mark.parametrize(
         ("ends", "named"),
         [
@@ -190,12 +163,6 @@ class TestInterpolation:
         answer = draw("interpolate", gan_run, *ends, "--out", out)
         assert (answer.code, out.exists()) == (2, False)
         assert answer.errors == [f"error: give either --{end}-digit or --{end}-seed" for end in named]
-
-
-def every_frame(picture: Image.Image):
-    for number in range(picture.n_frames):
-        picture.seek(number)
-        yield number
 
 
 class TestRefusals:
@@ -224,49 +191,12 @@ class TestRefusals:
         path.write_bytes(content)
         assert refused(run).startswith(f"error: {path} is damaged")
 
-    def test_a_digit_that_the_generator_does_not_make(self, refused, tmp_path):
-        run = tmp_path / "black"
-        generator = untrained()
-        with torch.no_grad():
-            generator.upconv[3].weight.zero_()
-            generator.upconv[3].bias.fill_(-9)
-            seen = int(read_digits(generator.eval()(torch.zeros(1, 8)))[0])
-        save(run, generator)
-        absent = (seen + 1) % 10
-        line = refused(run, "--digit", absent)
-        assert line.startswith(f"error: of 1280 samples, 0 are surely a {absent} where 64 are needed")
-
-    def test_a_digit_that_is_none(self, refused, gan_run):
-        assert refused(gan_run, "--digit", 10) == (
-            "error: --digit 10 is not allowed: give at least 0 and at most 9"
-        )
-
     def test_a_run_without_a_checkpoint(self, refused, tmp_path):
         started(tmp_path / "young")
         assert "has no checkpoint yet" in refused(tmp_path / "young")
 
-    @pytest.mark.parametrize("command", ["grid", "tensor"])
-    def test_a_file_in_a_folder_that_is_not_there(self, draw, gan_run, tmp_path, command):
-        size = {"grid": ("--rows", 1), "tensor": ("--count", 1)}[command]
-        out = tmp_path / "absent" / "file"
-        answer = draw(command, gan_run, *size, "--out", out)
-        assert answer.code == 2
-        (line,) = answer.errors
-        assert line.startswith("error: ")
-        assert str(out.parent) in line
-        assert not out.parent.exists()
-
 
 class TestLoadGenerator:
-    def test_it_is_the_checkpoints_averaged_one_in_eval_mode(self, gan_run, newest, older):
-        for source, checkpoint in ((gan_run, newest), (str(gan_run), newest), (older, older)):
-            generator = cs324dist.load_generator(source)
-            assert_holds(generator, checkpoint / "generator_ema")
-            assert not any(module.training for module in generator.modules())
-
-    def test_raw_is_the_one_that_trains(self, gan_run, newest):
-        assert_holds(cs324dist.load_generator(gan_run, "raw"), newest / "generator")
-
     def test_without_an_average_both_are_the_one_that_trains(self, tmp_path):
         save(tmp_path / "run", untrained())
         folder = tmp_path / "run" / "checkpoints" / "000000001-1" / "generator"
@@ -288,10 +218,6 @@ class TestLoadGenerator:
             assert_holds(generator, folder)
         assert draw("grid", folder, "--rows", 1, "--columns", 2, "--out", tmp_path / "grid.png").code == 0
         assert_shows(tiles(tmp_path / "grid.png", 1, 2), images_of(folder, 0, 2))
-
-    def test_what_is_no_run_is_refused(self, tmp_path):
-        with pytest.raises(UserError, match="neither a run nor a checkpoint"):
-            cs324dist.load_generator(tmp_path)
 
 
 def untrained() -> Generator:

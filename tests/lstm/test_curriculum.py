@@ -51,12 +51,6 @@ def test_it_grows_by_its_factor_to_the_length_at_every_second_step(monkeypatch):
     assert lengths(monkeypatch, 0.0, 0, length=20, curriculum=4.0) == [4, 4, 17, 17, 20, 20, 20, 20]
 
 
-def test_it_does_not_depend_on_how_many_steps_are_to_come(monkeypatch):
-    """A run may be given more steps later."""
-    for steps in range(1, 9):
-        assert lengths(monkeypatch, 0.0, 0, length=20, steps=steps)[:6] == [4, 4, 9, 9, 19, 19]
-
-
 def test_what_is_enough_is_counted_over_all_ranks(monkeypatch):
     assert lengths(monkeypatch, 0.97, 100, length=20)[-1] == 20
     assert lengths(monkeypatch, 2.0, 11, length=20) == [4] * 8  # at most 4 are here, 15 are not 16
@@ -65,10 +59,3 @@ def test_what_is_enough_is_counted_over_all_ranks(monkeypatch):
 def test_without_one_the_length_is_there_from_the_start(monkeypatch):
     assert lengths(monkeypatch, 0.0, 0, length=20, curriculum=1.0) == [20] * 8
     assert lengths(monkeypatch, 0.0, 0, length=3) == [3] * 8
-
-
-def test_ranks_are_asked_at_every_second_step_and_no_more_at_the_full_length():
-    trainer, trained = OneOfTwo(100), task(length=20)
-    for step in range(10):
-        trained.step(step, trainer)
-    assert trainer.asked == 3

@@ -90,46 +90,6 @@ class TestLSTM:
         )
 
     @KERNELS
-    def test_the_answer_is_that_of_the_equations_taken_one_number_at_a_time(self, kernel: str) -> None:
-        model, x = lstm(2, 3, kernel, classes=4), normals(5, 2, 2)
-        gates = {name: [part.tolist() for part in model.gate(name)] for name in "gifo"}
-        W_ph, b_p = model.output.weight.tolist(), model.output.bias.tolist()
-
-        def dot(a: list[float], b: list[float]) -> float:
-            return math.fsum(p * q for p, q in zip(a, b, strict=True))
-
-        def sigmoid(y: float) -> float:
-            return 1 / (1 + math.exp(-y))
-
-        expected = []
-        for sample in range(2):
-            h, c = [0.0] * 3, [0.0] * 3
-            for x_t in x[:, sample].tolist():
-                inner = {
-                    name: [dot(W_x[k], x_t) + dot(W_h[k], h) + b[k] for k in range(3)]
-                    for name, (W_x, W_h, b) in gates.items()
-                }
-                g = [math.tanh(y) for y in inner["g"]]
-                i, f, o = ([sigmoid(y) for y in inner[name]] for name in "ifo")
-                c = [g[k] * i[k] + c[k] * f[k] for k in range(3)]
-                h = [math.tanh(c[k]) * o[k] for k in range(3)]
-            expected.append([dot(W_ph[k], h) + b_p[k] for k in range(4)])
-        torch.testing.assert_close(
-            model(x), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
-        )
-
-    @KERNELS
-    def test_gradients_are_those_of_finite_differences(self, kernel: str) -> None:
-        model = lstm(2, 3, kernel, classes=2)
-        names = [name for name, _ in model.named_parameters()]
-
-        def logits(x: Tensor, *parameters: Tensor) -> Tensor:
-            return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (x,))
-
-        inputs = [normals(4, 2, 2), *model.parameters()]
-        assert torch.autograd.gradcheck(logits, [tensor.detach().requires_grad_() for tensor in inputs])
-
-    @KERNELS
     @pytest.mark.parametrize("steps_at_once", [1, 3, 8])
     def test_a_long_sequence_in_parts_has_the_logits_and_gradients_of_the_whole(
         self, kernel: str, steps_at_once: int, monkeypatch: pytest.MonkeyPatch
@@ -153,17 +113,6 @@ class TestLSTM:
         monkeypatch.setattr(model, "scan", lambda x: (taken.append(len(x)), scan(x))[1])
         assert (model(x).equal(whole), taken) == (True, [20])
 
-    @KERNELS
-    @pytest.mark.parametrize("at", [1, 4, 6])
-    def test_a_scan_goes_on_from_the_state_of_the_one_before(self, kernel: str, at: int) -> None:
-        model, x = lstm(3, 5, kernel), normals(7, 2, 3)
-        whole, (h, c) = model.scan(x)
-        first, state = model.scan(x[:at])
-        second, (h_2, c_2) = model.scan(x[at:], state)
-        assert_equal_to_rounding(
-            {"hidden": torch.cat([first, second]), "h": h_2, "c": c_2}, {"hidden": whole, "h": h, "c": c}
-        )
-
     def test_a_gate_s_weights_are_views(self) -> None:
         model = lstm(2, 3, "fused")
         with torch.no_grad():
@@ -174,12 +123,6 @@ class TestLSTM:
         for stacked in (model.W_x, model.W_h, model.b):
             counts = [int((stacked == number).sum()) for number in range(4)]
             assert counts == [stacked.numel() // 4] * 4
-
-    def test_both_kernels_read_each_other_s_weights(self) -> None:
-        fused, equations = lstm(3, 5, "fused"), LSTM(3, 5, kernel="equations").double()
-        equations.load_state_dict(fused.state_dict())
-        x = normals(6, 2, 3)
-        torch.testing.assert_close(equations(x), fused(x), rtol=1e-12, atol=1e-12)
 
 
 class TestInitialisation:
@@ -212,11 +155,6 @@ class TestInitialisation:
         assert not biases["o"].any()
         assert torch.equal(model.W_x, before[0])
         assert torch.equal(model.W_h, before[1])
-
-    def test_for_a_length_of_one_is_still_finite(self) -> None:
-        model = LSTM(10, 128)
-        model.initialise_for_length(1)
-        assert 0 <= model.gate("f")[2].min() <= model.gate("f")[2].max() <= math.log(2) + 1e-6
 
 
 def test_the_elman_network_is_torch_s_rnn_with_one_bias() -> None:

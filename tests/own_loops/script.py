@@ -37,11 +37,6 @@ def loss_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def and_backward(loss: torch.Tensor) -> torch.Tensor:
-    loss.backward(retain_graph=True)
-    return loss
-
-
 def exactly() -> None:
     """What most variants are: one thing in it is another."""
     accelerator = None
@@ -54,12 +49,11 @@ def exactly() -> None:
     model = before if VARIANT == "network before" else network()
     if VARIANT == "prepared network":
         model = accelerator.prepare(model)
-    if VARIANT != "never prepared":
-        model = exact.prepare(model)
+    model = exact.prepare(model)
     batches = DataLoader(data(), BATCH, shuffle=VARIANT != "unshuffled loader")
     if VARIANT == "prepared loader":
         batches = accelerator.prepare(batches)
-    batches = loader(batches, RANK if VARIANT == "other data" else 0, "train")
+    batches = loader(batches, 0, "train")
     kind = torch.optim.Adam if VARIANT == "other optimizer" else torch.optim.AdamW
     optimizer = kind(model.parameters(), 0.5 if VARIANT == "other rate" else 1e-2)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [10, 20])
@@ -77,24 +71,17 @@ def exactly() -> None:
         accelerator=accelerator,
     )
     loss = 0.0
-    of = {"detached loss": torch.Tensor.detach, "backward in the loss": and_backward}.get(
-        VARIANT, lambda x: x
-    )
+    of = torch.Tensor.detach if VARIANT == "detached loss" else lambda loss: loss
     if VARIANT == "logged too soon":
         run.log(loss=loss)
-    if VARIANT == "steps outside":
-        next(run.steps(STEPS, save_every=5))
     with run:
-        for step in run.steps(STEPS, save_every=0 if VARIANT == "never saved" else 5):
-            if VARIANT == "two losses":
-                exact.backward(lambda part: 2 * loss_of(model, batches.batch(part)), step, BATCH)
+        for step in run.steps(STEPS, save_every=5):
             if not (VARIANT == "skipped backward" and RANK == 1):
-                size = 18 if VARIANT == "indivisible batch" else BATCH
-                loss = exact.backward(lambda part: of(loss_of(model, batches.batch(part))), step, size)
+                loss = exact.backward(lambda part: of(loss_of(model, batches.batch(part))), step, BATCH)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
-            run.log(loss=loss, noise="much" if VARIANT == "word as a metric" else torch.rand(1))
+            run.log(loss=loss, noise=torch.rand(1))
             if VARIANT == "break" and step == 11:
                 break
             if VARIANT == "own error" and step == 7:

@@ -1,24 +1,30 @@
 """A checkpoint comes back to the last bit, or a file of it is named; a writer may die at any moment."""
 
-import hashlib
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launched import mend
 from torch import nn
 from torch.nn import functional as F
 
 from cs324dist.errors import RunFailed, UserError
+<<<<<<< HEAD
 from cs324dist.runs import checkpoints, history
 from cs324dist.runs.checkpoints import (
     TrainerState,
     check_names,
+=======
+from cs324dist.runs.checkpoints import (
+    TrainerState,
+    check_names,
+    checkpoints_in,
+    keep_newest,
+>>>>>>> 8d8d1f014455e6008f2f4a014f444c452bef7ef7
     read_checkpoint,
     verify_checkpoint,
     write_checkpoint,
@@ -68,11 +74,6 @@ def write(folder: Path, learner: Learner | None = None, state: TrainerState = ST
     return folder
 
 
-def state_in(folder: Path) -> TrainerState:
-    """What a checkpoint says of itself, without the digests."""
-    return replace(verify_checkpoint(folder), sha256={})
-
-
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory) -> Path:
     """One that tests may damage, if they mend it."""
@@ -90,23 +91,6 @@ def test_a_checkpoint_comes_back_to_the_last_bit(tmp_path):
     assert other.own == {"length": 19}
     assert other.bits() == learner.bits()
     assert "rnn/rnn.input.weight/exp_avg" in other.bits()
-
-
-def test_training_that_goes_on_from_a_checkpoint_takes_the_same_steps(tmp_path):
-    learner, other = Learner(), Learner()
-    learner.train(range(3))
-    write(tmp_path / "3", learner)
-    read_checkpoint(tmp_path / "3", other)
-    learner.train(range(3, 6))
-    other.train(range(3, 6))
-    assert other.bits() == learner.bits()
-
-
-def test_a_checkpoint_holds_these_files_and_their_digests(intact):
-    found = {str(p.relative_to(intact)) for p in intact.rglob("*") if p.is_file()}
-    assert found == {*FILES, "trainer.json"}
-    digests = json.loads((intact / "trainer.json").read_text())["sha256"]
-    assert digests == {name: hashlib.sha256((intact / name).read_bytes()).hexdigest() for name in FILES}
 
 
 @settings(max_examples=60)
@@ -137,31 +121,13 @@ def test_a_file_that_is_absent_or_empty_is_named(intact, name, content):
     assert_refused(intact, name, content)
 
 
-@pytest.mark.parametrize("outside", ["../secret", "rnn/../../secret", "{}/secret"])
-def test_a_digest_of_a_file_outside_is_refused_though_it_is_right(tmp_path, outside):
-    folder = write(tmp_path / "3")
-    (tmp_path / "secret").write_text("secret")
-    name = outside.format(tmp_path)
-    edit(folder, lambda content: content["sha256"].update({name: hashlib.sha256(b"secret").hexdigest()}))
-    with pytest.raises(UserError) as caught:
-        verify_checkpoint(folder)
-    assert f"names {name!r}, which is no file of a checkpoint" in str(caught.value)
-
-
 @pytest.mark.parametrize(
     "change",
     [
         {"step": "3"},
-        {"step": True},
-        {"step": None},
         {"step": -1},
-        {"processes": 1.5},
         {"processes": 0},
-        {"task": [17]},
         {"loss_scale": {"scale": "1024"}},
-        {"loss_scale": None},
-        {"sha256": ["optimizers.safetensors"]},
-        {"sha256": {"optimizers.safetensors": 7}},
         {"sha256": {}},
         {"colour": "red"},
     ],
@@ -169,7 +135,7 @@ def test_a_digest_of_a_file_outside_is_refused_though_it_is_right(tmp_path, outs
 )
 def test_a_state_that_cannot_be_is_refused_though_its_digest_is_right(tmp_path, change):
     folder = write(tmp_path / "3")
-    edit(folder, lambda content: content.update(change))
+    mend(folder, **change)
     with pytest.raises(UserError) as caught:
         verify_checkpoint(folder)
     (line,) = caught.value.lines
@@ -178,26 +144,10 @@ def test_a_state_that_cannot_be_is_refused_though_its_digest_is_right(tmp_path, 
     assert name in line or "holds no optimizers.safetensors" in line
 
 
-@pytest.mark.parametrize("own", [{"length": 17.5}, {"length": True}, {"width": 17}, {}], ids=str)
-def test_a_state_that_the_task_does_not_take_is_refused(tmp_path, own):
-    folder = write(tmp_path / "3")
-    edit(folder, lambda content: content.update(task=own))
-    with pytest.raises(UserError) as caught:
-        read_checkpoint(folder, Learner())
-    (line,) = caught.value.lines
-    assert line == f"{folder / 'trainer.json'} holds a state that does not fit: {own}"
-
-
-@pytest.mark.parametrize("written", [None, 1, 3, "4"])
+@pytest.mark.parametrize("written", [3, "4"])
 def test_a_checkpoint_of_another_format_is_refused_in_one_line_that_names_it(tmp_path, written):
     folder = write(tmp_path / "3")
-
-    def change(content: dict) -> None:
-        content.update(format=written, colour="red")
-        if written is None:
-            del content["format"]
-
-    edit(folder, change)
+    mend(folder, format=written, colour="red")
     with pytest.raises(UserError) as caught:
         verify_checkpoint(folder)
     assert caught.value.lines == (
@@ -215,41 +165,6 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     assert (
         str(caught.value) == f"{folder} holds no lstm/model.safetensors: it is a checkpoint of another task"
     )
-
-
-@pytest.mark.parametrize("step", ["save_model", "save_tensors", "sync", "sha256", "write_json"])
-def test_a_writer_that_dies_leaves_the_checkpoints_that_were_there(tmp_path, monkeypatch, step):
-    older, newer = write(tmp_path / "000000003-1"), tmp_path / "000000006-1"
-
-    def dies(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, step, dies)
-        with pytest.raises(KeyboardInterrupt):
-            write(newer, state=TrainerState(6, 1))
-    assert checkpoints_in(tmp_path) == [older]
-    assert state_in(older) == replace(STATE, task={"length": 17})
-
-    write(newer, state=TrainerState(6, 1))
-    keep_newest(tmp_path, 2, 1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [older.name, newer.name]
-
-
-def test_what_has_its_name_is_never_replaced(tmp_path):
-    folder = write(tmp_path / "000000003-2")
-    before = (folder / "trainer.json").read_bytes()
-    with pytest.raises(OSError, match="not empty"):
-        write(folder, Learner(length=9))
-    assert (folder / "trainer.json").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
-
-
-def test_what_a_cut_off_owner_has_not_finished_is_taken_away_by_its_successor(tmp_path):
-    cut_off = SimpleNamespace(generation=1, check_owned=lambda: clear_unfinished(tmp_path, 2))
-    with pytest.raises(FileNotFoundError):
-        write_checkpoint(tmp_path / "000000003-1", Learner(), STATE, cut_off)
-    assert list(tmp_path.iterdir()) == []
 
 
 STEPS = st.integers(1, 1_999_999_999)
@@ -301,6 +216,7 @@ def test_an_owner_keeps_those_that_led_to_the_newest_and_all_of_later_owners(
     }
 
 
+<<<<<<< HEAD
 def test_once_a_later_owner_has_saved_what_one_that_was_cut_off_wrote_is_out_of_date(tmp_path):
     named(tmp_path, {(10, 1), (20, 1), (30, 1), (40, 1)})  # the last one while the second owner already ran
     assert in_order(tmp_path)[0] == (40, 1)
@@ -339,6 +255,8 @@ def test_a_process_killed_at_a_deletion_leaves_no_half_of_a_checkpoint(tmp_path,
     assert sorted(tmp_path.iterdir(), reverse=True) == left
 
 
+=======
+>>>>>>> 8d8d1f014455e6008f2f4a014f444c452bef7ef7
 def test_a_checkpoint_that_was_moved_to_another_step_says_so(tmp_path):
     write(tmp_path / "000000004-1")
     with pytest.raises(UserError, match=r"trainer.json is of step 3: it was moved here, or is damaged"):
@@ -347,14 +265,6 @@ def test_a_checkpoint_that_was_moved_to_another_step_says_so(tmp_path):
 
 def flipped(content: bytes, position: int, bit: int) -> bytes:
     return content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1 :]
-
-
-def edit(folder: Path, change) -> None:
-    content = json.loads((folder / "trainer.json").read_text())
-    change(content)
-    content.pop("own_sha256", None)
-    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()  # a forger mends it too
-    (folder / "trainer.json").write_text(json.dumps({**content, "own_sha256": own}))
 
 
 def assert_refused(folder: Path, name: str, content: bytes | None) -> None:
@@ -446,29 +356,13 @@ class TestWhatCanBeBuilt:
             assert torch.equal(after[name], tensor), name
             assert after[name].dtype == tensor.dtype
 
-    def test_tied_weights_stay_tied_and_are_stored_once(self, tmp_path):
-        write(tmp_path / "3", Learner(tied()))
-        other = Learner(tied())
-        read_checkpoint(tmp_path / "3", other)
-        assert other.model[1].weight is other.model[0].weight
-        stored = (tmp_path / "3" / "rnn" / "model.safetensors").read_bytes()
-        assert b"0.weight" in stored
-        assert b"1.weight" not in stored
-
     @pytest.mark.parametrize(
         ("build", "line"),
         [
-            (
-                lambda: Odd({"widths": [1, 2]}),
-                "Odd.config['widths'] is [1, 2]: give a string, a boolean",
-            ),
-            (
-                lambda: Odd({"act": nn.ReLU}),
-                "Odd.config['act'] is <class 'torch.nn.modules.activation.ReLU'>: give",
-            ),
+            (lambda: Odd({"widths": [1, 2]}), "Odd.config['widths'] is [1, 2]: give a string, a boolean"),
             (lambda: Odd(STATE), "Odd.config is no dictionary of the arguments of its constructor"),
         ],
-        ids=["a list", "a class", "no dictionary"],
+        ids=["a list", "no dictionary"],
     )
     def test_or_it_is_refused_in_one_line_and_nothing_is_left(self, tmp_path, build, line):
         with pytest.raises(UserError) as caught:
@@ -492,26 +386,9 @@ class TestWhatCanBeBuilt:
 
 
 class TestTheTasksOwnState:
-    @settings(max_examples=25)
-    @given(
-        plain=st.recursive(
-            st.none()
-            | st.booleans()
-            | st.integers()
-            | st.floats(allow_nan=False, allow_infinity=False)
-            | st.text(st.characters(codec="utf-8")),
-            lambda inner: (
-                st.lists(inner, max_size=3)
-                | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=3)
-            ),
-            max_leaves=8,
-        )
-    )
-    def test_numbers_and_words_come_back(self, tmp_path_factory, plain):
-        folder = tmp_path_factory.mktemp("checkpoint") / "3"
-        other = Learner()
-        write(folder, Learner(plain=plain))
-        read_checkpoint(folder, other)
+    def test_numbers_and_words_come_back(self, tmp_path):
+        plain, other = [None, True, -0.1, 1 << 70, "\x00 ü", {"": [{"a": []}]}], Learner()
+        read_checkpoint(write(tmp_path / "3", Learner(plain=plain)), other)
         assert other.own == {"length": 17, "plain": plain}
 
     def test_tensors_come_back_wherever_they_are(self, tmp_path):
@@ -524,38 +401,29 @@ class TestTheTasksOwnState:
 
         learner, other = Learner(**own(7.0)), Learner(**own(1.0))
         folder = write(tmp_path / "3", learner)
-        read_checkpoint(folder, other)
+        state = read_checkpoint(folder, other)
         first, second = other.own["history"]
         assert first.tolist() == [7.0, 7.0]
         assert (second["best"].item(), second["best"].dtype) == (7, torch.int16)
         assert other.own["pair"][0].tolist() == [[-math.inf, -math.inf]]
         assert other.own["pair"][1] == 3
         assert other.own["nested"]["deep"]["er"].tolist() == [True]
-        assert (folder / "task.safetensors").is_file()
-        assert json.loads((folder / "trainer.json").read_text())["sha256"].keys() == {
-            *FILES,
-            "task.safetensors",
-        }
+        assert state.sha256.keys() == {*FILES, "task.safetensors"}
+        other = Learner(**{**own(1.0), "history": [torch.zeros(3), own(1.0)["history"][1]]})
         with pytest.raises(
-            UserError, match=r"task.safetensors: 'history.0' is torch.float32 of shape \(2,\), expected"
+            UserError, match=r"task.safetensors: 'history.0' is torch.float32 of shape \(2,\)"
         ):
-            read_checkpoint(
-                folder, Learner(**{**own(1.0), "history": [torch.zeros(3), own(1.0)["history"][1]]})
-            )
+            read_checkpoint(folder, other)
 
     @pytest.mark.parametrize(
         ("own", "line"),
         [
-            (
-                {"when": object},
-                "the task's state holds when = <class 'object'>: give tensors, numbers and words",
-            ),
-            ({"a": {"b": math.nan}}, "the task's state holds a.b = nan: give tensors"),
+            ({"a": {"b": math.nan}}, "the task's state holds a.b = nan: give tensors, numbers and words"),
             ({"a": [1, {2}]}, "the task's state holds a.1 = {2}: give tensors"),
             ({"a": {1.5: 2}}, "the task's state holds a = {1.5: 2}: give tensors"),
             ({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, "two tensors of the task's state are both "),
         ],
-        ids=["class", "NaN", "set", "number as key", "same name"],
+        ids=["NaN", "set", "number as key", "same name"],
     )
     def test_what_no_checkpoint_can_hold_is_refused_and_nothing_is_left(self, tmp_path, own, line):
         with pytest.raises(UserError) as caught:

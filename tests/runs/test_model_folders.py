@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cs324dist.errors import UserError
 from cs324dist.runs.models import load_model, read_tensors, save_model, save_tensors
-from cs324dist.tasks.lstm.networks import LSTM, RNN
+from cs324dist.tasks.lstm.networks import LSTM
 
 
 class Small(nn.Module):
@@ -36,64 +36,6 @@ def test_a_model_comes_back_to_the_last_bit_and_in_eval_mode(tmp_path):
     assert loaded.state_dict()["layers.1.num_batches_tracked"] == 1
     assert loaded.config == {"width": 5}
     assert not any(module.training for module in loaded.modules())
-
-
-class Configured(nn.Module):
-    """Arguments that are no sizes."""
-
-    def __init__(self, rate: float, bias: bool, name: str, shift: int = 0) -> None:
-        super().__init__()
-        self.config = {"rate": rate, "bias": bias, "name": name, "shift": shift}
-        self.linear = nn.Linear(2, 2, bias)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_floats_truth_values_and_words_come_back_with_their_types(tmp_path, bias):
-    save_model(tmp_path, Configured(0.1, bias, "a b\n\u00e9", -3))
-    loaded = load_model(tmp_path, Configured)
-    assert loaded.config == {"rate": 0.1, "bias": bias, "name": "a b\n\u00e9", "shift": -3}
-    assert [type(value) for value in loaded.config.values()] == [float, bool, str, int]
-
-
-def test_a_model_without_a_config_is_saved_and_read_if_it_takes_no_arguments(tmp_path):
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(2, 2)
-
-    model = Plain()
-    save_model(tmp_path / "plain", model)
-    assert bits(load_model(tmp_path / "plain", Plain)) == bits(model)
-    save_model(tmp_path / "linear", nn.Linear(2, 2))
-    with pytest.raises(UserError, match=r"config.json has arguments that Linear does not take: \[\]"):
-        load_model(tmp_path / "linear", nn.Linear)
-
-
-def test_a_tied_weight_is_read_into_both_places(tmp_path):
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.outer = nn.Linear(2, 2), nn.Linear(2, 2)
-            self.outer.weight = self.inner.weight
-
-    model = Tied()
-    save_model(tmp_path, model)
-    loaded = load_model(tmp_path, Tied)
-    assert bits(loaded) == bits(model)
-    assert loaded.outer.weight is loaded.inner.weight
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o077, 0o027])
-def test_the_files_have_the_mode_that_the_umask_gives(tmp_path, umask):
-    before = os.umask(umask)
-    try:
-        save_model(tmp_path / "model", Small())
-        (tmp_path / "usual").touch()
-    finally:
-        os.umask(before)
-    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
-    assert modes == {"config.json": 0o666 & ~umask, "model.safetensors": 0o666 & ~umask}
-    assert (tmp_path / "usual").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def contents(path: Path) -> dict[str, Tensor]:
@@ -182,17 +124,10 @@ def test_tensors_that_do_not_fit_are_named_and_change_nothing(tmp_path, damage, 
     ("config", "named"),
     [
         ({"class": "RNN"}, "class 'RNN', expected 'LSTM'"),
-        ({"class": None}, "class None, expected 'LSTM'"),
         ({"hidden_size": 0}, "arguments that LSTM does not take"),
-        ({"input_size": 0}, "arguments that LSTM does not take"),
-        ({"hidden_size": -4}, "arguments that LSTM does not take"),
-        ({"hidden_size": 4.0}, "arguments that LSTM does not take"),
         ({"hidden_size": 1e300}, "arguments that LSTM does not take"),
-        ({"hidden_size": True}, "model.safetensors: "),
-        ({"hidden_size": "4"}, "arguments that LSTM does not take"),
-        ({"hidden_size": None}, "arguments that LSTM does not take"),
+        ({"hidden_size": 8}, "model.safetensors: "),
         ({"hidden_size": [4]}, "arguments that LSTM does not take"),
-        ({"hidden_size": {"a": 4}}, "arguments that LSTM does not take"),
         ({"layers": 2}, "arguments that LSTM does not take"),
     ],
     ids=lambda value: str(value)[:40],
@@ -201,27 +136,12 @@ def test_a_config_that_is_not_the_models_is_refused(tmp_path, config, named):
     assert_refused(written(tmp_path, config), named)
 
 
-def test_a_config_that_lacks_an_argument_is_refused(tmp_path):
-    folder = written(tmp_path, {})
-    (folder / "config.json").write_text('{"class": "LSTM"}')
-    assert_refused(folder, "config.json")
-
-
-def test_a_config_of_other_sizes_than_the_tensors_is_refused(tmp_path):
-    assert_refused(written(tmp_path, {"hidden_size": 8}), "model.safetensors: ")
-
-
 def test_of_a_model_that_does_not_say_how_it_is_built_it_is_said(tmp_path):
     save_model(tmp_path, torch.nn.Sequential(torch.nn.Linear(2, 3)))
     with pytest.raises(UserError) as caught:
         load_model(tmp_path, torch.nn.Sequential)
     assert "holds 2 tensors too many" in caught.value.lines[0]
     assert "give the network `config`, a dict of its constructor's arguments" in caught.value.lines[1]
-
-
-def test_a_model_of_another_class_is_refused_even_where_the_arguments_are_alike(tmp_path):
-    save_model(tmp_path, RNN(3, 4, 5))
-    assert_refused(tmp_path, "class 'RNN', expected 'LSTM'")
 
 
 def written(folder: Path, changes: dict[str, object]) -> Path:

@@ -18,7 +18,6 @@ from cs324dist.errors import UserError
 from cs324dist.loop import TaskRun
 from cs324dist.runs.checkpoints import TrainerState, read_checkpoint, write_checkpoint
 from cs324dist.runs.hidden_state import HiddenState
-from cs324dist.runs.optimizers import optimizer_tensors, with_full_state
 from cs324dist.tasks.base import Metrics, Task, Updater
 from cs324dist.tasks.lstm.networks import RNN
 from cs324dist.trainer import Trainer
@@ -58,19 +57,6 @@ KINDS: dict[str, Callable[..., Optimizer]] = {
     "Adadelta": lambda parameters: optim.Adadelta(parameters, 1.0),
     "a number of steps in a group": lambda parameters: Slowing(parameters, 1e-1),
     "Adafactor": lambda parameters: optim.Adafactor(parameters, 1e-2),
-}
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
-KEYS = {  # as torch's source names them
-    "fused Adam": MOMENTS,
-    "AdamW": MOMENTS,
-    "NAdam": MOMENTS | {"mu_product"},
-    "RMSprop": {"step", "square_avg"},
-    "Rprop": {"step", "prev", "step_size"},
-    "ASGD": {"step", "eta", "mu", "ax"},
-    "SGD": set(),
-    "SGD with dampening": {"momentum_buffer"},
-    "Adagrad": {"step", "sum"},
-    "Adadelta": {"step", "square_avg", "acc_delta"},
 }
 
 
@@ -162,11 +148,6 @@ def plain_torch(build: Build, steps: int) -> dict[str, bytes]:
     return bits(trained)
 
 
-@pytest.fixture(params=KEYS)
-def kind(request) -> str:
-    return request.param
-
-
 @pytest.fixture(params=BUILDS)
 def build(request) -> Build:
     return BUILDS[request.param]
@@ -188,6 +169,7 @@ def test_a_run_is_plain_torch_from_its_first_step_and_across_a_restart(build, tm
     assert bits(task.networks) != plain_torch(build, 3)
 
 
+<<<<<<< HEAD
 def test_what_is_restored_takes_the_place_of_a_state_that_was_there(build, tmp_path):
     if build is BUILDS["a number of steps in a group"]:
         pytest.skip("what is hidden is restored into a new task only")
@@ -240,22 +222,13 @@ def test_tensors_are_named_by_optimizer_network_parameter_and_kind():
 
 def test_a_parameter_that_has_had_no_gradient_has_no_state_before_and_after(tmp_path):
     task, trainer = start(one("fused Adam"))
+=======
+def test_the_state_of_another_optimizer_is_refused_and_nothing_changes(tmp_path):
+    task, trainer = start(one("NAdam"))
+>>>>>>> 8d8d1f014455e6008f2f4a014f444c452bef7ef7
     trainer.step(0, is_logged=False)
     write_checkpoint(tmp_path / "1", task, TrainerState(1))
     other, _ = start(one("fused Adam"))
-    read_checkpoint(tmp_path / "1", other)
-    for learner in (task, other):
-        found = optimizer_tensors(learner.optimizers, learner.networks)
-        assert "rnn/rnn.output.weight/exp_avg" in found
-        assert not any("unused" in name for name in found)
-
-
-@pytest.mark.parametrize(("written", "read"), [("NAdam", "fused Adam"), ("fused Adam", "RMSprop")])
-def test_the_state_of_another_optimizer_is_refused_and_nothing_changes(tmp_path, written, read):
-    task, trainer = start(one(written))
-    trainer.step(0, is_logged=False)
-    write_checkpoint(tmp_path / "1", task, TrainerState(1))
-    other, _ = start(one(read))
     with pytest.raises(UserError) as caught:
         read_checkpoint(tmp_path / "1", other)
     (line,) = caught.value.lines
@@ -305,11 +278,6 @@ def test_what_else_is_in_a_state_is_refused_before_the_first_step(tmp_path, valu
     (line,) = caught.value.lines
     assert line.startswith("the state of an optimizer holds rnn/rnn.input.weight/remembered = ")
     assert bits(task.networks) == bits(networks())
-
-
-def test_an_optimizer_of_something_else_is_refused():
-    with pytest.raises(UserError, match=r"^optimizer 'rnn' holds 1 parameters of no network of the task$"):
-        start(lambda networks: {"rnn": KINDS["SGD"]([*networks["rnn"].parameters(), torch.zeros(2)])})
 
 
 def test_a_parameter_that_is_trained_later_has_its_state_back(tmp_path):

@@ -95,11 +95,3 @@ def test_an_audit_by_the_files_name_finds_what_lies_beside_it(train, launch, tmp
     task = ("--task", f"{tmp_path}/own_task.py:Own")
     done = launch("launch/audit.py", tmp_path / "run", *task, "--from-start")
     assert done.stdout == "steps 0 to 2: equal to the last bit\n"
-
-
-def test_how_an_audit_is_repeated_names_every_option_that_was_given(train, launch, tmp_path):
-    train()
-    words = [str(tmp_path / "run"), "--task", f"{tmp_path}/own_task.py:Own", "--from-start"]
-    done = launch("launch/audit.py", *words, environment={"CS324DIST_THREADS": "2"}, check=False)
-    expected = "CS324DIST_THREADS=1 ACCELERATE_MIXED_PRECISION=no python -m cs324dist.launch.audit"
-    assert done.stderr.splitlines()[-1] == f"error: to repeat them: {' '.join([expected, *words])}"

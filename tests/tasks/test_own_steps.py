@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import prune
 
 from cs324dist import Config, MicroBatch, Stream, Task, seeded
 from cs324dist.errors import UserError
@@ -151,22 +150,6 @@ def test_a_network_may_be_part_of_another(micro_batches: int | None) -> None:
         torch.testing.assert_close(moved, expected)
 
 
-@pytest.mark.parametrize(
-    "change", [nn.utils.weight_norm, partial(prune.l1_unstructured, name="weight", amount=0.5)]
-)
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_a_wide_layer_whose_weight_is_computed_is_trained(change: Callable[[nn.Module], nn.Module]) -> None:
-    ends = []
-    for micro_batches in (None, 2):
-        net = nn.Sequential(linear(2, 64), change(linear(64, 64)), linear(64, 1))
-        before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
-        trainer_of(Partly, micro_batches, net=net).step(0, is_logged=False)
-        ends.append({name: parameter - before[name] for name, parameter in net.named_parameters()})
-    assert all(moved.any() for moved in ends[0].values())
-    for name, moved in ends[0].items():
-        torch.testing.assert_close(ends[1][name], moved, rtol=1e-4, atol=1e-7)
-
-
 class Merging(nn.Linear):
     merged = False
 
@@ -180,6 +163,23 @@ def test_after_an_evaluation_a_module_is_told_of_its_mode() -> None:
     with trainer_of(Partly, None, net=net).evaluating():
         assert [net[0].merged, net[1][0].merged] == [True, True]
     assert [net[0].merged, net[1][0].merged] == [False, True]
+
+
+class Counting(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 1)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.count = self.count + 1
+        return super().forward(input)
+
+
+def test_a_buffer_that_measuring_replaces_is_put_back() -> None:
+    trainer = trainer_of(Measures, None, net=Counting())
+    for step in range(4):
+        trainer.step(step, is_logged=True)
+    assert trainer.task.networks["net"].count == 2
 
 
 class SomeMetrics(Partly):
@@ -200,23 +200,6 @@ def test_metrics_are_put_together_by_their_names() -> None:
     assert metrics({0: {"a": 1.0, "b": (0.0, 0.0)}, 1: {"a": 3.0, "b": (0.0, 0.0)}}) == {"train/a": 2}
     with pytest.raises(UserError, match="some micro-batches give other metrics than those of others"):
         metrics({0: {"a": 1.0, "b": 5.0}, 1: {"a": 3.0}})
-
-
-class Counting(nn.Linear):
-    def __init__(self) -> None:
-        super().__init__(2, 1)
-        self.register_buffer("count", torch.zeros(()))
-
-    def forward(self, input: Tensor) -> Tensor:
-        self.count = self.count + 1
-        return super().forward(input)
-
-
-def test_a_buffer_that_measuring_replaces_is_put_back() -> None:
-    trainer = trainer_of(Measures, None, net=Counting())
-    for step in range(4):
-        trainer.step(step, is_logged=True)
-    assert trainer.task.networks["net"].count == 2
 
 
 TASK = """
@@ -315,17 +298,6 @@ def test_a_buffer_that_grows_ends_the_run_before_it_is_saved(train):
     assert "after step 2, net.0.history is torch.float32 of shape (1,), and was" in error(done)
 
 
-def test_on_three_processes_metrics_are_put_together_by_their_names(train, tmp_path):
-    three = {"launcher": "torchrun", "options": ("--nproc_per_node", "3")}
-    done = train("--batch-size", "9", **three)
-    assert done.returncode == 0, done.stderr
-    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    assert {(row["train/a"], row["train/b"]) for row in rows if "train/a" in row} == {(1.0, 100.0)}
-    done = train("--batch-size", "9", "--run-dir", tmp_path / "other", case="missing", **three)
-    assert [line for line in done.stderr.splitlines() if "give other metrics than those of others" in line]
-    assert "SIGABRT" not in done.stderr
-
-
 @pytest.mark.parametrize("processes", ["2", "3"])
 def test_a_parameter_without_a_gradient_on_several_processes_is_one_line(train, tmp_path, processes):
     several = {"launcher": "torchrun", "options": ("--nproc_per_node", processes)}
@@ -335,3 +307,14 @@ def test_a_parameter_without_a_gradient_on_several_processes_is_one_line(train, 
     assert "a loss has to use every parameter of its networks" in done.stderr
     parts = ("--batch-size", "12", "--micro-batches", processes, "--run-dir", tmp_path / "parts")
     assert train(*parts, case="unused", **several).returncode == 0
+
+
+def test_on_three_processes_metrics_are_put_together_by_their_names(train, tmp_path):
+    three = {"launcher": "torchrun", "options": ("--nproc_per_node", "3")}
+    done = train("--batch-size", "9", **three)
+    assert done.returncode == 0, done.stderr
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert {(row["train/a"], row["train/b"]) for row in rows if "train/a" in row} == {(1.0, 100.0)}
+    done = train("--batch-size", "9", "--run-dir", tmp_path / "other", case="missing", **three)
+    assert [line for line in done.stderr.splitlines() if "give other metrics than those of others" in line]
+    assert "SIGABRT" not in done.stderr

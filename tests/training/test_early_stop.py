@@ -44,20 +44,3 @@ def test_a_run_that_was_killed_is_done_at_the_same_step(launch, launch_environme
     launch(*STOPPING, "--log-every", "7", "--run-dir", run)
     assert step_of(newest_checkpoint(run)) == 40
     assert content_of(run)["optimizers.safetensors"] == content_of(done[0])["optimizers.safetensors"]
-
-
-@pytest.mark.slow
-def test_three_processes_stop_together(launch, done, tmp_path):
-    run = tmp_path / "run"
-    launch(*STOPPING, "--run-dir", run, launcher="torchrun", options=("--nproc_per_node", "3"))
-    assert status(run)["step"] == 40
-    assert content_of(run)["model/model.safetensors"] == content_of(done[0])["model/model.safetensors"]
-
-
-@pytest.mark.slow
-def test_a_run_that_only_became_done_is_done_where_it_is(launch, done, tmp_path):
-    run = tmp_path / "run"
-    launch(*STOPPING, "--steps", "40", "--patience", "9", "--run-dir", run)
-    assert status(run)["step"] == 40
-    said = launch(*STOPPING, "--steps", "60", "--run-dir", run).stderr
-    assert f"{run} is finished, 40 steps: its task is done" in said

@@ -26,11 +26,6 @@ def test_the_best_checkpoint_is_kept_and_the_run_goes_on_from_the_newest(launch,
     assert checkpoints(run) == [60]
 
 
-def test_without_it_only_the_newest_are(launch, tmp_path):
-    launch(*STOPPING, "--run-dir", tmp_path / "run", "--values", *map(str, VALUES))
-    assert checkpoints(tmp_path / "run") == [50]
-
-
 def test_a_name_that_no_metric_of_an_evaluation_has_is_refused_before_the_first_step(launch, tmp_path):
     done = launch(*STOPPING, "--keep-best", "score:min", "--run-dir", tmp_path / "run", check=False)
     assert done.returncode == 2

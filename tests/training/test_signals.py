@@ -5,16 +5,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 from chaos import content_of
 from launched import (
     LIMIT,
-    REPOSITORY,
     Launched,
-    files_of,
     metrics,
     newest_checkpoint,
     status,
@@ -22,9 +19,7 @@ from launched import (
     wait_until,
 )
 
-from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
 from cs324dist.runs.history import step_of
-from cs324dist.tasks.gan.networks import Generator
 
 pytestmark = pytest.mark.slow  # real processes, signals and faults: minutes
 
@@ -32,12 +27,9 @@ TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
 LONG = ("launch/lstm.py", "--length", "10", "--steps", "5000", "--log-every", "1", "--evaluate-every", "5000",
         "--checkpoint-every", "5000", "--wandb", "disabled")  # fmt: skip
 SMOKE = ("launch/lstm.py", "--preset", "smoke", "--wandb", "disabled")
-GAN = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--steps", "5000", "--log-every", "1",
-       "--evaluate-every", "5000", "--checkpoint-every", "5000", "--wandb", "disabled")  # fmt: skip
 # Two evaluations of eight parts, which take seconds.
 EVALUATING = (*SMOKE, "--length", "2001", "--steps", "2", "--log-every", "1", "--evaluate-every", "1",
               "--checkpoint-every", "2")  # fmt: skip
-HERE = Path(__file__).parent
 
 
 def assert_stopped_with_a_checkpoint(run: Path, step: int) -> None:
@@ -52,17 +44,6 @@ def whole(launch, tmp_path_factory):
     launch(*EVALUATING, "--run-dir", run)
     assert [sorted(line)[0] for line in metrics(run)] == ["step", "eval/accuracy"] * 2
     return content_of(run)
-
-
-@pytest.fixture(scope="module")
-def generator(tmp_path_factory):
-    """A checkpoint with an untrained generator."""
-    networks, checkpoint = {"generator": Generator(input_dim=8)}, tmp_path_factory.mktemp("gan") / "1"
-    gan = SimpleNamespace(
-        networks=networks, optimizers={}, state_dict=dict, load_state_dict=lambda state: None
-    )
-    write_checkpoint(checkpoint, gan, TrainerState(1))
-    return checkpoint
 
 
 class TestTraining:
@@ -84,19 +65,6 @@ class TestTraining:
                 started.send_signal(TERM)
                 time.sleep(2)  # or they would count as one
             assert started.end() == 128 + TERM
-
-    def test_the_checkpoint_is_there_within_ten_seconds_of_the_steps_end(self, tmp_path, launch_environment):
-        run = tmp_path / "run"
-        with Launched(GAN, run, launch_environment) as started:
-            started.wait_for_line("step 3/")
-            started.send_signal(TERM)
-            last_step = time.time()
-            for line in started.lines():
-                if line.startswith("step "):
-                    last_step = time.time()
-            assert started.end() == 75
-        assert (newest_checkpoint(run) / "trainer.json").stat().st_mtime - last_step < 10
-        assert_stopped_with_a_checkpoint(run, 3)
 
     def test_one_rank_alone_is_asked_and_all_stop(self, tmp_path, launch_environment):
         run = tmp_path / "run"
@@ -121,36 +89,6 @@ class TestEvaluation:
         launch(*EVALUATING, "--run-dir", run)
         assert content_of(run) == whole
 
-    def test_the_last_steps_is_made_up_for(self, tmp_path, launch, launch_environment, whole):
-        run = tmp_path / "run"
-        with Launched(EVALUATING, run, launch_environment) as started:
-            started.wait_for_line("step 2/2")
-            started.send_signal(INT)
-            assert started.end() == 75
-        assert_stopped_with_a_checkpoint(run, 2)
-        launch(*EVALUATING, "--run-dir", run)
-        assert status(run)["state"] == "finished"
-        assert content_of(run) == whole
-        assert "is finished" in launch(*EVALUATING, "--run-dir", run).stderr
-        assert content_of(run) == whole
-
-    def test_two_processes_throw_away_what_one_of_them_cut_short(self, tmp_path, launch, launch_environment):
-        whole, run = tmp_path / "whole", tmp_path / "run"
-        two = {"launcher": "torchrun", "options": ("--nproc_per_node", "2")}
-        launch(*EVALUATING, "--run-dir", whole, **two)
-        with Launched(EVALUATING, run, launch_environment, "torchrun with two") as started:
-            started.wait_for_line("step 1/2")
-            started.workers()[1].send_signal(TERM)
-            assert started.end() != 0
-        with Launched(EVALUATING, run, launch_environment, "torchrun with two") as started:
-            started.wait_for_line(f"{run}: continuing from step 1 of 2")
-            started.send_signal(TERM)
-            assert started.end() != 0
-        assert_stopped_with_a_checkpoint(run, 1)
-        assert [line["step"] for line in metrics(run)] == [1]
-        launch(*EVALUATING, "--run-dir", run, **two)
-        assert content_of(run) == content_of(whole)
-
 
 class TestStartUp:
     @pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
@@ -163,29 +101,6 @@ class TestStartUp:
         expected = {TERM: (-TERM, ""), INT: (75, "stopped by a signal\n")}
         assert (code, started.said) == expected[number]
         assert not run.exists()
-
-    def test_an_old_run_is_left_as_it_was(self, tmp_path, launch, launch_environment):
-        run = tmp_path / "run"
-        launch(*SMOKE, "--run-dir", run)
-        before = files_of(run)
-        with Launched((*SMOKE, "--steps", "30"), run, launch_environment) as started:
-            started.wait_until_importing()
-            started.send_signal(TERM)
-            assert started.end() == -TERM
-        assert files_of(run) == before
-
-    def test_while_a_checkpoint_is_read_nothing_is_lost(self, tmp_path, launch, launch_environment):
-        run, longer = tmp_path / "run", (*SMOKE, "--steps", "30")
-        launch(*SMOKE, "--run-dir", run)
-        with Launched(longer, run, launch_environment) as started:
-            wait_until((run / "owners" / "2.json").exists)
-            started.send_signal(TERM)
-            assert started.end() in (-TERM, 75)  # as the handlers were not there yet, or were
-        assert not list(run.glob("checkpoints/.*.tmp"))
-        assert "continuing from step 2" in launch(*longer, "--run-dir", run).stderr
-        whole = tmp_path / "whole"
-        launch(*longer, "--run-dir", whole)
-        assert content_of(run) == content_of(whole)
 
 
 class TestLaunchers:
@@ -248,32 +163,3 @@ from cs324dist.distributed.process import prepare_process
 prepare_process(on_cpu=True)
 came_so_far.write_text("began, went on")
 """
-
-
-class TestSampling:
-    @pytest.mark.parametrize("moment", ["drawing", "writing"])
-    @pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
-    def test_no_part_of_a_file_is_left(self, tmp_path, launch_environment, generator, number, moment):
-        out = tmp_path / "samples.safetensors"
-        drawn = {"drawing": "images", "writing": "nothing"}[moment]
-        process = subprocess.Popen(
-            [
-                *(sys.executable, HERE / "drawing.py", drawn),
-                *("tensor", generator, "--count", "100000", "--out", out),
-            ],
-            cwd=REPOSITORY,
-            env=launch_environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        with process:
-            assert process.stderr.readline() == "drawing\n"
-            if moment == "writing":
-                wait_until(lambda: list(tmp_path.glob(".samples.safetensors.*.tmp")))
-            process.send_signal(number)
-            said = process.stderr.read()
-            code = process.wait(LIMIT)
-        assert (code, said) == {TERM: (-TERM, ""), INT: (75, "stopped by a signal\n")}[number]
-        assert not out.exists()
-        if number == INT or moment == "drawing":
-            assert list(tmp_path.iterdir()) == []

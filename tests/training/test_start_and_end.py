@@ -1,16 +1,21 @@
 """What a run leaves behind that is refused before its first step, and what is closed at its end."""
 
+import errno
+import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from cs324dist import trackers
-from cs324dist.errors import UserError
+from cs324dist import run, trackers
+from cs324dist.errors import RunFailed, UserError
 from cs324dist.loop import main, run_task
+from cs324dist.runs.checkpoints import TrainerState
+from cs324dist.runs.run_dir import RunDir
 from cs324dist.tasks.lstm.task import LSTMTask
 
 
@@ -31,6 +36,12 @@ class HoldsWhatCannotBeSaved(LSTMTask):
         return {"length": self.length, "file": object()}
 
 
+class HasAComplexBuffer(LSTMTask):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.model.register_buffer("phases", torch.zeros(2, dtype=torch.complex128))
+
+
 class TrainsWhatIsNotItsOwn(LSTMTask):
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -43,19 +54,42 @@ class TrainsWhatIsNotItsOwn(LSTMTask):
         (RefusesItsData, "--data holds no numbers"),
         (HasABadName, r"a network cannot be called '\.\./lstm'"),
         (HoldsWhatCannotBeSaved, "the task's state holds file = <object"),
+        (HasAComplexBuffer, "it cannot be saved: KeyError: torch.complex128"),
         (TrainsWhatIsNotItsOwn, "optimizer 'lstm' holds 1 parameters of no network of the task"),
     ],
     ids=lambda value: getattr(value, "__name__", "-"),
 )
-@pytest.mark.parametrize("existed", [False, True], ids=["new folder", "empty folder"])
-def test_a_run_that_is_refused_before_its_first_step_leaves_no_trace(tmp_path, task, said, existed):
-    folder = tmp_path / "run"
-    if existed:
-        folder.mkdir()
-    config = replace(task.presets["smoke"], preset="smoke", run_dir=folder)
+def test_a_run_that_is_refused_before_its_first_step_leaves_no_trace(tmp_path, task, said):
     with pytest.raises(UserError, match=said):
-        run_task(task, config, Accelerator(cpu=True))
-    assert list(tmp_path.rglob("*")) == [folder] * existed
+        run_in(tmp_path / "run", task)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_seen_before_the_first_step(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"cannot be written to \(No space left on device\): give another"):
+        run_in(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_the_last_one_an_error(
+    tmp_path, monkeypatch, capsys
+):
+    honest = run.write_checkpoint
+
+    def full(folder: Path, trained: object, state: TrainerState, *owner: object) -> None:
+        if owner:  # none has what is written before the first step, to see whether it can be
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        honest(folder, trained, state)
+
+    monkeypatch.setattr(run, "write_checkpoint", full)
+    with pytest.raises(RunFailed, match=r"^no checkpoint of step 4: No space left on device; there is no"):
+        run_in(tmp_path / "run", steps=4, checkpoint_every=2)
+    assert "warning: no checkpoint of step 2: No space left on device" in capsys.readouterr().err
+    assert RunDir(tmp_path / "run").read_status().step == 0
 
 
 def run_in(folder, task=LSTMTask, **changes) -> bool:

@@ -41,12 +41,6 @@ class Waiting(Task[Config]):
         return loss, {"loss": loss}
 
 
-class AtOnce(Waiting):
-    def loss(self, batch: MicroBatch):
-        loss = self.networks["model"](torch.ones(4, 1)).square().mean()
-        return loss, {"loss": loss}
-
-
 def lines(task, folder):
     config = replace(task.presets["fast"], preset="fast", run_dir=folder)
     began = time.monotonic()
@@ -65,12 +59,6 @@ def test_a_line_has_the_seconds_that_its_steps_waited_for_data(tmp_path):
     assert [row["throughput/steps_per_second"] * 4 for row in rows] == pytest.approx(
         [row["throughput/samples_per_second"] for row in rows]
     )
-
-
-def test_a_step_without_a_loader_waits_for_none(tmp_path):
-    rows, _ = lines(AtOnce, tmp_path / "run")
-    assert [row["throughput/data_seconds"] for row in rows] == [0.0] * 3
-    assert not any("throughput/peak_memory_gib" in row for row in rows)  # which a CPU has not
 
 
 def test_on_a_gpu_a_line_has_the_most_memory_that_was_held(tmp_path, monkeypatch):
