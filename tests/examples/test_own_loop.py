@@ -5,10 +5,6 @@ import difflib
 import pytest
 from launched import REPOSITORY, Launched, metrics, newest_checkpoint
 
-<<<<<<< HEAD
-from cs324dist.runs.history import step_of
-=======
->>>>>>> 8d8d1f014455e6008f2f4a014f444c452bef7ef7
 from cs324dist.testing import assert_same_on
 
 SCRIPT = REPOSITORY / "examples/own_loop.py"

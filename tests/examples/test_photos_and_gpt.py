@@ -3,10 +3,6 @@
 import pytest
 from launched import metrics
 
-<<<<<<< HEAD
-from cs324dist.runs.history import step_of
-=======
->>>>>>> 8d8d1f014455e6008f2f4a014f444c452bef7ef7
 from cs324dist.testing import assert_same_on, assert_same_when_killed
 
 SMALL = ("--steps", "6", "--batch-size", "12", "--micro-batches", "3", "--log-every", "1",

@@ -13,23 +13,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from cs324dist.errors import RunFailed, UserError
-<<<<<<< HEAD
-from cs324dist.runs import checkpoints, history
 from cs324dist.runs.checkpoints import (
     TrainerState,
     check_names,
-=======
-from cs324dist.runs.checkpoints import (
-    TrainerState,
-    check_names,
-    checkpoints_in,
-    keep_newest,
->>>>>>> 8d8d1f014455e6008f2f4a014f444c452bef7ef7
     read_checkpoint,
     verify_checkpoint,
     write_checkpoint,
 )
-from cs324dist.runs.history import checkpoints_in, clear_unfinished, history_of, keep_newest
+from cs324dist.runs.history import checkpoints_in, keep_newest
 from cs324dist.runs.optimizers import optimizer_tensors, with_full_state
 from cs324dist.tasks.lstm.networks import RNN
 
@@ -216,47 +207,6 @@ def test_an_owner_keeps_those_that_led_to_the_newest_and_all_of_later_owners(
     }
 
 
-<<<<<<< HEAD
-def test_once_a_later_owner_has_saved_what_one_that_was_cut_off_wrote_is_out_of_date(tmp_path):
-    named(tmp_path, {(10, 1), (20, 1), (30, 1), (40, 1)})  # the last one while the second owner already ran
-    assert in_order(tmp_path)[0] == (40, 1)
-    named(tmp_path, {(35, 2)})
-    assert in_order(tmp_path)[0] == (35, 2)
-    assert [path.name for path in history_of(tmp_path)] == [
-        "000000035-2", "000000030-1", "000000020-1", "000000010-1"
-    ]  # fmt: skip
-    keep_newest(tmp_path, 2, 2, best=10)
-    assert in_order(tmp_path) == [(35, 2), (30, 1), (10, 1)]
-
-
-def test_a_process_killed_at_a_deletion_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch):
-    for step in (1, 2, 3):
-        write(tmp_path / f"{step:09d}-1", state=TrainerState(step, 1))
-    clear = checkpoints.clear
-
-    class Killed(BaseException):
-        pass
-
-    def killed_half_way(path: Path) -> None:
-        if (path / "trainer.json").exists():
-            (path / "trainer.json").unlink()
-            raise Killed
-        clear(path)
-
-    monkeypatch.setattr(history, "clear", killed_half_way)
-    with pytest.raises(Killed):
-        keep_newest(tmp_path, 1, 1)
-    monkeypatch.undo()
-    left = checkpoints_in(tmp_path)
-    assert [path.name for path in left] == ["000000003-1", "000000001-1"]
-    for checkpoint in left:
-        verify_checkpoint(checkpoint)
-    keep_newest(tmp_path, 3, 1)
-    assert sorted(tmp_path.iterdir(), reverse=True) == left
-
-
-=======
->>>>>>> 8d8d1f014455e6008f2f4a014f444c452bef7ef7
 def test_a_checkpoint_that_was_moved_to_another_step_says_so(tmp_path):
     write(tmp_path / "000000004-1")
     with pytest.raises(UserError, match=r"trainer.json is of step 3: it was moved here, or is damaged"):

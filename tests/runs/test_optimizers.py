@@ -169,63 +169,8 @@ def test_a_run_is_plain_torch_from_its_first_step_and_across_a_restart(build, tm
     assert bits(task.networks) != plain_torch(build, 3)
 
 
-<<<<<<< HEAD
-def test_what_is_restored_takes_the_place_of_a_state_that_was_there(build, tmp_path):
-    if build is BUILDS["a number of steps in a group"]:
-        pytest.skip("what is hidden is restored into a new task only")
-    task, trainer = start(build)
-    write_checkpoint(tmp_path / "0", task, TrainerState(0))
-    for step in range(2):
-        trainer.step(step, is_logged=False)
-    read_checkpoint(tmp_path / "0", task, HiddenState(task), trainer.accelerator.scaler)
-    for step in range(3):
-        trainer.step(step, is_logged=False)
-    assert bits(task.networks) == plain_torch(build, 3)
-
-
-def test_inside_the_state_is_complete_and_outside_nothing_has_changed(kind):
-    task, _ = start(one(kind))
-    optimizer = task.optimizers["rnn"]
-    before = {parameter: dict(state) for parameter, state in optimizer.state.items()}
-    names = {name for name, _ in task.networks["rnn"].named_parameters()}
-    with with_full_state(task.optimizers):
-        tensors = optimizer_tensors(task.optimizers, task.networks)
-        assert tensors.keys() == {f"rnn/rnn.{name}/{key}" for name in names for key in KEYS[kind]}
-        for parameter, state in optimizer.state.items():
-            values = [value for key, value in state.items() if key not in ("step", "eta", "mu", "mu_product")]
-            assert all(value is None or value.shape == parameter.shape for value in values)
-        assert bits(task.networks) == bits(networks())
-    assert {parameter: dict(state) for parameter, state in optimizer.state.items()} == before
-    assert all(parameter.grad is None for parameter in task.networks["rnn"].parameters())
-    assert bits(task.networks) == bits(networks())
-
-
-def test_tensors_are_named_by_optimizer_network_parameter_and_kind():
-    def names(build: Build) -> set[str]:
-        task, _ = start(build)
-        with with_full_state(task.optimizers):
-            return set(optimizer_tensors(task.optimizers, task.networks))
-
-    moments = {"exp_avg", "exp_avg_sq", "step", "mu_product"}
-    found = names(one_over_two_networks)
-    assert {f"both/rnn.input.weight/{key}" for key in moments} < found
-    assert {f"both/head.bias/{key}" for key in moments} < found
-    found = names(several_under_one_name)
-    assert {f"rnn/rnn.input.weight/{key}" for key in moments} < found
-    assert {"rnn.1/rnn.input.bias/momentum_buffer", "rnn.2/rnn.input.bias/step_size"} < found
-    assert not any(
-        "head" in name or "rnn/rnn.input.bias" in name for name in found
-    )  # which these do not train
-    found = names(two_names_for_one_network)
-    assert {"a/rnn.input.bias/eta", "b/rnn.input.bias/step_size"} < found
-
-
-def test_a_parameter_that_has_had_no_gradient_has_no_state_before_and_after(tmp_path):
-    task, trainer = start(one("fused Adam"))
-=======
 def test_the_state_of_another_optimizer_is_refused_and_nothing_changes(tmp_path):
     task, trainer = start(one("NAdam"))
->>>>>>> 8d8d1f014455e6008f2f4a014f444c452bef7ef7
     trainer.step(0, is_logged=False)
     write_checkpoint(tmp_path / "1", task, TrainerState(1))
     other, _ = start(one("fused Adam"))
