@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cs324dist.config import MUTABLE, BatchSize, Config, Count, Fraction, Positive
     from cs324dist.data.loader import loader
     from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream, seeded
-    from cs324dist.distributed.gradients import ExactGradients
+    from cs324dist.distributed.exact import ExactGradients
     from cs324dist.distributed.sum_over import SumOver
     from cs324dist.errors import UserError
     from cs324dist.metrics import accuracy, count_correct
@@ -25,7 +25,7 @@ _PLACES = {
     "config": ("MUTABLE", "BatchSize", "Config", "Count", "Fraction", "Positive"),
     "data.loader": ("loader",),
     "data.streams": ("MicroBatch", "ShuffledEpochs", "Stream", "seeded"),
-    "distributed.gradients": ("ExactGradients",),
+    "distributed.exact": ("ExactGradients",),
     "distributed.sum_over": ("SumOver",),
     "errors": ("UserError",),
     "metrics": ("accuracy", "count_correct"),

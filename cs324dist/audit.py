@@ -25,18 +25,16 @@ from cs324dist.data.streams import seed_everything
 from cs324dist.distributed.failures import translate_errors
 from cs324dist.distributed.process import compiled_by, on_main_process, start_accelerator
 from cs324dist.errors import RunFailed, UserError, printable, say, warn
-from cs324dist.run import restore
 from cs324dist.runs.checkpoints import (
     TrainerState,
-    generation_of,
-    history_of,
     plain_state,
-    step_of,
+    read_checkpoint,
     tensors_by_file,
     verify_checkpoint,
 )
 from cs324dist.runs.environment import Environment, environment
 from cs324dist.runs.hidden_state import HiddenState
+from cs324dist.runs.history import generation_of, history_of, step_of
 from cs324dist.runs.lease import Owner, owner_of
 from cs324dist.runs.models import read_tensors
 from cs324dist.runs.run_dir import RunDir
@@ -191,11 +189,12 @@ def _replay(trainer: Trainer, interval: Interval, rows: Mapping[int, Mapping[str
     """Take the steps of an interval again; what differs at its end, and in the metrics on the way."""
     task: Task[Any] = trainer.task
     if interval.start is not None:
-        restore(interval.start, task, HiddenState(task), trainer.accelerator)
+        read_checkpoint(interval.start, task, HiddenState(task), trainer.accelerator.scaler)
     differences = []
     steps = range(interval.first, interval.state.step)
     for step in tqdm(steps, str(interval), unit="step", disable=not sys.stderr.isatty()):
         row = rows.get(step + 1)
+        seed_everything(task.config.seed, f"step {step}", trainer.accelerator.device)
         trainer.step(step, is_logged=row is not None)
         if row is not None:
             values = trainer.read_metrics()

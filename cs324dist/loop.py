@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from cs324dist.base_run import BaseRun
 from cs324dist.command_line import from_command_line
 from cs324dist.config import Config, as_json, conflicts
 from cs324dist.data.streams import seed_everything
@@ -22,6 +23,7 @@ from cs324dist.distributed.process import (
     on_main_process,
     start_accelerator,
 )
+from cs324dist.distributed.stop import Stopped
 from cs324dist.errors import (
     EXIT_STOPPED,
     WORLD_SIZE,
@@ -30,7 +32,7 @@ from cs324dist.errors import (
     exit_process,
     warn,
 )
-from cs324dist.run import Run, Stopped, as_numbers
+from cs324dist.metrics import as_numbers
 from cs324dist.runs.environment import Precision
 from cs324dist.runs.optimizers import each
 from cs324dist.runs.run_dir import RunDir, RunRecord
@@ -39,27 +41,31 @@ from cs324dist.tasks.base import Evaluation, Task
 from cs324dist.trainer import Trainer
 
 
-class TaskRun(Run):
+class TaskRun(BaseRun):
     """A run of a task: its loop, with evaluations."""
 
     def __init__(self, trainer: Trainer, given: str = "") -> None:
         """`given` is the task as the command line names it, if it does."""
-        task, config = trainer.task, trainer.config
+        self.trainer, self.task, self.config, self._given = trainer, trainer.task, trainer.config, given
+        config = self.config
         super().__init__(
             config.folder,
-            networks=task.networks,
-            optimizers=task.optimizers,
-            accelerator=trainer.accelerator,
+            self.task,
+            trainer.accelerator,
+            as_json(config),
+            seed=config.seed,
+            batch_size=config.batch_size,
             keep_last=config.keep_last,
             keep_best=config.keep_best,
             wandb=config.wandb,
             tensorboard=config.tensorboard,
             peer_timeout=config.peer_timeout,
         )
-        self.trainer, self.task, self.config, self._given = trainer, task, config, given
-        self.trained = task
-        self._best_asked = False
-        self._tracking |= {"config": as_json(config), "batch_size": config.batch_size}
+        if (best := config.keep_best.partition(":")[0]) and not best.startswith("eval/"):
+            raise UserError(
+                f"--keep-best {best} is no metric of an evaluation: give a name that begins with eval/, such "
+                f"as eval/{best}"
+            )
         self.owes_evaluation = False
         """Whether a signal has cut off the evaluation after the step that it resumes at."""
 
@@ -69,29 +75,20 @@ class TaskRun(Run):
     def _record(self) -> RunRecord:
         return run_record(type(self.task), self.config, self._given)
 
-    def _restore(self) -> None:
-        super()._restore()
-        if self.step == 0:
-            self._on_main(self._check_keep_best)
-            return
-        found = self._on_main(lambda: self.dir.has_evaluation(self.step, self._metrics_lines))
-        self.owes_evaluation = self.config.is_due(self.step, self.config.evaluate_every) and not found
-        self._on_main(self._check_keep_best)
-        self._ask_whether_done()
-
-    def _ask_whether_done(self) -> None:
-        self.is_over = self._on_main(lambda: self.task.is_done(self.dir.read_evaluations(self.completed)))
-
     def _for_more(self, until: int) -> str:
         can_be_more = not conflicts(dataclasses.replace(self.config, steps=2 * until), self.config)
         more = f"for more, give {'--steps or ' * can_be_more}another --run-dir"
         return "its task is done" if self.step < until else more
 
-    def _start(self, until: int) -> None:
-        """See `Run`."""
-        if self.accelerator.is_main_process and not self._is_started:
-            warn_of_untrained(self.task)
-        super()._start(until)
+    def _restore(self) -> None:
+        super()._restore()
+        if self.step:
+            found = self._on_main(lambda: self.dir.has_evaluation(self.step, self._metrics_lines))
+            self.owes_evaluation = self.config.is_due(self.step, self.config.evaluate_every) and not found
+            self._ask_whether_done()
+
+    def _ask_whether_done(self) -> None:
+        self.is_over = self._on_main(lambda: self.task.is_done(self.dir.read_evaluations(self.completed)))
 
     def train(self) -> None:
         """Take the steps that are left.
@@ -135,36 +132,19 @@ class TaskRun(Run):
             if self._stop.interrupted():
                 self._stop_asked = True
                 return
-            self.compare({f"eval/{name}": value for name, value in evaluation.metrics.items()})
+            found = {f"eval/{name}": value for name, value in evaluation.metrics.items()}
+            self.compare(found)
             self.trackers.log_evaluation(self.completed, evaluation)
             self._ask_whether_done()
-        if self.config.keep_best:
-            self._best_asked = True
+        if best := self.config.keep_best.partition(":")[0]:
             self.save()
-
-    def _write(self) -> None:
-        super()._write()
-        if self._best_asked:  # saved by now: nothing is lost
-            self._best_asked = False
-            self._on_main(lambda: self._check_keep_best(evaluated=True))
-
-    def _check_keep_best(self, *, evaluated: bool = False) -> None:
-        """Check that it is a metric of the last evaluation; before the first one, that it can be one."""
-        if not (wanted := self.config.keep_best.removesuffix(":min")):
-            return
-        measured = [f"eval/{name}" for row in self.dir.read_evaluations(self.step)[-1:] for name in row]
-        if wanted in measured:
-            return
-        if measured:
-            todo = f"give one of {', '.join(measured)}"
-        elif evaluated:
-            todo = "the task measures nothing, leave it out"
-        elif not wanted.startswith("eval/"):
-            todo = f"give a name that begins with eval/, such as eval/{wanted}"
-        else:
-            return
-        text = f"--keep-best {wanted} is no metric of an evaluation: {todo}"
-        raise RunFailed(f"{text}; {self._last_good()}") if evaluated else UserError(text)
+            if best not in found:
+                self._write()  # what the steps so far have reached is not lost
+                todo = (
+                    f"give one of {', '.join(found)}" if found else "the task measures nothing, leave it out"
+                )
+                text = f"--keep-best {best} is no metric of an evaluation: {todo}"
+                raise RunFailed(f"{text}; {self._last_good()}")
 
 
 def main(task: str | type[Task[Any]], description: str | None) -> None:
@@ -226,6 +206,8 @@ def run_task(task_type: type[Task[Any]], config: Config, accelerator: Accelerato
         if not hasattr(task, "config"):
             raise UserError(f"{task_type.__name__} has to call super().__init__(config, device) first")
         run = TaskRun(Trainer(task, accelerator), given)
+        if accelerator.is_main_process:
+            warn_of_untrained(task)
         try:
             with run:
                 run.train()

@@ -1,7 +1,28 @@
-"""The share of right answers."""
+"""Metrics as numbers, and the share of right answers."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from jaxtyping import Float, Int64
 from torch import Tensor
+
+from cs324dist.errors import UserError, printable
+
+
+def as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics as plain numbers.
+
+    Raises:
+        UserError: something is no number.
+    """
+    found = {}
+    for name, value in metrics.items():
+        try:
+            found[name] = float(value.detach() if isinstance(value, Tensor) else value)
+        except (TypeError, ValueError, RuntimeError):
+            text = printable(repr(value)).partition("\n")[0]
+            raise UserError(f"the metric {name} = {text:.99} is no number: give one") from None
+    return found
 
 
 def count_correct(

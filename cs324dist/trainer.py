@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from cs324dist.data.streams import MicroBatch, seed_everything
-from cs324dist.distributed.gradients import DDPGradients, ExactGradients, buffers_kept
+from cs324dist.data.streams import MicroBatch
+from cs324dist.distributed.belongings import buffers_kept
+from cs324dist.distributed.exact import ExactGradients
+from cs324dist.distributed.gradients import DDPGradients
 from cs324dist.distributed.parts import add_in_order, gather_rows
 from cs324dist.distributed.process import compiled_by
 from cs324dist.distributed.sum_over import SumOver
@@ -91,7 +93,6 @@ class Trainer:
     def step(self, step: int, *, is_logged: bool) -> None:
         """Take step `step`, counted from 0; see `read_metrics` for what it logs."""
         self._step, self._is_logged, self._metrics = step, is_logged, {}
-        seed_everything(self.config.seed, f"step {step}", self.accelerator.device)
         try:
             self.task.step(step, self)
         except AttributeError as error:

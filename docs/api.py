@@ -29,7 +29,7 @@ PARTS = {  # by module
         "__init__": ["main"],
         "tasks.base": ["Task", "Evaluation"],
         "config": ["Config", "MUTABLE", "Count", "Positive", "Fraction", "BatchSize"],
-        "distributed.gradients": ["ExactGradients"],
+        "distributed.exact": ["ExactGradients"],
         "run": ["Run"],
         "distributed.sum_over": ["SumOver"],
         "data.loader": ["loader"],

@@ -177,7 +177,7 @@ class Copy:
                 found = json.loads(text := trainer.read_text())
                 before = found.pop("own_sha256")
                 if path != trainer:
-                    found["step"] = checkpoints.step_of(trainer.parent)
+                    found["step"] = history.step_of(trainer.parent)
                     for name in found["sha256"]:
                         with suppress(OSError):
                             found["sha256"][name] = sha256(own(trainer.parent / name).read_bytes())
@@ -413,7 +413,7 @@ def resumed(w: Copy) -> None:
     run_task(watched, config, start_accelerator(config.batch_size))
     if w.step is not None:
         newest = checkpoints.checkpoints_in(w.run / "checkpoints")[0]
-        assert checkpoints.step_of(newest) == 7, "the step that was taken is lost"
+        assert history.step_of(newest) == 7, "the step that was taken is lost"
         checkpoints.verify_checkpoint(newest)
 
 

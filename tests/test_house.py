@@ -17,15 +17,15 @@ FLOORS = (  # a folder or module imports from those before it, and from those be
     {"distributed", "pictures"},
     {"tasks"},
     {"trackers"},
-    {"run"},
+    {"base_run"},
+    {"run", "trainer"},
     {"command_line"},
-    {"trainer"},
     {"loop"},
     {"audit"},
     {"testing"},
     {"report"},
 )
-NOT_OF_THE_PAGE = {"trackers", "run", "trainer", "loop", "audit"}  # it reads what run folders say
+NOT_OF_THE_PAGE = {"trackers", "base_run", "run", "trainer", "loop", "audit"}  # it reads what run folders say
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("slurm/*.md")])
 
 

@@ -190,3 +190,18 @@ def owners_in(networks: Mapping[str, nn.Module], task: object = None) -> dict[st
     }
     of_task = {} if task is None else {type(task).__name__: task}
     return {**of_task, **{name: module for module, name in modules.items()}}
+
+
+@contextmanager
+def buffers_kept(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back, at the end, what the networks' buffers hold now."""
+    modules = dict.fromkeys(module for network in networks for module in network.modules())
+    before: list[tuple[nn.Module, dict[str, tuple[Tensor, Tensor]]]] = [
+        (module, {name: (buffer, buffer.clone()) for name, buffer in module.named_buffers(recurse=False)})
+        for module in modules
+    ]
+    yield
+    with torch.no_grad():
+        for module, buffers in before:
+            for name, (buffer, value) in buffers.items():
+                setattr(module, name, buffer.copy_(value))

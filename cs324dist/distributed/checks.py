@@ -11,10 +11,15 @@ from torch import Tensor
 
 from cs324dist.distributed.parts import rank_and_processes
 from cs324dist.errors import RunFailed
+from cs324dist.runs.checkpoints import Trained, plain_state, tensors_by_file
 
 MIX = -0x61C8864680B583EB  # odd: 2^64 divided by the golden ratio, as an int64
 AT_ONCE = 1 << 20  # values that are summed together
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+LOOK_FOR = (
+    "look for random numbers that nothing seeds, for state that one part of the batch leaves to the next, "
+    "for data that is not the same on every process, and for broken hardware"
+)
 
 
 @torch.no_grad()
@@ -41,6 +46,20 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     found = [checksum(tensor) for tensor in tensors.values()]
     sums = torch.stack(found).tolist() if found else []
     return dict(zip(tensors, sums, strict=True))
+
+
+def held(trained: Trained, *, buffers_from_first: bool) -> dict[str, Any]:
+    """Checksums of all that a checkpoint would hold; with `buffers_from_first`, buffers are copied before."""
+    if buffers_from_first:
+        for network in trained.networks.values():
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
+    tensors = {
+        f"{file.partition('/')[0].removesuffix('.safetensors')}: {name}": tensor
+        for file, some in tensors_by_file(trained).items()
+        for name, tensor in some.items()
+    }
+    return {**checksums(tensors), "the task's own state": plain_state(trained)}
 
 
 def gather_objects(own: Any, where: str) -> list[Any]:

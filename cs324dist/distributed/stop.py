@@ -13,10 +13,19 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from cs324dist.errors import EXIT_STOPPED
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last: of Slurm, with --signal
 SIGNALS_TO_END = 3  # signals; a user who asks this often wants out at once
 TOGETHER = 1.0  # seconds in which signals count as one: a launcher passes on what Slurm has sent to all
 Part = TypeVar("Part")
+
+
+class Stopped(SystemExit):
+    """A signal has stopped the run, which is saved: run the same command again to go on."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_STOPPED)
 
 
 class StopRequest:

@@ -15,9 +15,10 @@ from typing import Any, Literal, TypeVar
 
 from cs324dist.config import Config, from_json
 from cs324dist.errors import UserError
-from cs324dist.runs.checkpoints import checkpoints_in, read_state
+from cs324dist.runs.checkpoints import read_state
 from cs324dist.runs.environment import Environment
 from cs324dist.runs.files import matches, read_record
+from cs324dist.runs.history import checkpoints_in
 from cs324dist.runs.lease import Owner, generations
 from cs324dist.runs.run_dir import LOOP, RunDir, RunRecord, State
 

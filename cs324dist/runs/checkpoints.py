@@ -24,9 +24,10 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from cs324dist.config import as_json, from_json
-from cs324dist.errors import RunFailed, UserError, printable
-from cs324dist.runs.files import Writer, clear, matches, read_json, sha256, sync, write_json
+from cs324dist.errors import ReportedError, RunFailed, UserError, printable
+from cs324dist.runs.files import Writer, clear, read_json, sha256, sync, write_json
 from cs324dist.runs.hidden_state import Hidden, HiddenState
+from cs324dist.runs.history import CHECKPOINT, step_of
 from cs324dist.runs.models import (
     copy_into,
     kind_of,
@@ -36,14 +37,14 @@ from cs324dist.runs.models import (
     save_tensors,
     transient_buffers,
 )
-from cs324dist.runs.optimizers import Optimizers, each, optimizer_tensors, read_optimizers
+from cs324dist.runs.optimizers import Optimizers, each, optimizer_tensors, read_optimizers, with_full_state
+from cs324dist.runs.state_tree import join, split
 
 TRAINER = "trainer.json"
 OPTIMIZERS = "optimizers.safetensors"
 TASK = "task.safetensors"
 BUFFERS = "buffers.safetensors"
 WEIGHTS = "model.safetensors"
-CHECKPOINT = r"([0-9]{9}|1[0-9]{9})-([1-9][0-9]*)"  # step, and the owner that wrote it
 NAME = r"\w{1,99}"  # of a network
 Number = Annotated[int, Interval(ge=0, le=1 << 53)]
 
@@ -99,21 +100,6 @@ class TrainerState:
     format: Literal[4] = 4
 
 
-def checkpoint_name(step: int, generation: int) -> str:
-    """The name of a checkpoint: its step, and the owner that writes it."""
-    return f"{step:09d}-{generation}"
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.name.partition("-")[0])
-
-
-def generation_of(checkpoint: Path) -> int:
-    """The owner in a checkpoint's name."""
-    return int(checkpoint.name.partition("-")[2])
-
-
 def check_names(networks: Iterable[str]) -> None:
     """Check that a checkpoint can hold networks of these names.
 
@@ -157,7 +143,7 @@ def _write_files(folder: Path, trained: Trained, state: TrainerState) -> None:
         if buffers := transient_buffers(network):
             save_tensors(folder / name / BUFFERS, buffers)
     save_tensors(folder / OPTIMIZERS, optimizer_tensors(trained.optimizers, trained.networks))
-    task, tensors = _split(trained.state_dict())
+    task, tensors = split(trained.state_dict())
     if tensors:
         save_tensors(folder / TASK, tensors)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -178,47 +164,6 @@ def _check_finite(trained: Trained, step: int) -> None:
             if value.isnan() or (value.isinf() and not may_be_infinite):
                 name = {OPTIMIZERS: "optimizer", TASK: "task's state"}.get(file, file.partition("/")[0])
                 raise RunFailed(f"after step {step}, the {name} holds values that are not finite")
-
-
-def _split(tree: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
-    """A nested state as JSON, and the tensors in it by their place, such as `history.3`.
-
-    Raises:
-        UserError: something in it is neither.
-    """
-    if isinstance(tree, Tensor):
-        return {"$tensor": prefix}, {prefix: tree}
-    if isinstance(tree, dict | list | tuple):
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        parts = {key: _split(part, f"{prefix}.{key}" if prefix else str(key)) for key, part in items}
-        tensors = {name: tensor for _, found in parts.values() for name, tensor in found.items()}
-        if len(tensors) < sum(len(found) for _, found in parts.values()):
-            raise UserError(f"two tensors of the task's state are both {prefix}…: give keys without dots")
-        if isinstance(tree, dict) and all(isinstance(key, str) for key in tree):
-            return {key: plain for key, (plain, _) in parts.items()}, tensors
-        if not isinstance(tree, dict):
-            return [plain for plain, _ in parts.values()], tensors
-        if all(type(key) is int for key in tree):  # such as the milestones of a MultiStepLR
-            return {"$numbered": [[key, plain] for key, (plain, _) in parts.items()]}, tensors
-    elif type(tree) is float and math.isinf(tree):  # such as the best loss before the first
-        return {"$float": str(tree)}, {}
-    elif tree is None or type(tree) in (bool, int, str) or (type(tree) is float and math.isfinite(tree)):
-        return tree, {}
-    raise UserError(
-        f"the task's state holds {prefix} = {printable(repr(tree)):.99}: give tensors, numbers and words"
-    )
-
-
-def _join(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(plain, dict):
-        if set(plain) == {"$tensor"}:
-            return tensors[plain["$tensor"]]
-        if set(plain) == {"$float"}:
-            return float(plain["$float"])
-        if set(plain) == {"$numbered"}:
-            return {key: _join(part, tensors) for key, part in plain["$numbered"]}
-        return {key: _join(part, tensors) for key, part in plain.items()}
-    return [_join(part, tensors) for part in plain] if isinstance(plain, list) else plain
 
 
 def read_state(folder: Path) -> TrainerState:
@@ -254,7 +199,12 @@ def verify_checkpoint(folder: Path, needed: Iterable[str] = ()) -> TrainerState:
     return state
 
 
-def read_checkpoint(folder: Path, trained: Trained, hidden: HiddenState | None = None) -> TrainerState:
+def read_checkpoint(
+    folder: Path,
+    trained: Trained,
+    hidden: HiddenState | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> TrainerState:
     """Check a checkpoint and copy it into networks, optimizers and the task's own state, in place.
 
     Raises:
@@ -272,10 +222,41 @@ def read_checkpoint(folder: Path, trained: Trained, hidden: HiddenState | None =
         copy_into(targets[file], read)
     load_optimizers()
     try:
-        trained.load_state_dict(_join(state.task, own))
+        trained.load_state_dict(join(state.task, own))
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{folder / TRAINER} holds a state that does not fit: {state.task!r:.200}") from None
+    if state.loss_scale and scaler is not None:
+        interval = scaler.get_growth_interval()  # torch takes no float, as numbers in a checkpoint are
+        scaler.load_state_dict({**state.loss_scale, "growth_interval": interval})
     return state
+
+
+def check_that_it_can_be_saved(scratch: Path, trained: Trained) -> None:
+    """Write a checkpoint with all the state that there will be into a folder, and read it again.
+
+    Raises:
+        UserError: something cannot be saved, or the folder cannot be written to.
+    """
+    clear(scratch)
+    try:
+        with with_full_state(trained.optimizers):
+            write_checkpoint(scratch / "0", trained, TrainerState(0))
+            read_checkpoint(scratch / "0", trained)
+    except ReportedError:
+        raise
+    except OSError as error:
+        raise unwritable(scratch.parents[1], error) from None
+    except Exception as error:
+        raise UserError(f"it cannot be saved: {type(error).__name__}: {printable(error)}") from error
+    finally:
+        clear(scratch)
+        with suppress(OSError):  # it holds more
+            scratch.parent.rmdir()
+
+
+def unwritable(run: Path, error: OSError) -> UserError:
+    """What to say of an error before the first step."""
+    return UserError(f"{run} cannot be written to ({error.strerror}): give another folder")
 
 
 def tensors_by_file(trained: Trained) -> dict[str, Mapping[str, Tensor]]:
@@ -286,7 +267,7 @@ def tensors_by_file(trained: Trained) -> dict[str, Mapping[str, Tensor]]:
     for name, network in trained.networks.items():
         if buffers := transient_buffers(network):
             files[f"{name}/{BUFFERS}"] = buffers
-    own = _split(trained.state_dict())[1]
+    own = split(trained.state_dict())[1]
     return {
         **files,
         OPTIMIZERS: optimizer_tensors(trained.optimizers, trained.networks),
@@ -296,9 +277,7 @@ def tensors_by_file(trained: Trained) -> dict[str, Mapping[str, Tensor]]:
 
 def layout(trained: Trained) -> dict[str, str]:
     """What a new task expects in a checkpoint: tensors, and the groups of optimizers."""
-    named = {
-        f"{name} of the task's state": tensor for name, tensor in _split(trained.state_dict())[1].items()
-    }
+    named = {f"{name} of the task's state": tensor for name, tensor in split(trained.state_dict())[1].items()}
     for network_name, network in trained.networks.items():
         tensors = model_tensors(network) | transient_buffers(network)
         named |= {f"{network_name}.{name}": tensor for name, tensor in tensors.items()}
@@ -309,60 +288,20 @@ def layout(trained: Trained) -> dict[str, str]:
     return {name: kind_of(tensor) for name, tensor in named.items()} | groups
 
 
+def difference(first: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The first difference between two layouts, of the start and of now; empty without one."""
+    for name in sorted(first.keys() | now.keys()):
+        if (was := first.get(name, "no tensor")) != (is_now := now.get(name, "no tensor")):
+            return (
+                f"{name} is {is_now}, and was {was} at the start, as a resume expects it: create it before "
+                f"the start, or keep numbers"
+            )
+    return ""
+
+
 def plain_state(trained: Trained) -> dict[str, Any]:
     """The task's own state as `trainer.json` holds it."""
-    return _split(trained.state_dict())[0]
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints below `folder`: those of the latest owner first, and of one owner the newest first."""
-    found = (folder / match[0] for match in matches(folder, CHECKPOINT))
-    return sorted(found, key=lambda path: (generation_of(path), step_of(path)), reverse=True)
-
-
-def history_of(folder: Path) -> list[Path]:
-    """The newest checkpoint, and those that led to it: each of an earlier step than the one before.
-
-    An owner that was cut off may have written others of the same and of later steps.
-    """
-    history: list[Path] = []
-    for path in checkpoints_in(folder):
-        if not history or step_of(path) < step_of(history[-1]):
-            history.append(path)
-    return history
-
-
-def keep_newest(folder: Path, count: int, generation: int, *, best: int | None = None) -> None:
-    """Delete all but the newest `count` checkpoints and that of step `best`, and a killed writer's leavings.
-
-    What owners after `generation` wrote stays.
-    """
-    history = history_of(folder)
-    kept = [*history[:count], *(path for path in history if step_of(path) == best)]
-    for path in checkpoints_in(folder):
-        if path not in kept and generation_of(path) <= generation:
-            _delete(path, path.name)
-    clear_unfinished(folder, generation)
-
-
-def clear_unfinished(folder: Path, generation: int) -> None:
-    """Remove what killed writers left below `folder`, if they were no later owners than `generation`."""
-    for match in matches(folder, r"\..*\.tmp"):
-        path, of = folder / match[0], re.fullmatch(rf"\.({CHECKPOINT})(\.deleted)?\.tmp", match[0])
-        if of is None:
-            clear(path)
-        elif int(of[3]) <= generation:
-            _delete(path, of[1])
-
-
-def _delete(path: Path, name: str) -> None:
-    """Under another name: a kill leaves no half of it, and who still writes there writes to nothing."""
-    doomed = path.with_name(f".{name}.deleted.tmp")
-    if path != doomed:
-        clear(doomed)
-        with suppress(FileNotFoundError):
-            path.rename(doomed)
-    clear(doomed)
+    return split(trained.state_dict())[0]
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -21,10 +21,9 @@ Hidden = dict[str, dict[str, Any]]
 class HiddenState:
     """Compares a task with what it was at its start."""
 
-    def __init__(self, task: Any, *, with_rates: bool = False) -> None:
-        """At its start; `with_rates`: learning rates are state, and do not follow from the step."""
+    def __init__(self, task: Any) -> None:
+        """At its start."""
         self._task = task
-        self._of_step = ("params",) if with_rates else ("params", "lr")
         self._first = {place: _as_text(value) for place, value in self._values()}
         self._said: set[tuple[str, str]] = set()
 
@@ -46,7 +45,7 @@ class HiddenState:
                 continue
             values = owner if isinstance(owner, dict) else vars(owner)
             for name, value in values.items():
-                if not (isinstance(owner, nn.Module) and name.startswith("_")) and name not in self._of_step:
+                if not (isinstance(owner, nn.Module) and name.startswith("_")) and name != "params":
                     yield (owner_name, name), value
 
     def _say(self, owner: str, name: str, value: object) -> None:

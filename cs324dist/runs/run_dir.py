@@ -9,16 +9,11 @@ owners/           the processes that ran it, and in what environment; see `lease
 """
 
 import errno
-import itertools
-import json
-import math
-import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from io import FileIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,8 +21,10 @@ from pydantic import StringConstraints
 
 from cs324dist.config import Config, conflicts, from_json
 from cs324dist.errors import UserError, printable, warn
-from cs324dist.runs.checkpoints import (
-    Number,
+from cs324dist.runs.checkpoints import Number, unwritable, verify_checkpoint
+from cs324dist.runs.environment import Environment
+from cs324dist.runs.files import clear, clear_temporaries, read_record, write_record
+from cs324dist.runs.history import (
     checkpoint_name,
     checkpoints_in,
     clear_unfinished,
@@ -35,11 +32,9 @@ from cs324dist.runs.checkpoints import (
     history_of,
     keep_newest,
     step_of,
-    verify_checkpoint,
 )
-from cs324dist.runs.environment import Environment
-from cs324dist.runs.files import clear, clear_temporaries, content_of, read_record, replaced, write_record
 from cs324dist.runs.lease import Lease, generations, owner_of
+from cs324dist.runs.metrics_file import MetricsFile
 
 OnMain = Callable[[Callable[[], None]], None]
 State = Literal["running", "stopped", "finished", "failed"]
@@ -88,19 +83,15 @@ class Status:
     why: str = ""
 
 
-class RunDir:
+class RunDir(MetricsFile):
     """The files of one run; only the process that owns it writes them."""
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.path = path
         self._lease: Lease | None = None
         self._is_new = self._started = False
         self._read_only: UserError | None = None  # a finished run can still say that it is
-        self._metrics: FileIO | None = None
-        self._metrics_lines = 0
-        self._size = 0  # of the metrics that are surely on the disk
-        self._unsynced = b""  # the lines after those
-        self._written = 0  # how much of them is in the file
         self._damaged: dict[Path, UserError] = {}
 
     def __str__(self) -> str:
@@ -112,11 +103,13 @@ class RunDir:
         Raises:
             UserError: it is something else.
         """
-        if self.check_holds(task) and (lines := conflicts(config, self.read_config(type(config)))):
-            raise UserError(*lines)
+        if record := self.record_of(task):
+            stored = from_json(type(config), record.config, f"{self.path / 'config.json'}")
+            if lines := conflicts(config, stored):
+                raise UserError(*lines)
 
-    def check_holds(self, task: str) -> bool:
-        """Whether the folder holds a run of `task`; if not, it is new or empty.
+    def record_of(self, task: str) -> RunRecord | None:
+        """What is known of the run of `task` that the folder holds; None: it is new or empty.
 
         Raises:
             UserError: it is something else.
@@ -128,11 +121,11 @@ class RunDir:
         if not self.exists:  # looked at after the names: another process may start it in between
             if self.path.is_file() or any(not re.fullmatch(LEFTOVERS, name) for name in found - FOLDERS):
                 raise UserError(f"{self} is not a run folder: give an empty or a new one")
-            return False
+            return None
         record = self.read_record()
         if record.task != task:
             raise UserError(f"{self} holds a run of {record.task!r:.99}: give another folder")
-        return True
+        return record
 
     @contextmanager
     def claimed(self, check: Callable[[], None], on_main: OnMain) -> Iterator[None]:
@@ -172,7 +165,7 @@ class RunDir:
             clear_temporaries(self.path / "samples", "", self.generation)
             clear_unfinished(self.checkpoints, self.generation)
         except OSError as error:
-            self._read_only = self.unwritable(error)
+            self._read_only = unwritable(self.path, error)
             if error.errno != errno.EROFS or not self._is_finished():
                 raise self._read_only from None
 
@@ -219,7 +212,7 @@ class RunDir:
                     from_step=step, lost_steps=lost, environment=environment, config=record.config
                 )
         except OSError as error:
-            raise self.unwritable(error) from None
+            raise unwritable(self.path, error) from None
         self.write_status("running", step)
 
     def latest_environment(self) -> Environment | None:
@@ -230,10 +223,6 @@ class RunDir:
         """
         owners = (owner_of(self.path, number) for number in reversed(generations(self.path / "owners")))
         return next((owner.environment for owner in owners if owner and owner.environment), None)
-
-    def unwritable(self, error: OSError) -> UserError:
-        """What to say of an error before the first step."""
-        return UserError(f"{self} cannot be written to ({error.strerror}): give another folder")
 
     @property
     def exists(self) -> bool:
@@ -327,94 +316,6 @@ class RunDir:
         values = {step: value for step, value in rows if step in saved and value is not None}
         return (min if smallest else max)(values, key=values.__getitem__, default=None)
 
-    def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a line; `step` is the number of completed steps. Values that are not finite become null.
-
-        Raises:
-            OSError: it cannot be written; it will be, together with the next.
-        """
-        row = {"step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
-        self._unsynced += json.dumps(row, allow_nan=False).encode() + b"\n"
-        self._metrics_lines += 1
-        self.write_metrics()
-
-    def write_metrics(self, *, sync: bool = False) -> int:
-        """Write the lines that are not yet written, with `sync` to the disk itself.
-
-        Returns:
-            How many lines there are.
-
-        Raises:
-            OSError: it cannot be done; no part of a line is left behind, and the next call tries again.
-        """
-        self.check_owned()
-        if self._metrics is not None:
-            try:
-                _append(self._metrics, self._unsynced[self._written :])
-                self._written = len(self._unsynced)
-                if sync:
-                    self._written = 0  # if it fails, nobody knows what is on the disk
-                    os.fsync(self._metrics.fileno())
-                    self._size, self._unsynced = self._size + len(self._unsynced), b""
-            except OSError:
-                self._metrics.truncate(self._size + self._written)
-                raise
-        return self._metrics_lines
-
-    def read_metrics(self) -> Iterator[dict[str, Any]]:
-        """The rows so far; lines that are none, such as one that is just being written, are skipped."""
-        return (row for _, row in self._lines_of_metrics() if row is not None)
-
-    def read_evaluations(self, until: int) -> list[dict[str, float]]:
-        """The metrics of the evaluations after at most `until` steps."""
-        rows = (row for row in self.read_metrics() if row["step"] <= until)
-        named = (
-            {k.removeprefix("eval/"): v for k, v in row.items() if k.startswith("eval/")} for row in rows
-        )
-        return [{k: math.nan if v is None else v for k, v in row.items()} for row in named if row]
-
-    def has_evaluation(self, step: int, lines: int) -> bool:
-        """Whether the evaluation after `step` is among the first lines; if not, it was cut off.
-
-        Raises:
-            UserError: one of the lines is damaged.
-        """
-        found = False
-        for number, (_, row) in enumerate(itertools.islice(self._lines_of_metrics(), lines), 1):
-            if row is None:
-                raise UserError(
-                    f"{self}/metrics.jsonl: line {number} is damaged: mend or delete it, "
-                    f"then run the same command again"
-                )
-            names = row.keys() - {"step"}  # none: an evaluation that measured nothing
-            found |= row["step"] == step and (not names or any(name.startswith("eval/") for name in names))
-        return found
-
-    def _lines_of_metrics(self) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-        """The whole lines, and what they say."""
-        with suppress(UserError):
-            *lines, _ = content_of(self.path / "metrics.jsonl").split(b"\n")
-            yield from ((line + b"\n", _row(line)) for line in lines)
-
-    def _rewind(self, step: int, metrics_lines: int) -> int:
-        """Drop the metrics past the checkpoint of `step`; returns how many steps had been logged past it."""
-        last, kept = step, 0
-        if self._metrics is not None:
-            self._metrics.close()
-        # A new file, which stays open: an earlier owner that still runs writes to the one that it has open.
-        with replaced(self.path / "metrics.jsonl", self) as temporary:
-            self._metrics = FileIO(temporary, "a")
-            for number, (line, row) in enumerate(self._lines_of_metrics()):
-                last = max(last, row["step"] if row else 0)
-                if number < metrics_lines and row and row["step"] <= step:
-                    _append(self._metrics, line)
-                    kept += 1
-        if kept < metrics_lines:
-            warn(f"{self}/metrics.jsonl lacks {metrics_lines - kept} lines up to step {step}")
-        self._size = os.fstat(self._metrics.fileno()).st_size
-        self._metrics_lines, self._unsynced, self._written = kept, b"", 0
-        return last - step
-
     def newest(self) -> Path | None:
         """The newest checkpoint, valid or not."""
         return next(iter(checkpoints_in(self.checkpoints)), None)
@@ -457,21 +358,3 @@ class RunDir:
             path.rename(aside)
             warn(f"{error}; moved to {aside}, going back to the one before")
         self._damaged = {}
-
-
-def _append(file: FileIO, data: bytes) -> None:
-    if file.write(data) < len(data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    well_formed = (
-        isinstance(row, dict)
-        and type(row.get("step")) is int
-        and all(value is None or type(value) in (int, float) for value in row.values())
-    )
-    return row if well_formed else None

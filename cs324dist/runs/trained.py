@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cs324dist.errors import UserError
-from cs324dist.runs.checkpoints import TRAINER, WEIGHTS, checkpoints_in, verify_checkpoint
+from cs324dist.runs.checkpoints import TRAINER, WEIGHTS, verify_checkpoint
+from cs324dist.runs.history import checkpoints_in
 from cs324dist.runs.models import Model, load_model
 from cs324dist.runs.run_dir import RunDir
 

@@ -36,8 +36,9 @@ from starts import STOPPED, Action, Command, Operation, Start, prepare_to_fork
 
 from cs324dist.distributed.stop import StopRequest
 from cs324dist.errors import UserError
-from cs324dist.runs.checkpoints import checkpoints_in, verify_checkpoint
+from cs324dist.runs.checkpoints import verify_checkpoint
 from cs324dist.runs.environment import environment
+from cs324dist.runs.history import checkpoints_in
 from cs324dist.runs.run_dir import RunDir
 
 REPOSITORY = Path(__file__).parents[2]

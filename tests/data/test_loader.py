@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 from cs324dist import MicroBatch, ShuffledEpochs, UserError, loader
 from cs324dist.data.streams import CPU
 from cs324dist.distributed.parts import Parts
-from cs324dist.runs.checkpoints import step_of
+from cs324dist.runs.history import step_of
 
 LOADING = ("tests/data/loading.py", "--checkpoint-every", "5")
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from cs324dist.data.streams import CPU, Stream
 from cs324dist.distributed.batch_norm import freeze_cancelled_biases, span_the_batch
 from cs324dist.distributed.belongings import PartBelongings
-from cs324dist.distributed.gradients import ExactGradients
+from cs324dist.distributed.exact import ExactGradients
 from cs324dist.distributed.parts import Parts
 from cs324dist.errors import UserError
 

@@ -9,7 +9,7 @@ from ranks import Rank, as_ranks
 from torch import Tensor, nn
 
 from cs324dist.data.streams import MicroBatch, seeded
-from cs324dist.distributed.gradients import ExactGradients
+from cs324dist.distributed.exact import ExactGradients
 
 COUNT, SIZE = 4, 3
 Loss = Callable[[nn.ModuleDict, MicroBatch], Any]

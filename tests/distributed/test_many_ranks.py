@@ -11,7 +11,7 @@ from ranks import Rank, as_ranks
 from torch import nn
 
 from cs324dist.data.streams import Stream, seeded
-from cs324dist.distributed.gradients import ExactGradients
+from cs324dist.distributed.exact import ExactGradients
 from cs324dist.distributed.stop import StopRequest
 
 COUNT, SAMPLES = 64, 128  # micro-batches of two samples each

@@ -14,8 +14,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from cs324dist import Config, MicroBatch, Task
 from cs324dist.data.streams import CPU, seed_everything
+from cs324dist.distributed import exact
 from cs324dist.distributed.belongings import Unchanged
-from cs324dist.distributed.gradients import ExactGradients
+from cs324dist.distributed.exact import ExactGradients
 from cs324dist.errors import UserError
 from cs324dist.trainer import Trainer
 
@@ -106,13 +107,14 @@ class Normalised(nn.Module):
 def no_check(*_: Any) -> None: ...
 
 
-def only_forget(self: ExactGradients, parameters: list[nn.Parameter]) -> None:
+def only_forget(names: list[str], parameters: list[nn.Parameter], given: object) -> None:
     for parameter in parameters:
         parameter.grad = None
 
 
 CHANGES = "the loss changes net.{} in its forward pass, once for each part of the batch"
-BEFORE, AFTER = (ExactGradients, "_check_before", only_forget), (ExactGradients, "_check_after", no_check)
+BEFORE = (exact, "refuse_gradients_of_others", only_forget)
+AFTER = (exact, "refuse_gradients_of_the_loss", no_check)
 RATES, SCHEDULE = (Trainer, "_set_rates", no_check), (Trainer, "_check_schedule", no_check)
 HIDDEN = (Unchanged, "check", no_check)  # the result would depend on the number of processes
 REFUSED = {

@@ -9,7 +9,7 @@ import torch
 from launched import newest_checkpoint
 from paths import assert_same_path, command, weights_in
 
-from cs324dist.runs.checkpoints import step_of
+from cs324dist.runs.history import step_of
 
 BEFORE, AFTER = 10, 20  # steps
 EVERY = {"steps": BEFORE + AFTER, "checkpoint_every": BEFORE}

@@ -32,8 +32,8 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream  # noqa: E402
 from cs324dist.distributed import parts  # noqa: E402
 from cs324dist.distributed.process import start_accelerator  # noqa: E402
-from cs324dist.run import restore  # noqa: E402
 from cs324dist.runs import checkpoints, models, optimizers  # noqa: E402
+from cs324dist.runs.checkpoints import read_checkpoint  # noqa: E402
 from cs324dist.runs.environment import environment  # noqa: E402
 from cs324dist.runs.hidden_state import HiddenState  # noqa: E402
 from cs324dist.tasks import find_task  # noqa: E402
@@ -238,7 +238,7 @@ def run(case):
                 task.evaluate(trainer.sum_over())
             checkpoint = Path(scratch) / "2"
             checkpoints.write_checkpoint(checkpoint, task, checkpoints.TrainerState(2))
-            restore(checkpoint, task, HiddenState(task), accelerator)
+            read_checkpoint(checkpoint, task, HiddenState(task), accelerator.scaler)
             trainer.step(2, is_logged=True)
             return [*waits, *dict.fromkeys(host.wrong)]
         except Exception as error:

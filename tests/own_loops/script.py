@@ -55,7 +55,7 @@ def exactly() -> None:
         batches = accelerator.prepare(batches)
     batches = loader(batches, 0, "train")
     kind = torch.optim.Adam if VARIANT == "other optimizer" else torch.optim.AdamW
-    optimizer = kind(model.parameters(), 1e-2)
+    optimizer = kind(model.parameters(), 0.5 if VARIANT == "other rate" else 1e-2)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [10, 20])
     if VARIANT == "prepared scheduler":
         scheduler = accelerator.prepare(scheduler)

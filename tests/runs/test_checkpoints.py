@@ -16,12 +16,11 @@ from cs324dist.errors import RunFailed, UserError
 from cs324dist.runs.checkpoints import (
     TrainerState,
     check_names,
-    checkpoints_in,
-    keep_newest,
     read_checkpoint,
     verify_checkpoint,
     write_checkpoint,
 )
+from cs324dist.runs.history import checkpoints_in, keep_newest
 from cs324dist.runs.optimizers import optimizer_tensors, with_full_state
 from cs324dist.tasks.lstm.networks import RNN
 

@@ -16,7 +16,6 @@ from cs324dist.config import Config
 from cs324dist.data.streams import MicroBatch
 from cs324dist.errors import UserError
 from cs324dist.loop import TaskRun
-from cs324dist.run import restore
 from cs324dist.runs.checkpoints import TrainerState, read_checkpoint, write_checkpoint
 from cs324dist.runs.hidden_state import HiddenState
 from cs324dist.tasks.base import Metrics, Task, Updater
@@ -163,7 +162,7 @@ def test_a_run_is_plain_torch_from_its_first_step_and_across_a_restart(build, tm
         write_checkpoint(tmp_path / "3", task, TrainerState(3, hidden=run.hidden.changed()))
 
     task, trainer = start(build)
-    restore(tmp_path / "3", task, HiddenState(task), trainer.accelerator)
+    read_checkpoint(tmp_path / "3", task, HiddenState(task), trainer.accelerator.scaler)
     for step in range(3, 7):
         trainer.step(step, is_logged=False)
     assert bits(task.networks) == plain_torch(build, 7)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from cluster import Cluster, wait_until
 
-from cs324dist.runs.checkpoints import checkpoints_in
 from cs324dist.runs.files import read_json
+from cs324dist.runs.history import checkpoints_in
 from cs324dist.runs.run_dir import RunDir
 
 REPOSITORY = Path(__file__).parents[2]

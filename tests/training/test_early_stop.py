@@ -6,7 +6,7 @@ import pytest
 from chaos import content_of
 from launched import Launched, metrics, newest_checkpoint, status
 
-from cs324dist.runs.checkpoints import step_of
+from cs324dist.runs.history import step_of
 
 STOPPING = ("tests/training/stopping.py",)
 

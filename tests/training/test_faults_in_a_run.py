@@ -10,7 +10,8 @@ import pytest
 from launched import Launched, status
 from safetensors.torch import load_file
 
-from cs324dist.runs.checkpoints import step_of, verify_checkpoint
+from cs324dist.runs.checkpoints import verify_checkpoint
+from cs324dist.runs.history import step_of
 
 pytestmark = pytest.mark.slow  # real processes, signals and faults: minutes
 

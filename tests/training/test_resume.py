@@ -9,7 +9,7 @@ import pytest
 from chaos import TASKS, content_of
 from launched import Launched, files_of, metrics, newest_checkpoint, status
 
-from cs324dist.runs.checkpoints import step_of
+from cs324dist.runs.history import step_of
 
 LSTM = ("launch/lstm.py", "--length", "10", "--steps", "60", "--log-every", "1", "--evaluate-every", "20",
         "--checkpoint-every", "20", "--learning-rate", "1e-2", "--wandb", "disabled")  # fmt: skip

@@ -19,7 +19,7 @@ from launched import (
     wait_until,
 )
 
-from cs324dist.runs.checkpoints import step_of
+from cs324dist.runs.history import step_of
 
 pytestmark = pytest.mark.slow  # real processes, signals and faults: minutes
 

@@ -1,0 +1,332 @@
+"""What every run does: own its folder, go on from a checkpoint, log, save, compare, and stop."""
+
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from cs324dist.data.streams import seed_everything
+from cs324dist.distributed.checks import LOOK_FOR, differences, gather_objects, held
+from cs324dist.distributed.exact import exact_of
+from cs324dist.distributed.failures import ProcessLost, translate_errors
+from cs324dist.distributed.process import compare_environments, compiled_by, on_main_process
+from cs324dist.distributed.stop import Stopped, StopRequest
+from cs324dist.errors import ReportedError, RunFailed, UserError, say, warn
+from cs324dist.metrics import as_numbers
+from cs324dist.runs.checkpoints import (
+    Trained,
+    TrainerState,
+    check_names,
+    check_that_it_can_be_saved,
+    difference,
+    layout,
+    read_checkpoint,
+    write_checkpoint,
+)
+from cs324dist.runs.environment import environment
+from cs324dist.runs.hidden_state import HiddenState
+from cs324dist.runs.lease import Superseded
+from cs324dist.runs.run_dir import RunDir, RunRecord
+from cs324dist.trackers import Trackers
+
+RunT = TypeVar("RunT", bound="BaseRun")
+
+
+class BaseRun:
+    """A folder that owns the state of a training loop; see `Run`, and for a task `TaskRun`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        trained: Trained,
+        accelerator: Accelerator,
+        config: Mapping[str, Any],
+        *,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        keep_last: int,
+        keep_best: str,
+        wandb: str,
+        tensorboard: bool,
+        peer_timeout: int,
+    ) -> None:
+        check_names(trained.networks)
+        self.dir, self.trained, self.accelerator = RunDir(folder), trained, accelerator
+        self.keep_last, self.keep_best, self.peer_timeout = keep_last, keep_best, peer_timeout
+        self.exact = exact_of(trained.networks.values())
+        self.step = 0
+        """Steps that have been completed."""
+        self.is_over = False
+        """Whether the loop has ended before its last step."""
+        self._config, self._seed = dict(config), seed
+        self._trackers_of_run = partial(
+            Trackers,
+            self.dir,
+            accelerator,
+            config=self._config,
+            batch_size=batch_size,
+            wandb=wandb,
+            tensorboard=tensorboard,
+        )
+        self._on_main = partial(on_main_process, accelerator)
+        self._how = accelerator.num_processes, accelerator.mixed_precision, compiled_by(accelerator)
+        self._session: Any = None
+        self._is_started = self._in_step = self._save_asked = self._stop_asked = False
+        self._until = self._metrics_lines = 0
+
+    def __enter__(self: RunT) -> RunT:
+        self._session = self._opened()
+        self._session.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        session, self._session = self._session, None
+        return session.__exit__(kind, error, trace)
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        compare_environments(environment(*self._how, commit=False), exact=self.exact is not None)
+        with (
+            StopRequest(self.accelerator.num_processes, self.peer_timeout) as self._stop,
+            ExitStack() as self._stack,
+            self.dir.claimed(self._check_fits, self._on_main),
+        ):
+            if self._seed is None:
+                self._seed = torch.initial_seed()
+            self.hidden = HiddenState(self.trained)
+            self._restore()
+            with self._ending_recorded(), translate_errors(self.peer_timeout):
+                yield
+                if self._in_step:  # a `break`
+                    self.step, self._in_step, self.is_over = self.completed, False, True
+                    self._write()
+                if self._is_started:
+                    self._say(f"{self.dir}: finished after {self._on_main(self._finish)} steps")
+
+    def _check_fits(self) -> None:
+        """Check that the folder is new, or holds this run.
+
+        Raises:
+            UserError: it holds something else.
+        """
+        raise NotImplementedError
+
+    def _record(self) -> RunRecord:
+        """What `config.json` is to hold."""
+        raise NotImplementedError
+
+    def _for_more(self, until: int) -> str:
+        """What to say to somebody who starts a finished run again."""
+        raise NotImplementedError
+
+    def _restore(self) -> None:
+        """Read the newest valid checkpoint, if there is one.
+
+        Raises:
+            UserError: no checkpoint is valid, or it is of other networks, or metrics before it are damaged.
+        """
+        self._layout = layout(self.trained)
+        newest = self._on_main(self.dir.newest_checkpoint)
+        if newest is None:
+            self._on_main(lambda: check_that_it_can_be_saved(self.dir.scratch, self.trained))
+            self.compare()
+            return
+        state = read_checkpoint(newest, self.trained, self.hidden, self.accelerator.scaler)
+        self.step, self._metrics_lines, self.is_over = state.step, state.metrics_lines, state.is_over
+
+    def steps(self, until: int, save_every: int) -> Iterator[int]:
+        """The steps that are left, counted from 0: for each, the loop's body takes it.
+
+        Generators of torch, numpy and random are seeded before each from what they were seeded with, and the
+        step. At the end of a step, a checkpoint is written where one is due.
+
+        Args:
+            until: steps in total.
+            save_every: steps between checkpoints; the last step is always saved.
+
+        Raises:
+            UserError: outside of `with`, or `save_every` is not positive.
+            RunFailed: processes differ, or a weight is not finite.
+        """
+        if self._session is None or save_every < 1:
+            raise UserError("steps belongs inside `with run`, with a save_every of at least 1")
+        assert self._seed is not None, "set by `with`"
+        if self.step >= until or self.is_over:
+            if self._is_started:
+                return
+            self._on_main(lambda: self.dir.finish(self.step, self.keep_last, self.keep_best))
+            self._say(f"{self.dir} is finished, {self.step} steps: {self._for_more(until)}")
+            return
+        self._start(until)
+        first = self.step
+        while self.step < until and not self.is_over:
+            seed_everything(self._seed, f"step {self.step}", self.accelerator.device)
+            self._in_step = True
+            yield self.step
+            self._in_step = False
+            self.step += 1
+            if self.step == first + 1:
+                self.compare()
+            stopping = self._stop.agreed() or self._stop_asked
+            if stopping or self._save_asked or self.step % save_every == 0 or self.step == until:
+                self._write()
+            if stopping and (self._stop_asked or self.step < until):
+                self._end_stopped()
+
+    def _start(self, until: int) -> None:
+        """Write down what is about to run, and listen to signals; `steps` does it."""
+        if self._is_started:
+            return
+        self._until = until
+        self._stop.listen()
+        processes, precision, _ = self._how
+        self._on_main(
+            lambda: self.dir.start(
+                self._record(),
+                environment(*self._how),
+                self.step,
+                self._metrics_lines,
+                is_exact=self.exact is not None,
+            )
+        )
+        self._is_started = True
+        self._say(
+            f"{self.dir}: {'continuing from' if self.step else 'starting at'} step {self.step} of {until}, "
+            f"processes: {processes}, device: {self.accelerator.device.type}, "
+            f"precision: {'float32' if precision == 'no' else precision}"
+        )
+        self.trackers = self._stack.enter_context(self._trackers_of_run(start=self.step, until=until))
+
+    @property
+    def completed(self) -> int:
+        """The steps that are completed, with the one that the loop's body takes."""
+        return self.step + self._in_step
+
+    def log(self, metrics: Mapping[str, float | Tensor] | None = None, /, **more: float | Tensor) -> None:
+        """Log what this step has measured: in the terminal, in `metrics.jsonl`, to other trackers.
+
+        The main process writes what it is given; every process may call it. To read a tensor waits for the
+        device.
+
+        Raises:
+            UserError: no step is being taken, or something is no number.
+        """
+        if not self._is_started:
+            raise UserError("log was called before the first step: call it in the loop over run.steps(…)")
+        if self.accelerator.is_main_process:
+            values = as_numbers({**(metrics or {}), **more})
+            self.trackers.log_step(self.completed, values)
+
+    def save(self) -> None:
+        """Have a checkpoint written at the end of this step, too."""
+        self._save_asked = True
+
+    def _end_stopped(self) -> None:
+        why = "a signal asked for it"
+        self._on_main(lambda: self.dir.write_status("stopped", self.dir.newest_step(), why))
+        self._say(f"{self.dir}: stopped after {self.step} steps; run the same command to go on")
+        raise Stopped
+
+    def compare(self, found: Mapping[str, Any] | None = None) -> None:
+        """Check that all processes have found the same; by default that they hold the same.
+
+        Without `ExactGradients`, buffers come from the first process before, as in torch's DDP.
+
+        Raises:
+            RunFailed: naming what differs, and the ranks.
+        """
+        if self.accelerator.num_processes == 1:
+            return
+        if found is None:
+            found = held(self.trained, buffers_from_first=self.exact is None)
+        where = f"at the end of step {self.completed}"
+        if lines := differences(gather_objects(found, where), with_values=False):
+            raise RunFailed(
+                f"after step {self.completed}, {lines[0]} ({len(lines)} of {len(found)} differ): {LOOK_FOR}"
+            )
+
+    def _write(self) -> None:
+        """Write a checkpoint: every process enters, the main process writes, all wait.
+
+        Raises:
+            RunFailed: something is not finite, or it is the last checkpoint and cannot be written.
+        """
+        with self.trackers.paused():
+            self.compare()
+            self._on_main(self._write_on_main)
+        self._save_asked = False
+
+    def _write_on_main(self) -> None:
+        scaler = self.accelerator.scaler
+        if line := difference(self._layout, layout(self.trained)):
+            raise RunFailed(f"after step {self.completed}, {line}; {self._last_good()}")
+        try:
+            state = TrainerState(
+                step=self.completed,
+                processes=self.accelerator.num_processes,
+                loss_scale=scaler.state_dict() if scaler is not None and scaler.is_enabled() else {},
+                metrics_lines=self.dir.write_metrics(sync=True),
+                hidden=self.hidden.changed(),
+                is_over=self.is_over,
+            )
+            write_checkpoint(self.dir.checkpoint(self.completed), self.trained, state, self.dir)
+        except OSError as error:
+            text = f"no checkpoint of step {self.completed}: {error.strerror}; {self._last_good()}"
+            if self.is_over or self.completed >= self._until:
+                raise RunFailed(f"{text}; make room, then run the same command again") from None
+            warn(text)
+        except RunFailed as failure:
+            raise self._diverged(str(failure)) from None
+        else:
+            self.dir.write_status("running", self.completed)
+            self.dir.keep_newest(self.keep_last, self.keep_best)
+
+    def _diverged(self, what: str) -> RunFailed:
+        """The error for values that are not finite."""
+        return RunFailed(
+            f"{what}; {self._last_good()}",
+            "for another outcome, lower the learning rate in a new run folder",
+        )
+
+    def _last_good(self) -> str:
+        """What to say of the newest checkpoint."""
+        newest = self.dir.newest()
+        return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+
+    @contextmanager
+    def _ending_recorded(self) -> Iterator[None]:
+        """Write to `status.json` how the run failed, if it does."""
+        try:
+            yield
+        except (Superseded, Stopped):
+            raise
+        except BaseException as error:
+            with suppress(ValueError):  # not the main thread
+                # torch's handler raises once more for a worker that has died, wherever this process is then.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            # A signal to stop all, which others obeyed sooner; not the launcher's, that follows a failure.
+            stopped = self._stop.received_before_the_last_vote and isinstance(error, ProcessLost)
+            if self._is_started and self.accelerator.is_main_process:
+                why = str(error) if isinstance(error, ReportedError) else f"{type(error).__name__}: {error}"
+                self.dir.write_status("stopped" if stopped else "failed", self.dir.newest_step(), why)
+            if stopped:
+                raise Stopped from error
+            raise
+
+    def _finish(self) -> int:
+        self.dir.write_status("finished", steps := self.dir.newest_step())
+        return steps
+
+    def _say(self, text: str) -> None:
+        """Print a line, on the main process."""
+        if self.accelerator.is_main_process:
+            say(text)

@@ -1,0 +1,84 @@
+"""What exact gradients refuse: the work of others on the same networks, which would be lost or come twice."""
+
+from collections.abc import Mapping, Sequence
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from cs324dist.errors import UserError
+
+Given = Mapping[Tensor, tuple[Tensor, int]]
+"""By parameter: the gradient that it was given last, and the parameter's version then."""
+
+
+def refuse_what_is_prepared(
+    accelerator: Accelerator, network: nn.Module | None = None, *, is_known: bool = False
+) -> None:
+    """Refuse what Accelerate would reduce, share out or step by itself.
+
+    Raises:
+        UserError: naming it.
+    """
+    models, loaders, schedulers = (
+        getattr(accelerator, name, ()) for name in ("_models", "_dataloaders", "_schedulers")
+    )
+    if network is not None and not is_known and any(network is model for model in models):
+        raise UserError(
+            f"{type(network).__name__} went through accelerator.prepare, which would add gradients with "
+            f"DDP: give it to ExactGradients.prepare only"
+        )
+    if schedulers:
+        raise UserError(
+            "accelerator.prepare was given a scheduler, which it would step once for each process: leave "
+            "the scheduler as it is, and call its step() once a step"
+        )
+    if loaders:
+        raise UserError(
+            "accelerator.prepare was given a DataLoader, of which each process would see a share: give "
+            "it to cs324dist.loader, and take loader.batch(part) in the loss"
+        )
+
+
+def refuse_gradients_of_others(names: Sequence[str], parameters: Sequence[Tensor], given: Given) -> None:
+    """Refuse, before gradients are made, those that would be lost; clear those that were used.
+
+    Raises:
+        UserError: naming the parameter.
+    """
+    unused = []
+    for name, parameter in zip(names, parameters, strict=True):
+        gradient, version = given.get(parameter, (None, 0))
+        if parameter.grad is not None and parameter.grad is not gradient:
+            raise UserError(
+                f"{name} has a gradient before the update, which would be lost: leave backward() to the "
+                f"update, and set .grad to None after a step of your own"
+            )
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise UserError(
+                f"{name} has a post-accumulate hook, which would see the gradient of a part: change the "
+                f"gradient by register_hook, or after the update"
+            )
+        if parameter.grad is not None:
+            unused.append((name, parameter.grad, parameter._version == version))
+        parameter.grad = None
+    # An optimizer of other networks leaves some unchanged, and a rate of zero all.
+    if unused and all(same for *_, same in unused) and any(gradient.any() for _, gradient, _ in unused):
+        raise UserError(
+            f"the last gradient of {unused[0][0]} was used by no optimizer, and would be lost: "
+            f"add up losses in one function, or set .grad to None (zero_grad)"
+        )
+
+
+def refuse_gradients_of_the_loss(
+    names: Sequence[str], parameters: Sequence[Tensor], found: Sequence[Tensor | None]
+) -> None:
+    """Refuse a loss that leaves gradients itself, and gradients that cannot be added in slices.
+
+    Raises:
+        UserError: naming the parameter.
+    """
+    for name, parameter, gradient in zip(names, parameters, found, strict=True):
+        if parameter.grad is not None:
+            raise UserError(f"the loss calls backward(), which leaves a gradient in {name}: return the loss")
+        if gradient is not None and gradient.is_sparse:
+            raise UserError(f"the gradient of {name} is sparse: give its embedding sparse=False")
