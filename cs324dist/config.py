@@ -25,13 +25,6 @@ class Marker(enum.Enum):
     POSITIONAL = "stands on the command line without a name"
 
 
-@dataclass(frozen=True)
-class ForOlderRuns:
-    """The value of an option in runs that were made before there was this option."""
-
-    value: Any
-
-
 POSITIONAL = Marker.POSITIONAL
 MUTABLE = Marker.MUTABLE
 """For an option's annotation: it may have another value when a run is continued."""
@@ -195,16 +188,10 @@ def from_json(record_type: type[Record], content: Any, source: str) -> Record:
             f"{source} has format {printable(content.get('format'))}, this version reads format {supported}: "
             f"use the version that wrote it, or give another folder"
         )
-    older = {
-        name: marker.value
-        for name, of_field in markers(record_type).items()
-        for marker in of_field
-        if isinstance(marker, ForOlderRuns)
-    }
     if unknown := sorted(content.keys() - hints.keys()):
         raise UserError(f"{source}: {printable(unknown[0])} is unknown: it is damaged, or of a newer version")
     try:
-        return _adapter(record_type).validate_json(json.dumps({**older, **content}), strict=True)
+        return _adapter(record_type).validate_json(json.dumps(content), strict=True)
     except ValidationError as invalid:
         if invalid.errors()[0]["type"] == "json_invalid":  # nested too deeply, or half of a surrogate pair
             raise UserError(f"{source} is damaged, or not a file of this project") from None

@@ -1,7 +1,6 @@
 """One step of a task: backward passes, reduction, clipping and learning rates."""
 
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 
 from cs324dist.data.streams import MicroBatch
 from cs324dist.distributed.belongings import buffers_kept
+from cs324dist.distributed.checks import gather_objects
 from cs324dist.distributed.exact import ExactGradients
 from cs324dist.distributed.gradients import DDPGradients
 from cs324dist.distributed.parts import add_in_order, gather_rows
@@ -183,36 +183,25 @@ class Trainer:
         return torch.full((), value, dtype=torch.float64, device=device)  # a copy would wait for the device
 
     def read_metrics(self) -> dict[str, float]:
-        """The metrics of the last step, averaged over its micro-batches; waits for the device."""
-        names = sorted(self._metrics)
-        self._check_that_all_have(names)
-        if not names:
-            return {}
-        rows = {
-            i: torch.stack([part for name in names for part in self._metrics[name][i]])
-            for i in self.parts.of()
-        }
-        sums = dict(zip(names, self.sum(rows).view(-1, 2).tolist(), strict=True))
-        # One that no sample has counted in is left out.
-        return {name: sums[name][0] / sums[name][1] for name in self._metrics if sums[name][1]}
-
-    def _check_that_all_have(self, names: Sequence[str]) -> None:
-        """Check that the losses of all parts have given metrics of these names.
+        """The metrics of the last step, averaged over its micro-batches; waits for the device.
 
         Raises:
-            UserError: they have not.
+            UserError: the losses of some micro-batches give other metrics than those of others.
         """
+        names = sorted(self._metrics)
         own = set(self.parts.of())
         alike = all(self._metrics[name].keys() >= own for name in names)
-        if self.accelerator.num_processes > 1:
-            digest = zlib.crc32("\0".join(names).encode()) & 0xFFFF if alike else -1
-            rows = dict.fromkeys(own, self._number(float(digest)).view(1))
-            alike = self.sum(rows).item() == digest * self.parts.count >= 0
-        if not alike:
+        if any(found != (names, True) for found in gather_objects((names, alike), "where metrics are read")):
             raise UserError(
                 "the losses of some micro-batches give other metrics than those of others: always give all; "
                 "one without samples is a pair of zeros, (sum, weight)"
             )
+        if not names:
+            return {}
+        rows = {i: torch.stack([part for name in names for part in self._metrics[name][i]]) for i in own}
+        sums = dict(zip(names, self.sum(rows).view(-1, 2).tolist(), strict=True))
+        # One that no sample has counted in is left out.
+        return {name: sums[name][0] / sums[name][1] for name in self._metrics if sums[name][1]}
 
     def sum_over(self, until_stopped: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter) -> SumOver:
         """For evaluations; see `SumOver`."""

@@ -6,7 +6,7 @@ import math
 import re
 import runpy
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -17,10 +17,8 @@ from hypothesis import strategies as st
 
 from cs324dist.command_line import from_command_line, parse
 from cs324dist.config import (
-    MUTABLE,
     Config,
     Count,
-    ForOlderRuns,
     Fraction,
     Positive,
     as_json,
@@ -246,54 +244,6 @@ class TestRecords:
         with pytest.raises(UserError) as caught:
             from_json(Mixed, {**as_json(Mixed()), **change}, "config.json")
         assert caught.value.lines == (f"config.json: {line}",)
-
-
-class TestAnOptionAddedLater:
-    @dataclass(frozen=True)
-    class Newer(Config):
-        """An older run knows none of these."""
-
-        plain: int = 3
-        """A default that changes nothing."""
-
-        better: Annotated[float, ForOlderRuns(0.0)] = 0.5
-        """A default that would train an older run differently."""
-
-        free: Annotated[str, ForOlderRuns("none"), MUTABLE] = "all"
-        """May change."""
-
-        made: list[int] = field(default_factory=list)
-        """A default that is made anew."""
-
-    def older(self, **stored: object) -> "TestAnOptionAddedLater.Newer":
-        return from_json(self.Newer, {**as_json(Config()), **stored}, "config.json")
-
-    def test_the_run_has_the_value_declared_for_it_or_else_the_default(self):
-        run = self.older()
-        assert (run.plain, run.better, run.free, run.made) == (3, 0.0, "none", [])
-
-    def test_the_run_is_continued_with_its_own_value_and_no_other(self):
-        assert conflicts(self.Newer(better=0.0), self.older()) == []
-        (line,) = conflicts(self.Newer(), self.older())
-        assert line.startswith("--better 0.5 differs from the run's 0.0: ")
-
-    def test_a_gan_from_before_labels_were_used_continues_without_them(self):
-        content = as_json(PRESETS["gan"]["fast"])
-        del content["label_weight"]
-        older = from_json(type(PRESETS["gan"]["fast"]), content, "config.json")
-        assert conflicts(replace(PRESETS["gan"]["fast"], label_weight=0.0), older) == []
-        (line,) = conflicts(PRESETS["gan"]["fast"], older)
-        assert line.startswith("--label-weight 0.05 differs from the run's 0.0: ")
-
-    def test_what_has_no_default_is_missed(self):
-        @dataclass(frozen=True)
-        class Needed:
-            steps: int
-            why: Annotated[str, ForOlderRuns("unknown")]
-
-        with pytest.raises(UserError, match=r"^status.json: steps is missing$"):
-            from_json(Needed, {}, "status.json")
-        assert from_json(Needed, {"steps": 1}, "status.json") == Needed(1, "unknown")
 
 
 def another(task: str, name: str) -> Any:

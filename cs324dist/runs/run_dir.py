@@ -8,7 +8,6 @@ checkpoints/      see `checkpoints`
 owners/           the processes that ran it, and in what environment; see `lease`
 """
 
-import errno
 import re
 import secrets
 from collections.abc import Callable, Iterator
@@ -91,7 +90,6 @@ class RunDir(MetricsFile):
         self.path = path
         self._lease: Lease | None = None
         self._is_new = self._started = False
-        self._read_only: UserError | None = None  # a finished run can still say that it is
         self._damaged: dict[Path, UserError] = {}
 
     def __str__(self) -> str:
@@ -159,15 +157,13 @@ class RunDir(MetricsFile):
             self.path.mkdir(parents=True, exist_ok=True)
             newest = self.newest()
             self._lease = Lease(self.path, after=generation_of(newest) if newest else 0)
-            # An earlier owner that sleeps between its check and its rename has nothing to rename any more.
+            # So that an earlier owner that was paused cannot rename one.
             for name in ("config.json", "status.json", "metrics.jsonl"):
                 clear_temporaries(self.path, name, self.generation)
             clear_temporaries(self.path / "samples", "", self.generation)
             clear_unfinished(self.checkpoints, self.generation)
         except OSError as error:
-            self._read_only = unwritable(self.path, error)
-            if error.errno != errno.EROFS or not self._is_finished():
-                raise self._read_only from None
+            raise unwritable(self.path, error) from None
 
     def start(
         self,
@@ -183,8 +179,6 @@ class RunDir(MetricsFile):
         Raises:
             UserError: the folder cannot be written to.
         """
-        if self._read_only:
-            raise self._read_only
         self.check_owned()
         self._started = True
         before = self.latest_environment()

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cs324dist.config import MUTABLE, Config, Count, ForOlderRuns, Fraction, Positive
+from cs324dist.config import MUTABLE, Config, Count, Fraction, Positive
 from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream, seeded
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.pictures import grid
@@ -68,7 +68,7 @@ class GANConfig(Config):
     """Decay per step of the averaged generator that samples are drawn from (smaller in the first steps);
     0: no average is kept."""
 
-    label_weight: Annotated[float, Interval(ge=0, le=1e9), ForOlderRuns(0.0)] = 0.05
+    label_weight: Annotated[float, Interval(ge=0, le=1e9)] = 0.05
     """Weight of the images' labels: the discriminator learns them, and the generator learns to make
     images of a clear class. 0: labels are not used."""
 
