@@ -9,8 +9,8 @@ from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 
-from cs324dist import run
-from cs324dist.runs import checkpoints, files, lease, run_dir
+from cs324dist import base_run
+from cs324dist.runs import checkpoints, files, lease, metrics_file
 from cs324dist.runs.run_dir import RunDir
 
 
@@ -43,7 +43,7 @@ def checkpoints_written_in_place() -> None:
         files.clear(folder)
         checkpoints._write_files(folder, trained, state)
 
-    run.write_checkpoint = write
+    base_run.write_checkpoint = write
 
 
 def checkpoints_deleted_in_place() -> None:
@@ -74,7 +74,7 @@ def metrics_not_cut() -> None:
 
 
 def half_lines_stay() -> None:
-    run_dir.FileIO = type("FileIO", (FileIO,), {"truncate": lambda *_: None})
+    metrics_file.FileIO = type("FileIO", (FileIO,), {"truncate": lambda *_: None})
 
 
 def no_check_of_owners() -> None:

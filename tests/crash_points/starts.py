@@ -18,7 +18,7 @@ from typing import IO
 from accelerate.state import AcceleratorState
 
 import cs324dist
-from cs324dist import run
+from cs324dist import base_run
 from cs324dist.runs import lease
 from cs324dist.tasks.lstm import palindromes
 
@@ -153,8 +153,8 @@ def prepare_to_fork(commands: Sequence[Command], folder: Path) -> None:
     palindromes.DIGITS_AT_ONCE = 2000  # an evaluation of two parts, which can be interrupted
     sleep = time.sleep
     time.sleep = lambda seconds: sleep(min(seconds, 0.001))
-    known = run.environment()  # asks git three times
-    run.environment = lambda processes, precision, compiled, commit=True: replace(
+    known = base_run.environment()  # asks git three times
+    base_run.environment = lambda processes, precision, compiled, commit=True: replace(
         known, processes=processes, precision=precision, compiled=compiled
     )
     for command in commands:
