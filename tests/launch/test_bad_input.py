@@ -43,6 +43,13 @@ def test_a_run_folder_whose_name_no_file_of_a_run_could_say(launch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_name_that_would_colour_the_terminal(launch, tmp_path):
+    run = tmp_path / "\x1b[31mred\n"
+    assert_refused(
+        launch("launch/audit.py", run, check=False), f"{tmp_path}/[31mred is not a run folder … give"
+    )
+
+
 def test_a_run_folder_of_other_settings_keeps_every_byte(launch, lstm_run):
     before = content_of(lstm_run)
     changed = ("--length", "6", "--hidden-size", "16", "--steps", "1", "--log-every", "1")
