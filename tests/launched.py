@@ -31,20 +31,12 @@ LAUNCHERS = {
 }
 
 
-def wait_for_line(process: "subprocess.Popen[str]", beginning: str) -> str:
-    """Read what a process says until a line with this beginning; returns all of it."""
-    said = ""
-    for line in process.stderr:
-        said += line
-        if line.startswith(beginning):
-            return said
-    raise AssertionError(f"it ended without the line {beginning!r}:\n{said}")
-
-
 class Launched:
     """A started command with `--run-dir`; leaving the context ends what is left of it."""
 
-    def __init__(self, command, run: Path, environment: dict[str, str], launcher: str = "python") -> None:
+    def __init__(
+        self, command, run: Path, environment: dict[str, str], launcher: str = "python", **options: object
+    ) -> None:
         self.run, self.said = run, ""
         self._lines: Queue[str | None] = Queue()
         self.process = subprocess.Popen(
@@ -53,6 +45,7 @@ class Launched:
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
+            **options,
         )
         self.send_signal = self.process.send_signal
         self._reader = Thread(target=self._read)

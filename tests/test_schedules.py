@@ -1,20 +1,14 @@
 """Learning rates over the steps: those of torch's schedulers, and what the trainer makes of them."""
 
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from cs324dist.config import Config
-from cs324dist.data.streams import MicroBatch
 from cs324dist.schedules import SCHEDULES, learning_rate_factor
-from cs324dist.tasks.base import Metrics, Task
-from cs324dist.trainer import Trainer
 
 
 def factors(schedule: str, steps: int, warmup_steps: int = 0) -> list[float]:
@@ -63,43 +57,3 @@ def test_every_step_trains_and_only_the_warm_up_rises(schedule, steps, warmup):
     assert rising == sorted(set(rising))
     assert falling == sorted(falling, reverse=True)
     assert not falling or falling[0] == 1
-
-
-class Falling(Task[Config]):
-    """A weight whose gradient is 1: it falls by the learning rate at each step."""
-
-    name = "falling"
-    presets = {"default": Config()}  # noqa: RUF012
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        super().__init__(config, device)
-        self.weights = torch.nn.ModuleDict(
-            {name: torch.nn.Linear(1, 1, bias=False) for name in ("fast", "slow")}
-        )
-        for weight in self.weights.values():
-            torch.nn.init.zeros_(weight.weight)
-        self.networks = dict(self.weights)
-        self.optimizers = {
-            "both": [
-                torch.optim.SGD(self.weights["fast"].parameters(), lr=1.0),
-                torch.optim.SGD(self.weights["slow"].parameters(), lr=0.125),
-            ]
-        }
-
-    def loss(self, batch: MicroBatch) -> tuple[torch.Tensor, Metrics]:
-        ones = torch.ones(1, 1)
-        loss = sum(weight(ones).mean() for weight in self.weights.values())
-        return loss, {"loss": loss}
-
-
-def test_the_trainer_takes_each_optimizers_own_rate_times_the_factor_of_the_step():
-    config = replace(Config(), schedule="linear", steps=4, warmup_steps=0, batch_size=1)
-    task = Falling(config, torch.device("cpu"))
-    trainer = Trainer(task, Accelerator(cpu=True))
-    fallen, slowly = [], []
-    for step in (0, 1, 2, 3):
-        trainer.step(step, is_logged=False)
-        fallen.append(-task.weights["fast"].weight.item())
-        slowly.append(-task.weights["slow"].weight.item())
-    assert fallen == [1.0, 1.75, 2.25, 2.5]
-    assert slowly == [value / 8 for value in fallen]

@@ -10,7 +10,7 @@ from io import FileIO
 from pathlib import Path
 
 from cs324dist import base_run
-from cs324dist.runs import checkpoints, files, lease, run_dir
+from cs324dist.runs import checkpoints, files, lease, metrics_file
 from cs324dist.runs.run_dir import RunDir
 
 
@@ -74,7 +74,7 @@ def metrics_not_cut() -> None:
 
 
 def half_lines_stay() -> None:
-    run_dir.FileIO = type("FileIO", (FileIO,), {"truncate": lambda *_: None})
+    metrics_file.FileIO = type("FileIO", (FileIO,), {"truncate": lambda *_: None})
 
 
 def no_check_of_owners() -> None:

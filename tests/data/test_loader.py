@@ -1,7 +1,6 @@
 """Data from workers: the same whoever loads it, exact in the middle of an epoch, and stopped in order."""
 
 import os
-import random
 import signal
 
 import numpy as np
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from launched import Launched, files_of, newest_checkpoint, status
 from loading import Rows
 from ranks import as_ranks
-from torch.utils.data import IterableDataset, TensorDataset, default_collate
+from torch.utils.data import IterableDataset, TensorDataset
 
 from cs324dist import MicroBatch, ShuffledEpochs, UserError, loader
 from cs324dist.data.streams import CPU
@@ -110,26 +109,6 @@ class TestSamples:
         assert found[0][:, 0].tolist() == [4, 4, 19]
         assert torch.equal(found[0], found[1])
         assert torch.equal(found[0][0], found[0][1])
-
-
-def masked(samples):
-    """As for a masked language model: it draws."""
-    rows, labels = default_collate(samples)
-    noise = [torch.rand(rows.shape), torch.from_numpy(np.random.random(rows.shape)), random.random()]
-    return rows + noise[0] + noise[1] + noise[2], labels
-
-
-def test_collate_draws_the_same_wherever_a_part_is_loaded():
-    loads = [loader(Rows(), 3, "rows", workers=workers, collate=masked) for workers in (0, 1)]
-    found = [[loading.batch(MicroBatch(step, 8))[0] for step in (7, 8)] for loading in loads]
-    for loading in loads:
-        loading.batch(MicroBatch(2, 8))
-        found.append([loading.batch(MicroBatch(step, 8))[0] for step in (7, 8)])
-    for other in found[1:]:
-        assert all(map(torch.equal, found[0], other))
-    before = torch.get_rng_state()
-    loads[0].items(torch.arange(3))
-    assert torch.equal(before, torch.get_rng_state())
 
 
 class Table:

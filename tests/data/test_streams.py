@@ -56,23 +56,6 @@ class TestStream:
         whole = draws(stream, torch.arange(100))
         assert equal(draws(stream, chosen), [numbers[chosen] for numbers in whole])
 
-    @given(st.integers(1, 99), st.integers(1, 99))
-    @settings(deadline=None, max_examples=25)
-    def test_more_components_leave_the_first_ones_alone(self, few: int, more: int) -> None:
-        stream, indices = Stream(0, "x"), torch.arange(5)
-        assert torch.equal(stream.normals(indices, few), stream.normals(indices, few + more)[:, :few])
-        assert torch.equal(stream.signs(indices, few), stream.signs(indices, few + more)[:, :few])
-
-    def test_another_seed_or_name_is_another_stream(self) -> None:
-        streams = [Stream(seed, name) for seed in (0, 1, 10) for name in ("", "0", "0/", "a", "b")]
-        first = torch.tensor([0])
-        for drawn in (
-            [stream.normals(first, 2) for stream in streams],
-            [stream.integers(first, 20, below=10) for stream in streams],
-            [stream.signs(first, 64) for stream in streams],
-        ):
-            assert len({tuple(numbers[0].tolist()) for numbers in drawn}) == len(streams)
-
     def test_numbers_come_in_the_default_dtype(
         self, set_default_dtype: Callable[[torch.dtype], None]
     ) -> None:
@@ -104,15 +87,6 @@ class TestShuffledEpochs:
         items = torch.cat([shuffle.items(part) for part in parts(step, batch, count)])
         expected = [one_by_one(shuffle, index) for index in range(step * batch, (step + 1) * batch)]
         assert items.tolist() == expected
-
-    def test_epochs_seeds_and_names_differ(self) -> None:
-        orders = [
-            ShuffledEpochs(seed, name, 20).items(MicroBatch(epoch, 20))
-            for seed in (0, 1)
-            for name in ("a", "b")
-            for epoch in (0, 1, 2)
-        ]
-        assert len({tuple(order.tolist()) for order in orders}) == len(orders)
 
     def test_what_a_caller_does_to_its_items_does_not_reach_the_next_caller(self) -> None:
         shuffle, batch = ShuffledEpochs(0, "x", 10), MicroBatch(0, 10)

@@ -160,32 +160,6 @@ class TestErrors:
         assert time.monotonic() - began < 10
         wake.set()
 
-    @pytest.mark.parametrize("processes", [1, 2, 5])
-    @pytest.mark.parametrize(
-        ("of_one", "said"),
-        [
-            ([], "to first in the forward pass (meeting 1), part 3 to its end (meeting 1)"),
-            ([0], "to second in the forward pass (meeting 2), part 3 to its end (meeting 2)"),
-            (
-                [1, 0],
-                "to first in the forward pass (meeting 1), part 3 to second in the forward pass (meeting 1)",
-            ),
-            ([0, 1, 1], "to its end (meeting 3), part 3 to second in the forward pass (meeting 3)"),
-        ],
-    )
-    def test_parts_that_come_to_different_meetings_are_one_error(self, processes, of_one, said):
-        def work(index: int) -> None:
-            for layer in of_one if index == 3 else [0, 1]:
-                meet(layer)
-
-        def refused(rank: Rank) -> str:
-            with pytest.raises(UserError) as raised:
-                all_of(spanned(), work)
-            return str(raised.value)
-
-        found = as_ranks(processes, refused)
-        assert len(set(found)) == 1
-        assert f"part 0 of the batch came {said}" in found[0]
 
     def test_on_a_gpu_the_end_tells_what_was_different_before(self, monkeypatch):
         """There, headers are looked at when all have ended."""

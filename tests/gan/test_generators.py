@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import cs324dist
 from cs324dist.errors import UserError
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
 from cs324dist.runs.files import write_record
@@ -16,7 +15,7 @@ from cs324dist.runs.trained import load_network
 from cs324dist.tasks.gan import interpolation, sampling
 from cs324dist.tasks.gan.images import load_images, to_unit_range
 from cs324dist.tasks.gan.networks import Generator
-from cs324dist.tasks.gan.sampling import latents, load_generator, surest
+from cs324dist.tasks.gan.sampling import latents, surest
 from cs324dist.tasks.lstm.networks import LSTM
 
 
@@ -101,30 +100,6 @@ def empty_run(path: Path, task: str, **config: object) -> RunDir:
     path.mkdir(exist_ok=True)
     write_record(path / "config.json", RunRecord(task, f"launch/{task}.py", config, {}))
     return RunDir(path)
-
-
-class TestLoadGenerator:
-    @staticmethod
-    def run(path: Path) -> tuple[RunDir, Generator, Generator]:
-        """A run whose newest checkpoint, of two, holds these raw and averaged generators."""
-        torch.manual_seed(0)
-        raw, averaged = Generator(7), Generator(7)
-        run = empty_run(path, "gan")
-        write(run.checkpoint(900), 900, generator=Generator(7))
-        write(run.checkpoint(1000), 1000, generator=raw, generator_ema=averaged)
-        return run, raw, averaged
-
-    def test_the_newest_averaged_generator_is_read_ready_to_draw(self, tmp_path: Path) -> None:
-        run, raw, averaged = self.run(tmp_path)
-        z = torch.ones(1, 7)
-        for path in (run.path, str(run.path), run.checkpoint(1000)):
-            assert torch.equal(load_generator(path)(z), averaged.eval()(z))
-        assert torch.equal(load_generator(run.path, weights="raw")(z), raw.eval()(z))
-        assert torch.equal(cs324dist.load_generator(run.path, "raw")(z), raw(z))
-        assert torch.equal(cs324dist.load_network(run.path, "generator", Generator)(z), raw(z))
-        without_average = load_generator(run.checkpoint(900))
-        assert not without_average.training
-        assert not torch.equal(without_average(z), raw(z))
 
 
 def test_only_a_generator_of_digits_walks_from_a_4_to_a_1(four_or_one: Stub) -> None:

@@ -37,51 +37,36 @@ def assert_refused(done: Done, *expected: str) -> None:
         assert all(part in line for part in rest), line
 
 
-def test_a_run_folder_whose_name_no_file_of_a_run_could_say(launch, tmp_path):
-    done = launch(*TINY, "--run-dir", f"{tmp_path}/\udcff", check=False)
-    assert_refused(done, f"{tmp_path}/ is not UTF-8 … give another name")
-    assert not list(tmp_path.iterdir())
+LSTM, SAMPLE = " ".join(TINY), "launch/sample.py grid"
+REFUSED = {  # RUN is a run of the LSTM, HERE a folder with a file
+    f"{LSTM} --run-dir HERE/\udcff": ["HERE/ is not UTF-8 … give another name"],
+    "launch/audit.py HERE/\x1b[31mred\n": ["HERE/[31mred is not a run folder … give"],
+    f"{LSTM} --length 6 --hidden-size 16 --steps 1 --log-every 1 --run-dir RUN": [
+        "--length 6 … run's 4", "--hidden-size 16 … run's 8", "--steps 1 … run's 2"],
+    "launch/gan.py --dataset fake --run-dir RUN": ["RUN holds a run of 'lstm'"],
+    f"{LSTM} --run-dir HERE": ["HERE is not a run folder … give an empty or a new"],
+    f"{LSTM} --run-dir HERE/mine/run": ["HERE/mine/run cannot be written to … Not a directory"],
+    f"{SAMPLE} HERE/absent --out HERE/grid.png": ["HERE/absent is neither a run nor a … give a run folder"],
+    f"{SAMPLE} RUN --out HERE/grid.png": ["RUN/checkpoints/000000002-1 holds no generator … give a run of"],
+    f"{SAMPLE} RUN --out HERE": ["HERE is a folder: give the name of a file"],
+    "launch/report.py RUN --out HERE": ["HERE is a folder: give the name of a file"],
+}  # fmt: skip
 
 
-def test_a_run_folder_of_other_settings_keeps_every_byte(launch, lstm_run):
-    before = content_of(lstm_run)
-    changed = ("--length", "6", "--hidden-size", "16", "--steps", "1", "--log-every", "1")
-    assert_refused(
-        launch(*TINY, *changed, "--run-dir", lstm_run, check=False),
-        "--length 6 … run's 4",
-        "--hidden-size 16 … run's 8",
-        "--steps 1 … run's 2",
-    )
-    assert content_of(lstm_run) == before
+@pytest.mark.parametrize(("command", "said"), REFUSED.items(), ids=range(len(REFUSED)))
+def test_it_is_refused_and_every_byte_is_kept(launch, lstm_run, tmp_path, command, said):
+    def placed(word: str) -> str:
+        return word.replace("RUN", str(lstm_run)).replace("HERE", str(tmp_path))
 
-
-def test_a_run_folder_of_another_task_keeps_every_byte(launch, lstm_run):
-    before = content_of(lstm_run)
-    done = launch("launch/gan.py", "--dataset", "fake", "--run-dir", lstm_run, check=False)
-    assert_refused(done, f"{lstm_run} holds a run of 'lstm'")
-    assert content_of(lstm_run) == before
-
-
-def test_a_run_folder_that_holds_something_else_keeps_it(launch, tmp_path):
-    (tmp_path / "thesis.tex").write_text("mine")
-    done = launch(*TINY, "--run-dir", tmp_path, check=False)
-    assert_refused(done, f"{tmp_path} is not a run folder … give an empty or a new")
-    assert content_of(tmp_path) == {"thesis.tex": b"mine"}
-
-
-def test_a_run_folder_where_nothing_can_be_written(launch, tmp_path):
-    (tmp_path / "file").write_text("mine")  # not permissions: root may write anywhere
-    run = tmp_path / "file" / "run"
-    assert_refused(
-        launch(*TINY, "--run-dir", run, check=False),
-        f"{run} cannot be written to … Not a directory",
-    )
-    assert content_of(tmp_path) == {"file": b"mine"}
+    (tmp_path / "mine").write_text("mine")
+    before = content_of(lstm_run), content_of(tmp_path)
+    done = launch(*map(placed, command.split(" ")), check=False)
+    assert_refused(done, *map(placed, said))
+    assert (content_of(lstm_run), content_of(tmp_path)) == before
 
 
 def test_a_truncated_file_of_the_data_set_is_named_before_a_run_begins(launch, tmp_path, mnist_root):
     name, raw = "t10k-images-idx3-ubyte", tmp_path / "data" / "MNIST" / "raw"
-    raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for path in (mnist_root / "MNIST" / "raw").iterdir():
         if path.name == name:
@@ -107,27 +92,6 @@ def test_a_batch_that_two_processes_cannot_share_is_refused_once(launch, tmp_pat
     assert "error: --batch-size 63 is not divisible by the number of processes, 2: give a" in done.stderr
     assert "cs324dist/" not in done.stderr  # torchrun's traceback has no frame of ours
     assert not run.exists()
-
-
-def test_sampling_from_a_run_that_is_not_there(launch, tmp_path):
-    out = tmp_path / "grid.png"
-    done = launch("launch/sample.py", "grid", tmp_path / "absent", "--out", out, check=False)
-    assert_refused(done, f"{tmp_path / 'absent'} is neither a run nor a checkpoint … give a run folder")
-    assert not out.exists()
-
-
-def test_sampling_from_a_run_of_the_lstm(launch, lstm_run, tmp_path):
-    out = tmp_path / "grid.png"
-    done = launch("launch/sample.py", "grid", lstm_run, "--out", out, check=False)
-    assert_refused(done, f"{lstm_run}/checkpoints/000000002-1 holds no generator … give a run of a task")
-    assert not out.exists()
-
-
-@pytest.mark.parametrize("script", ["sample", "report"])
-def test_a_result_cannot_take_the_place_of_a_folder(launch, lstm_run, tmp_path, script):
-    arguments = ("grid", lstm_run) if script == "sample" else (lstm_run,)
-    done = launch(f"launch/{script}.py", *arguments, "--out", tmp_path, check=False)
-    assert_refused(done, f"{tmp_path} is a folder: give the name of a file")
 
 
 def test_two_commands_for_one_new_folder(launch, lstm_run, tmp_path):

@@ -1,9 +1,7 @@
-import math
 from typing import Any
 
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from cs324dist.tasks.lstm.networks import LSTM, RNN
@@ -29,24 +27,6 @@ def torch_s(model: LSTM) -> nn.LSTM:
     weights = {"weight_ih_l0": model.W_x, "weight_hh_l0": model.W_h, "bias_ih_l0": model.b}
     theirs.load_state_dict(weights | {"bias_hh_l0": torch.zeros_like(model.b)})
     return theirs
-
-
-@pytest.mark.parametrize("model", [LSTM, RNN])
-class TestDigits:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_they_are_read_as_vectors_with_a_one_at_the_digit(
-        self, model: type[LSTM | RNN], dtype: torch.dtype
-    ) -> None:
-        digits = torch.tensor([[3, 1], [0, 4], [9, 1]], dtype=torch.uint8)
-        vectors = [[[float(place == digit) for place in range(10)] for digit in row] for row in digits]
-        network = model(10, 5).to(dtype)
-        assert torch.equal(network(digits), network(torch.tensor(vectors, dtype=dtype)))
-
-    def test_of_one_component_they_are_read_as_they_are(self, model: type[LSTM | RNN]) -> None:
-        digits = torch.tensor([[3, 1], [0, 4], [9, 1]], dtype=torch.uint8)
-        numbers = torch.tensor([[[3.0], [1.0]], [[0.0], [4.0]], [[9.0], [1.0]]])
-        network = model(1, 5)
-        assert torch.equal(network(digits), network(numbers))
 
 
 class TestLSTM:
@@ -112,49 +92,6 @@ class TestLSTM:
         taken.clear()
         monkeypatch.setattr(model, "scan", lambda x: (taken.append(len(x)), scan(x))[1])
         assert (model(x).equal(whole), taken) == (True, [20])
-
-    def test_a_gate_s_weights_are_views(self) -> None:
-        model = lstm(2, 3, "fused")
-        with torch.no_grad():
-            for number, name in enumerate("gifo"):
-                for part, shape in zip(model.gate(name), [(3, 2), (3, 3), (3,)], strict=True):
-                    assert part.shape == shape
-                    part.fill_(number)
-        for stacked in (model.W_x, model.W_h, model.b):
-            counts = [int((stacked == number).sum()) for number in range(4)]
-            assert counts == [stacked.numel() // 4] * 4
-
-
-class TestInitialisation:
-    @pytest.mark.parametrize("input_size", [1, 10])
-    def test_as_linear_draws_each_part_as_two_linear_layers_would(self, input_size: int) -> None:
-        torch.manual_seed(0)
-        model = LSTM(input_size, 128)
-        with torch.no_grad():
-            for tensor in model.parameters():
-                tensor.fill_(7)
-        model.initialise_as_linear()
-        for tensor, fan_in in ((model.W_x, input_size), (model.W_h, 128), (model.b, input_size)):
-            scaled = tensor.detach().flatten().double() * fan_in**0.5  # nn.Linear: uniform in ±1/sqrt(fan-in)
-            assert scaled.abs().max() <= 1 + 1e-6
-            assert stats.kstest(scaled.numpy(), "uniform", (-1, 2)).pvalue > 0.001
-
-    @pytest.mark.parametrize("length", [2, 50, 10_000])
-    def test_for_length_forgets_over_all_times_up_to_the_length(self, length: int) -> None:
-        torch.manual_seed(0)
-        model = LSTM(10, 128)
-        before = model.W_x.clone(), model.W_h.clone()
-        model.initialise_for_length(length)
-        biases = {name: model.gate(name)[2].detach() for name in "gifo"}
-        assert biases["f"].min() >= 0
-        assert biases["f"].max() <= math.log(length) + 1e-6
-        times = biases["f"].double().exp()
-        assert stats.kstest(times.numpy(), "uniform", (1, length - 1)).pvalue > 0.001
-        assert torch.equal(biases["i"], -biases["f"])
-        assert not biases["g"].any()
-        assert not biases["o"].any()
-        assert torch.equal(model.W_x, before[0])
-        assert torch.equal(model.W_h, before[1])
 
 
 def test_the_elman_network_is_torch_s_rnn_with_one_bias() -> None:

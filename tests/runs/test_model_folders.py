@@ -65,10 +65,6 @@ def interrupted(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
-def of_length_zero(path: Path) -> None:
-    os.truncate(path, 0)
-
-
 class MakesAFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -90,16 +86,9 @@ def absent(path: Path) -> None:
     [
         (lacking, "lacks 1 tensors, the first of them 'W_h'"),
         (with_one_more, "holds 1 tensors too many, the first of them 'W_c'"),
-        (
-            of_a_shape_that_broadcasts,
-            "'b' is torch.float32 of shape (1,), expected torch.",
-        ),
-        (
-            of_another_dtype,
-            "'output.bias' is torch.float64 of shape (5,), expected torch.float32",
-        ),
+        (of_a_shape_that_broadcasts, "'b' is torch.float32 of shape (1,), expected torch."),
+        (of_another_dtype, "'output.bias' is torch.float64 of shape (5,), expected torch.float32"),
         (interrupted, "cannot be read as safetensors"),
-        (of_length_zero, "cannot be read as safetensors"),
         (a_renamed_pickle, "cannot be read as safetensors"),
         (absent, "cannot be read: No such file"),
     ],

@@ -198,21 +198,6 @@ class Remembers(optim.SGD):
                 self.state[parameter]["remembered"] = self.remembered
 
 
-@pytest.mark.parametrize("value", [3, -0.1, 2**40])
-def test_numbers_in_a_state_come_back_as_numbers(tmp_path: Path, value: float):
-    def build(networks: Networks) -> Optimizers:
-        return {"rnn": Remembers(networks["rnn"].parameters(), value)}
-
-    task, trainer = start(build)
-    trainer.step(0, is_logged=False)
-    write_checkpoint(tmp_path / "1", task, TrainerState(1))
-    other, _ = start(build)
-    read_checkpoint(tmp_path / "1", other)
-    found = {state["remembered"] for state in other.optimizers["rnn"].state.values()}
-    assert found == {value}
-    assert {type(one) for one in found} == {type(value)}
-
-
 @pytest.mark.parametrize("value", ["warm", [torch.zeros(2)]], ids=["a word", "a list"])
 def test_what_else_is_in_a_state_is_refused_before_the_first_step(tmp_path, value):
     task, trainer = start(
@@ -223,26 +208,3 @@ def test_what_else_is_in_a_state_is_refused_before_the_first_step(tmp_path, valu
     (line,) = caught.value.lines
     assert line.startswith("the state of an optimizer holds rnn/rnn.input.weight/remembered = ")
     assert bits(task.networks) == bits(networks())
-
-
-def test_a_parameter_that_is_trained_later_has_its_state_back(tmp_path):
-    def build(networks: Networks) -> Optimizers:
-        networks["head"].requires_grad_(networks["head"].training)
-        return one_over_two_networks(networks)
-
-    def steps(task: Learner, trainer: Trainer, first: int, last: int) -> None:
-        for step in range(first, last):
-            task.networks["head"].requires_grad_(step >= 2)
-            trainer.step(step, is_logged=False)
-
-    task, trainer = start(build)
-    task.networks["head"].requires_grad_(False)
-    steps(task, trainer, 0, 4)
-    write_checkpoint(tmp_path / "4", task, TrainerState(4))
-    steps(task, trainer, 4, 6)
-
-    again, trainer = start(build)
-    again.networks["head"].requires_grad_(False)
-    read_checkpoint(tmp_path / "4", again, HiddenState(again), trainer.accelerator.scaler)
-    steps(again, trainer, 4, 6)
-    assert bits(again.networks) == bits(task.networks)

@@ -1,6 +1,9 @@
-"""The first mistakes of who writes a task: one line each, that says what to do."""
+"""The first mistakes of who writes or names a task: one line each, that says what to do."""
 
 import pytest
+
+from cs324dist.errors import UserError
+from cs324dist.tasks import find_task
 
 TASK = """
 from dataclasses import dataclass
@@ -95,3 +98,26 @@ def test_an_audit_by_the_files_name_finds_what_lies_beside_it(train, launch, tmp
     task = ("--task", f"{tmp_path}/own_task.py:Own")
     done = launch("launch/audit.py", tmp_path / "run", *task, "--from-start")
     assert done.stdout == "steps 0 to 2: equal to the last bit\n"
+
+
+NAMED = """
+from cs324dist import Config, Task
+class {name}(Task):
+    name = "{name}"
+    presets = {{"fast": Config()}}
+"""
+
+
+def test_a_file_with_one_task_needs_no_class(tmp_path):
+    file = tmp_path / "with_one.py"
+    file.write_text(NAMED.format(name="Mine") + "from cs324dist.tasks.lstm.task import LSTMTask\n")
+    assert find_task(str(file)).name == find_task(f"{file}:Mine").name == "Mine"
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_otherwise_one_line_says_how_many_there_are(tmp_path, count):
+    file = tmp_path / f"with_{count}.py"
+    file.write_text("".join(NAMED.format(name=f"Task{number}") for number in range(count)))
+    with pytest.raises(UserError) as refused:
+        find_task(str(file))
+    assert refused.value.lines == (f"{file} has {count} tasks: name one, {file}:CLASS",)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from cs324dist import trackers
+from cs324dist import base_run, trackers
 from cs324dist.errors import RunFailed, UserError
 from cs324dist.loop import main, run_task
 from cs324dist.runs.checkpoints import TrainerState

@@ -1,14 +1,38 @@
+"""What the GAN is measured by: a classifier of digits, what it says of many, and distances."""
+
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from ranks import Rank, on_ranks
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cs324dist.distributed.sum_over import SumOver
+from cs324dist.tasks.gan.classifier import DigitClassifier
+from cs324dist.tasks.gan.frechet import Moments, frechet_distance
 from cs324dist.tasks.gan.images import LabelledImages, load_images, to_unit_range
-from cs324dist.tasks.gan.statistics import DigitStatistics, digit_classifier
+from cs324dist.tasks.gan.statistics import WEIGHTS, DigitStatistics, digit_classifier
+
+
+def test_the_committed_weights_read_992_of_1000_test_digits(mnist_root: Path) -> None:
+    test = load_images("mnist", "test", mnist_root)
+    classifier, right = digit_classifier(torch.device("cpu")), 0
+    assert not classifier.training
+    with torch.no_grad():
+        for images, labels in zip(test.images.split(500), test.labels.split(500), strict=True):
+            logits = classifier(images[:, None].float() / 255 * 2 - 1)
+            right += int((logits.argmax(1) == labels).sum())
+    assert right >= 9920
+
+
+def test_the_committed_file_is_small_and_holds_just_the_classifier() -> None:
+    assert WEIGHTS.stat().st_size < 2_000_000
+    DigitClassifier().load_state_dict(load_file(WEIGHTS), strict=True)
+
 
 COUNT = 600  # two pieces
 
@@ -72,3 +96,51 @@ def test_they_are_compared_as_shares(digits: LabelledImages, whole: dict[str, Te
     assert found["sure"] == whole["sure"].item() / COUNT
     assert [found[f"share_of_{digit}"] for digit in range(10)] == (whole["counts"] / COUNT).tolist()
     assert half.compared_with(statistics)["frechet_distance"] > 1
+
+
+def features(count: int, width: int, seed: int) -> Tensor:
+    """Correlated, skewed, rectified like a classifier's."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=generator)
+    return (
+        torch.randn(count, width, generator=generator) @ mixing + torch.randn(width, generator=generator)
+    ).relu()
+
+
+def by_definition(a: np.ndarray, b: np.ndarray) -> float:
+    covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(covariance_a @ covariance_b).real
+    return float(
+        np.sum((a.mean(0) - b.mean(0)) ** 2)
+        + np.trace(covariance_a)
+        + np.trace(covariance_b)
+        - 2 * np.trace(root)
+    )
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return frechet_distance(Moments.of(a), Moments.of(b)).item()
+
+
+@pytest.mark.parametrize("width", [2, 16])
+def test_the_distance_is_the_definition_s_with_scipy_s_square_root(width: int) -> None:
+    a, b = features(300, width, seed=0), features(500, width, seed=1)
+    assert distance(a, b) == pytest.approx(by_definition(a.double().numpy(), b.double().numpy()), rel=1e-8)
+
+
+def test_equal_moments_are_at_no_distance_even_with_fewer_samples_than_features() -> None:
+    for count in (300, 10):
+        a = features(count, 16, seed=0)
+        scale = a.double().var(0).sum().item()
+        assert distance(a, a) == pytest.approx(0, abs=1e-6 * scale)
+        assert distance(a, a.flip(0)) == pytest.approx(0, abs=1e-6 * scale)
+
+
+def test_the_sums_of_parts_add_up_to_the_whole_s() -> None:
+    x = features(100, 5, seed=0)
+    parts = [Moments.of(part) for part in x.split([1, 0, 60, 39])]
+    whole = Moments.of(x)
+    for sums in ("count", "total", "outer"):
+        torch.testing.assert_close(sum(getattr(part, sums) for part in parts), getattr(whole, sums))
+    assert whole.count == 100
+    assert whole.outer.dtype == torch.float64
