@@ -1,10 +1,14 @@
-"""A signal sets a flag, and what follows from it, in one process; test_signals.py has the real runs."""
+"""A signal sets a flag, and what follows from it, in one process; test_signals.py has the real runs.
+
+Lost processes in real runs of two: the main thread of rank 0 waits in C for what never comes. So it does for
+NCCL, whose watchdog ends the process after its timeout (torch 2.13, ProcessGroupNCCL.hpp, ErrorHandlingMode).
+"""
 
 import os
 import signal
 
 import pytest
-from launched import wait_until
+from launched import Launched, status, wait_until
 
 from cs324dist.distributed import stop as module
 from cs324dist.distributed.stop import StopRequest
@@ -76,3 +80,32 @@ def test_signals_of_another_meaning_are_no_requests(monkeypatch):
             assert stop._signals == 1
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+FAULTY = ("launch/train.py", "tests/faulty.py:LSTM", "--length", "10", "--checkpoint-every", "1")
+
+
+@pytest.mark.parametrize(
+    ("rank_1", "said"),
+    [
+        ("SIGKILL", "another process of the run has ended: see what it said"),
+        ("SIGSTOP", "another process did not answer within 2 s (--peer-timeout): find out what holds it up"),
+        ("waits", "rank 1 kept others waiting for 2 s (--peer-timeout): find out what holds it up"),
+    ],
+)
+def test_a_process_ends_with_a_line_and_a_status_although_it_waits_in_c(
+    launch_environment, tmp_path, rank_1, said
+):
+    command = (*FAULTY, "--peer-timeout", "2", "--wandb", "disabled")
+    environment = {**launch_environment, "FAULT": f"waits in C: {rank_1}"}
+    with Launched(command, tmp_path / "run", environment, "torchrun with two") as launched:
+        launched.wait_for_line("error on rank 0")
+        last = launched.said.splitlines()[-1]
+        wait_until(lambda: "0" not in [worker.environ()["RANK"] for worker in launched.workers()])
+        for worker in launched.workers():  # for which the launcher waits half a minute
+            worker.kill()
+        assert launched.end() == 1
+    assert last.startswith(f"error on rank 0: {said}")
+    state = status(launched.run)
+    assert (state["state"], state["step"]) == ("failed", 2)
+    assert f"error on rank 0: {state['why']}" == last

@@ -107,3 +107,32 @@ def test_an_operation_without_a_deterministic_kernel_is_one_line():
         raise RuntimeError(said)  # as torch's alertNotDeterministic does
     (line,) = failed.value.lines
     assert line.startswith("kthvalue CUDA does not have a deterministic implementation on this device, and")
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        # torch 2.13: aten/src/ATen/cuda/CUDABlas.cpp, _cublasGetErrorEnum, and cudnn/Exceptions.h
+        (
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "out of memory: lower",
+        ),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "out of memory: lower the batch size"),
+        # NCCL: src/init.cc, ncclGetErrorString; torch: c10d/NCCLUtils.cpp, NCCLComm::getNcclComm
+        (
+            "NCCL error in: ProcessGroupNCCL.cpp:1, remote process exited or there was a network error, NCCL 2",
+            "another process of the run has ended",
+        ),
+        ("NCCL communicator was aborted on rank 1. ", "another process of the run has ended"),
+        (
+            "NCCL communicator was aborted on rank 1.  Original reason for failure was: Watchdog caught "
+            "collective operation timeout: WorkNCCL(SeqNum=1, OpType=ALLREDUCE)",
+            "another process did not answer within 1 s (--peer-timeout)",
+        ),
+    ],
+)
+def test_what_the_libraries_of_a_gpu_say_is_one_line(monkeypatch, said, line):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(RunFailed) as failed, translate_errors(peer_timeout=1):
+        raise RuntimeError(said)
+    assert failed.value.lines[0].startswith(line)
