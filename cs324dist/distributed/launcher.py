@@ -3,6 +3,9 @@
 import argparse
 import os
 import re
+import socket
+from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +115,33 @@ def nodes_used() -> int:
     """Machines that train together."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     return world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def choose_interface() -> None:
+    """Have gloo use the network interface that reaches the first node, unless one is chosen.
+
+    It would take the address of this node's name, which is 127.0.1.1 in many an /etc/hosts (pytorch #68726).
+    """
+    if nodes_used() == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    found = [(at.address, name) for name, all_of in psutil.net_if_addrs().items() for at in all_of]
+    ways = [
+        _address_towards(host) for host in (os.environ.get("MASTER_ADDR", "localhost"), "192.0.2.1")
+    ]  # anywhere else
+    ways += [address for address, _ in found if re.fullmatch(r"[\d.]+", address)]
+    usable = (way for way in ways if way in dict(found) and not ip_address(way).is_loopback)
+    if address := next(usable, None):
+        os.environ["GLOO_SOCKET_IFNAME"] = dict(found)[address]
+
+
+def _address_towards(host: str) -> str | None:
+    """The address from which this node would send to `host`; nothing is sent."""
+    with suppress(OSError):
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    return None
 
 
 def _check_slurm(world_size: int) -> None:

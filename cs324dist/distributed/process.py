@@ -29,6 +29,7 @@ from cs324dist.distributed.launcher import (
     check_environment,
     check_gpus,
     check_launcher,
+    choose_interface,
     nodes_used,
 )
 from cs324dist.errors import (
@@ -76,6 +77,7 @@ def start_accelerator(
         raise UserError("--mixed_precision fp16 would silently run as float32 on a CPU: give bf16, or no")
     # The vote to stop, over gloo, must time out first: when NCCL does, its watchdog aborts without a word.
     timeout = timedelta(seconds=peer_timeout + (60 if on_gpu else 0))
+    choose_interface()
     rejoin_after_restart("nccl" if on_gpu else "gloo", timeout)
     possible = ("bf16", "fp16") if on_gpu else ("bf16",)
     accelerator = Accelerator(

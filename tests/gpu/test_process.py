@@ -120,7 +120,7 @@ def test_an_operation_without_a_deterministic_kernel_is_one_line():
         ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "out of memory: lower the batch size"),
         # NCCL: src/init.cc, ncclGetErrorString; torch: c10d/NCCLUtils.cpp, NCCLComm::getNcclComm
         (
-            "NCCL error in: ProcessGroupNCCL.cpp:1, remote process exited or there was a network error, NCCL 2",
+            "NCCL error in: x.cpp:1, remote process exited or there was a network error, NCCL version 2",
             "another process of the run has ended",
         ),
         ("NCCL communicator was aborted on rank 1. ", "another process of the run has ended"),
