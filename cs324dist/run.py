@@ -28,17 +28,7 @@ from cs324dist.distributed.process import (
     on_main_process,
 )
 from cs324dist.distributed.stop import StopRequest
-from cs324dist.errors import (
-    EXIT_STOPPED,
-    ReportedError,
-    RunFailed,
-    UserError,
-    end_with,
-    exit_process,
-    printable,
-    say,
-    warn,
-)
+from cs324dist.errors import EXIT_STOPPED, ReportedError, RunFailed, UserError, end_with, printable, say, warn
 from cs324dist.runs.checkpoints import (
     Trained,
     TrainerState,
@@ -440,7 +430,7 @@ class Run:
     def _end_alone(self, error: ProcessLost) -> None:
         """End the process, in a thread, as the main one waits for a process that is lost."""
         if self._record_end(error):
-            exit_process(EXIT_STOPPED)
+            error.exit_code = EXIT_STOPPED
         end_with(error)
 
     def _finish(self) -> int:

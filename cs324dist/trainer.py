@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from cs324dist.data.streams import MicroBatch, seed_everything
 from cs324dist.distributed.gradients import DDPGradients, ExactGradients, buffers_kept
 from cs324dist.distributed.parts import add_in_order, gather_rows
-from cs324dist.distributed.process import compiled_by
+from cs324dist.distributed.process import compiled_by, full_float32
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import UserError
 from cs324dist.runs.optimizers import each, optimizers_of
@@ -228,7 +228,7 @@ class Trainer:
         try:
             for network in networks:
                 network.eval()
-            with torch.no_grad():
+            with torch.no_grad(), full_float32():
                 yield
         finally:
             for module, was_training in modules.items():  # a frozen part may stay in eval mode

@@ -39,6 +39,7 @@ PRESETS = {name: task.presets for name, task in TASKS.items()}
 MUTABLE_OPTIONS = {
     "check_every",
     "peer_timeout",
+    "precision",
     "preset",
     "run_dir",
     "steps",
@@ -54,7 +55,7 @@ MUTABLE_OPTIONS = {
     "kernel",
 }
 FIELDS = [(task, field.name) for task, presets in PRESETS.items() for field in fields(presets["fast"])]
-MOST_OPTIONS = 31
+MOST_OPTIONS = 32
 STEPS = "give a whole number, at least 1 and at most 1 000 000 000"
 LAUNCHER = "is an option of accelerate launch: give it before the name of the script"
 COMMANDS = {"sample.py": ["grid", "tensor", "interpolate"], "train.py": ["examples/mlp.py:MLPTask"]}
@@ -420,7 +421,12 @@ def another(task: str, name: str) -> Any:
         case Path():
             return Path("elsewhere")
         case None:
-            return {"run_dir": Path("elsewhere"), "max_grad_norm": 1.0, "micro_batches": 2}[name]
+            return {
+                "run_dir": Path("elsewhere"),
+                "max_grad_norm": 1.0,
+                "micro_batches": 2,
+                "precision": "no",
+            }[name]
     raise TypeError(value)
 
 
@@ -648,6 +654,7 @@ class TestHelp:
                     "--keep-last",
                     "--keep-best",
                     "--peer-timeout",
+                    "--precision",
                     "--wandb",
                     "--tensorboard",
                     "--dry-run",

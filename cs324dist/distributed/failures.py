@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -11,16 +11,6 @@ import torch.distributed as dist
 
 from cs324dist.errors import RunFailed
 
-NO_MEMORY = (
-    *("can't allocate memory", "out of memory", "bad allocation"),
-    *("cublas_status_alloc_failed", "cudnn_status_alloc_failed"),
-)
-LOADER_GONE = ("dataloader worker (pid",)
-UNUSED = ("expected to have finished reduction",)
-NOT_DETERMINISTIC = ("does not have a deterministic implementation",)
-PEER_SILENT = ("timed out", "timeout")
-PEER_GONE = ("connection closed by peer", "connection reset", "broken pipe", "connection refused",
-             "remote process exited", "nccl communicator was aborted")  # fmt: skip
 BETWEEN_MEETINGS = 1.0  # seconds
 TO_SAY_IT_ITSELF = 5.0  # seconds that the main thread has, which may have found the same
 
@@ -35,6 +25,45 @@ class ProcessLost(OneProcessFailed):
     """Another process of the run does not answer."""
 
 
+AGAIN = "then run the same command again"
+KNOWN: tuple[tuple[type[RunFailed], str, tuple[str, ...]], ...] = (
+    (
+        OneProcessFailed,
+        "out of memory: lower the batch size (--batch-size)",
+        ("can't allocate memory", "out of memory", "bad allocation", "_status_alloc_failed"),
+    ),
+    (
+        OneProcessFailed,
+        f"a worker that loads data was killed, perhaps as memory ran out: use fewer workers, {AGAIN}",
+        ("dataloader worker (pid",),
+    ),
+    (
+        RunFailed,
+        "on several processes, a loss has to use every parameter of its networks that is not frozen: "
+        "freeze the others with requires_grad_(False), or give --micro-batches",
+        ("expected to have finished reduction",),
+    ),
+    (
+        RunFailed,
+        "{said} on this device, and with micro-batches all operations need one: use another operation",
+        ("does not have a deterministic implementation",),
+    ),
+    (
+        ProcessLost,
+        "another process did not answer within {timeout} s (--peer-timeout): "
+        f"find out what holds it up, {AGAIN}",
+        ("timed out", "timeout"),
+    ),
+    (
+        ProcessLost,
+        "another process of the run has ended: see what it said",
+        ("connection closed by peer", "connection reset", "broken pipe", "connection refused",
+         "remote process exited", "nccl communicator was aborted"),
+    ),
+)  # fmt: skip
+"""What torch and its libraries say, in small letters, and how we say it."""
+
+
 @contextmanager
 def translate_errors(peer_timeout: int) -> Iterator[None]:
     """Turn errors of torch and the system into `RunFailed`: memory, disks, other processes.
@@ -45,47 +74,24 @@ def translate_errors(peer_timeout: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
-        text = str(error).lower()
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(text, NO_MEMORY):
-            raise OneProcessFailed("out of memory: lower the batch size (--batch-size)") from error
+        said = str(error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            said = "out of memory"
         if isinstance(error, OSError) and error.strerror:
             raise OneProcessFailed(f"{error.filename or 'a file'}: {error.strerror}") from error
-        if _says(text, LOADER_GONE):
-            raise OneProcessFailed(
-                "a worker that loads data was killed, perhaps as memory ran out: "
-                "use fewer workers, then run the same command again"
-            ) from error
-        if _says(text, UNUSED):
-            raise RunFailed(
-                "on several processes, a loss has to use every parameter of its networks that is not frozen: "
-                "freeze the others with requires_grad_(False), or give --micro-batches"
-            ) from error
-        if _says(text, NOT_DETERMINISTIC):
-            raise RunFailed(
-                f"{str(error).partition(',')[0]} on this device, and with micro-batches all operations need "
-                f"one: use another operation"
-            ) from error
-        if dist.is_initialized() and _says(text, PEER_SILENT):
-            raise ProcessLost(
-                f"another process did not answer within {peer_timeout} s (--peer-timeout): "
-                f"find out what holds it up, then run the same command again"
-            ) from error
-        if dist.is_initialized() and _says(text, PEER_GONE):
-            raise ProcessLost("another process of the run has ended: see what it said") from error
+        for kind, text, words in KNOWN:
+            is_possible = kind is not ProcessLost or dist.is_initialized()
+            if is_possible and any(word in said.lower() for word in words):
+                raise kind(text.format(said=said.partition(",")[0], timeout=peer_timeout)) from error
         raise
-
-
-def _says(text: str, words: tuple[str, ...]) -> bool:
-    return any(word in text for word in words)
 
 
 class PeerWatch:
     """Ends this process when another has ended or is silent, even while the main thread waits in C.
 
-    A process would wait on for NCCL, whose watchdog then aborts it without a word. So a thread of each
-    process meets those of the others every second, over gloo, and says how many collectives its process has
-    begun. A process that has ended or was stopped does not come. Where the numbers differ, some wait for the
-    others. Work that all do at the same time may take as long as it likes.
+    It would wait on for NCCL, whose watchdog then aborts it without a word. So a thread of each process meets
+    those of the others every second, over gloo, and says how many collectives its process has begun. Where
+    the numbers differ, some wait for the others. What all do at the same time may take as long as it likes.
     """
 
     def __init__(self, peer_timeout: int, lost: Callable[[ProcessLost], None]) -> None:
@@ -102,8 +108,7 @@ class PeerWatch:
         self._leaving.set()
         self._thread.join(None if together else 2 * BETWEEN_MEETINGS)
         if together:
-            with suppress(RuntimeError):  # of a process that has ended
-                dist.destroy_process_group(self._group)
+            dist.destroy_process_group(self._group)
 
     def _watch(self) -> None:
         try:
@@ -114,25 +119,19 @@ class PeerWatch:
                 self._lost(lost)
 
     def _meet(self) -> None:
-        """Meet until all leave.
-
-        Raises:
-            ProcessLost: some processes have waited for the others for too long.
-        """
+        """Meet until all leave, or until some have waited for the others for too long."""
         world: Any = dist.group.WORLD
-        before: list[int] = []
-        unchanged = 0  # meetings, which all count alike
+        before, unchanged = [0], 0  # the latter in meetings, which all count alike
         while not (leaving := self._leaving.wait(BETWEEN_MEETINGS)) or self._together:
             own = torch.tensor([world._get_sequence_number_for_group(), leaving])
             rows = [torch.empty_like(own) for _ in range(self._group.size())]
             dist.all_gather(rows, own, group=self._group)
-            counts = [int(row[0]) for row in rows]
             if any(row[1] for row in rows):
                 return
-            unchanged = unchanged + 1 if counts == before else 0
-            before = counts
+            counts = [int(row[0]) for row in rows]
+            unchanged, before = unchanged + 1 if counts == before else 0, counts
             if min(counts) < max(counts) and unchanged * BETWEEN_MEETINGS > self._peer_timeout:
                 raise ProcessLost(
                     f"rank {counts.index(min(counts))} kept others waiting for {self._peer_timeout} s "
-                    f"(--peer-timeout): find out what holds it up, then run the same command again"
+                    f"(--peer-timeout): find out what holds it up, {AGAIN}"
                 )

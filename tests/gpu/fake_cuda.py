@@ -47,7 +47,18 @@ from cs324dist.trainer import Trainer  # noqa: E402
 
 aten = torch.ops.aten
 COPIES = (aten.copy_.default, aten._to_copy.default)
-MLP = REPOSITORY / "examples" / "mlp.py"
+# Without a deterministic kernel (torch 2.13, __init__.py:1436, of `use_deterministic_algorithms`).
+NOT_DETERMINISTIC = {
+    *("avg_pool3d_backward", "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward"),
+    *("adaptive_max_pool2d_backward", "fractional_max_pool2d_backward", "fractional_max_pool3d_backward"),
+    *("max_unpool2d", "max_unpool3d", "upsample_linear1d_backward", "upsample_bilinear2d_backward"),
+    *("upsample_bicubic2d_backward", "upsample_trilinear3d_backward", "reflection_pad1d_backward"),
+    *("reflection_pad2d_backward", "reflection_pad3d_backward", "nll_loss2d_forward", "nll_loss2d_backward"),
+    *("_ctc_loss_backward", "_embedding_bag_dense_backward", "put_", "histc", "kthvalue", "median"),
+    *("grid_sampler_2d_backward", "grid_sampler_3d_backward"),
+}
+MLP, GPT = (REPOSITORY / "examples" / name for name in ("mlp.py", "gpt.py"))
+LINES = Path(__file__)  # any text
 FAKE_DATA = {"dataset": "fake"}
 CASES = {
     "lstm": ("lstm", "smoke", {"curriculum": 1.0}),
@@ -64,6 +75,7 @@ CASES = {
     "gan epochs": ("gan", "course", {**FAKE_DATA, "discriminator_unit": "epoch"}),
     "gan exact": ("gan", "fast", {**FAKE_DATA, "micro_batches": 2}),
     "gan whole": ("gan", "fast", {**FAKE_DATA, "micro_batches": 1}),
+    "gpt exact": (f"{GPT}:GPTTask", "fast", {"text": (LINES,), "context": 9, "micro_batches": 2}),
     "mlp": (f"{MLP}:MLPTask", "fast", {"data": MLP.with_name("spirals.csv")}),
 }
 
@@ -135,7 +147,9 @@ def place():
     """The line of torch or of whoever asked it, and the innermost of the project."""
     inner = (__file__, "_python_dispatch", "_dynamo", "_compile", "_stats", "fake_tensor", "_ops")
     stack = [f for f in traceback.extract_stack() if not any(part in f.filename for part in inner)]
-    ours = [f for f in stack if f.filename.startswith((f"{REPOSITORY}/cs324dist", str(MLP)))]
+    ours = [f for f in stack if f.filename.startswith((f"{REPOSITORY}/cs324dist", str(MLP), str(GPT)))]
+    if not ours:
+        return "in the backward pass"
     outer = f"{Path(stack[-1].filename).name}: " if stack[-1] is not ours[-1] else ""
     return f"{outer}{Path(ours[-1].filename).relative_to(REPOSITORY)}, {ours[-1].name}: {ours[-1].line}"
 
@@ -145,7 +159,7 @@ class Host(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.waits, self.wrong = [], []
+        self.waits, self.wrong, self.is_exact = [], [], False
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -156,6 +170,10 @@ class Host(TorchDispatchMode):
             with unset_fake_temporarily():  # a generator's state, or what a file holds
                 return op(*args, **kwargs)
         on_gpu = any(tensor.is_cuda for tensor in given)
+        name = op._schema.name.removeprefix("aten::")
+        not_exact = name in NOT_DETERMINISTIC or (name == "cumsum" and given[0].is_floating_point())
+        if self.is_exact and on_gpu and not_exact:
+            self.wrong.append(f"{name} has no deterministic kernel: {place()}")
         if op is aten._local_scalar_dense.default:
             self.wait("a value is read", on_gpu)
             if "_finish: kinds" in place():  # losses are means, and use all parameters
@@ -224,6 +242,7 @@ def run(case):
             task_type = find_task(name)
             config = replace(task_type.presets[preset], **changes)
             accelerator = start_accelerator(config.batch_size, config.micro_batches)
+            host.is_exact = config.micro_batches is not None
             if config.micro_batches and not torch.are_deterministic_algorithms_enabled():
                 host.wrong.append("--micro-batches promises bits that these kernels do not keep")
             task = task_type(config, accelerator.device)
@@ -251,6 +270,11 @@ def run(case):
             hook.remove()
 
 
+def spatial_loss(logits, following, honest=torch.nn.functional.cross_entropy, **options):
+    """Of rows and columns, as of images."""
+    return honest(logits.T[None], following[None], **options)
+
+
 FAULTS = {  # where it is planted, and the case that it is seen in
     "indices without a device": (
         "lstm", MicroBatch, "samples", property(lambda batch: torch.arange(batch.batch_size))
@@ -275,6 +299,7 @@ FAULTS = {  # where it is planted, and the case that it is seen in
         "gan", Stream, "normals", lambda self, indices, components: torch.randn(
             len(indices), components, device=indices.device, generator=torch.Generator())
     ),
+    "no deterministic kernel": ("gpt exact", torch.nn.functional, "cross_entropy", spatial_loss),
 }  # fmt: skip
 
 

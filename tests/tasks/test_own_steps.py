@@ -182,6 +182,20 @@ def test_after_an_evaluation_a_module_is_told_of_its_mode() -> None:
     assert [net[0].merged, net[1][0].merged] == [False, True]
 
 
+def test_an_evaluation_is_in_float32_where_training_takes_tf32(monkeypatch) -> None:
+    """ "high" has cuBLAS take TF32, and cuDNN does by itself (torch 2.13, backends/cudnn/__init__.py:195)."""
+
+    def settings() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = settings()
+    torch.set_float32_matmul_precision("high")
+    with trainer_of(Partly, None).evaluating():
+        assert settings() == ("highest", False)
+    assert settings() == ("high", True)
+    torch.set_float32_matmul_precision(before[0])
+
+
 class SomeMetrics(Partly):
     of: ClassVar[dict[int, dict[str, Any]]]
 
