@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -108,7 +108,8 @@ class PeerWatch:
         self._leaving.set()
         self._thread.join(None if together else 2 * BETWEEN_MEETINGS)
         if together:
-            dist.destroy_process_group(self._group)
+            with suppress(RuntimeError):  # of a process that has ended
+                dist.destroy_process_group(self._group)
 
     def _watch(self) -> None:
         try:

@@ -68,10 +68,10 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         together = kind is None or issubclass(kind, SystemExit)
-        with suppress(RuntimeError):  # of a process that has ended
-            if self._watch is not None:
-                self._watch.leave(together=together)
-            if self._group is not None and together:
+        if self._watch is not None:
+            self._watch.leave(together=together)
+        if self._group is not None and together:
+            with suppress(RuntimeError):  # of a process that has ended
                 if self._ballot is not None:
                     self._ballot[2].wait()
                 dist.destroy_process_group(self._group)
