@@ -2,8 +2,9 @@
 
     python tests/gpu/fake_cuda.py LIBRARY no|bf16|fp16|faults [CASE ...]
 
-Tensors are torch's fake ones, on `cuda:0`. It prints a JSON object: what is wrong in each case. LIBRARY is
-guard.cpp, compiled: what torch without CUDA lacks.
+Tensors are torch's fake ones, on `cuda:0`. With WORLD_SIZE in the environment, this is the first of so many
+processes, and its backend sends nothing. It prints a JSON object: what is wrong in each case;
+LIBRARY is guard.cpp, compiled: what torch without CUDA lacks.
 """
 
 import ctypes
@@ -24,8 +25,10 @@ _, LIBRARY, PRECISION, *WANTED = sys.argv
 os.environ.update(CS324DIST_THREADS="1", ACCELERATE_MIXED_PRECISION=PRECISION.replace("faults", "no"))
 ctypes.CDLL(LIBRARY, ctypes.RTLD_GLOBAL)  # before torch, which asks once whether there is CUDA
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_pre_hook  # noqa: E402
+from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
@@ -137,6 +140,10 @@ honest_read = models.read_tensors
 checkpoints.read_tensors = optimizers.read_tensors = statistics.read_tensors = read_tensors
 palindromes.TRIALS, palindromes.DIGITS_AT_ONCE = 100, 1000
 sys.modules[LSTM.__module__].WHOLE = sys.modules[LSTM.__module__].PART = 12 * 128  # 13 digits are long
+if processes := int(os.environ.get("WORLD_SIZE", "0")):
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    Trainer._check_that_all_have = lambda *_: None
+    dist.all_gather_object = lambda found, own: found.__setitem__(slice(None), [own] * len(found))
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)  # one, as permutations and the classifier are kept
 
 
@@ -241,6 +248,8 @@ def run(case):
         try:
             task_type = find_task(name)
             config = replace(task_type.presets[preset], **changes)
+            if processes:  # the other's gradients, to compare with, are not there
+                config = replace(config, check_every=0)
             accelerator = start_accelerator(config.batch_size, config.micro_batches)
             host.is_exact = config.micro_batches is not None
             if config.micro_batches and not torch.are_deterministic_algorithms_enabled():
