@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -49,11 +50,11 @@ SPEED: dict[str, tuple[str, dict[str, str]]] = {  # a case of cases.py, and its 
     "GAN step of preset course": ("gan_ours", {}),
     "the same in bf16": ("gan_bf16", {}),
     "the same in bf16, compiled": ("gan_bf16", COMPILED),
-    "GAN step, bare": ("gan_bare", {}),
     "LSTM step of 50 digits": ("lstm_fused_50", {}),
     "the same by nn.LSTM": ("lstm_torch_50", {}),
 }
 GAN, LSTM = ("launch/gan.py", "--dataset", "fake"), ("launch/lstm.py", "--length", "20")
+LONG = ["--steps", "100000", "--log-every", "1", "--peer-timeout", "10", "--wandb", "disabled"]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 Finding = tuple[str, object, bool | None]  # what was looked at, what was found, whether that is good
 
@@ -118,8 +119,7 @@ def facts_here() -> Row:
     if has_gpu():
         here["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
         here["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
-        here["memory, GiB"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
-        query = "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit"
+        query = "--query-gpu=driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit"
         smi = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True)
         here["nvidia-smi"] = smi.stdout.strip()
     return here
@@ -165,11 +165,11 @@ def trace_here(case: str, folder: str, steps: int = 10) -> str:
     profiler.export_chrome_trace(f"{folder}/{case} {precision}.trace.json.gz")
     on = DeviceType.CUDA if trainer.accelerator.device.type == "cuda" else DeviceType.CPU
     kernels = [event for event in profiler.events() or () if event.device_type == on]
-    times: dict[str, float] = {}
+    times: Counter[str] = Counter()
     for kernel in kernels:
-        times[kernel.name] = times.get(kernel.name, 0) + kernel.time_range.elapsed_us()
-    longest = ", ".join(name[:60] for name in sorted(times, key=times.__getitem__, reverse=True)[:4])
-    share = sum(times.values()) / 1e6 / took
+        times[kernel.name] += kernel.time_range.elapsed_us()
+    share = times.total() / 1e6 / took
+    longest = [name[:60] for name, _ in times.most_common(4)]
     return f"{len(kernels) / steps:.0f} kernels a step, busy {share:.0%} of the time; longest: {longest}"
 
 
@@ -259,8 +259,7 @@ def faults(check: Check) -> Iterator[Finding]:
     """TERM in mid-run, and too little memory: one line, a status, and no traceback."""
     from launched import Launched, status
 
-    command = (*LSTM, "--steps", "100000", "--log-every", "1", "--wandb", "disabled")
-    with Launched(command, check.folder / "term", dict(os.environ)) as launched:
+    with Launched((*LSTM, *LONG), check.folder / "term", dict(os.environ)) as launched:
         launched.wait_for_line("step 2/")
         launched.send_signal(signal.SIGTERM)
         code, state = launched.end(), status(launched.run)["state"]
@@ -268,9 +267,9 @@ def faults(check: Check) -> Iterator[Finding]:
     limits = resource.getrlimit(resource.RLIMIT_AS)
     if check.pretend:
         resource.setrlimit(resource.RLIMIT_AS, (6 << 30, limits[1]))
-    large = ("launch/lstm.py", "--length", "300", "--batch-size", "1000000", "--curriculum", "1")
+    large = ("--length", "300", "--batch-size", "1000000", "--curriculum", "1")
     little = {"PYTORCH_CUDA_ALLOC_CONF": "per_process_memory_fraction:0.02"}
-    said = check.train("memory", large, 2, **little)
+    said = check.train("memory", LSTM, 2, *large, **little)
     resource.setrlimit(resource.RLIMIT_AS, limits)
     lines = [line for line in said.splitlines() if line.startswith("error")]
     good = len(lines) == 1 and "out of memory: lower the batch size" in lines[0] and "Traceback" not in said
@@ -288,19 +287,10 @@ def nccl(check: Check) -> Iterator[Finding]:
         wrong = check.train(f"on {processes}", (*TORCHRUN, str(processes), *GAN), count, *exact)
         apart = math.inf if wrong else check.apart("on 1", f"on {processes}")
         yield f"gan on {processes}", wrong or f"{apart:.1e} apart from one", apart == 0
-    alone = ("launch/train.py", "tests/distributed/faults.py:LSTM", *LSTM[1:])
-    command = (
-        *(LSTM if gpus > 1 else alone),
-        "--steps",
-        "100000",
-        "--log-every",
-        "1",
-        "--peer-timeout",
-        "10",
-        "--wandb",
-        "disabled",
-    )
-    environment = dict(os.environ, **({} if gpus > 1 else {"BACKEND": "gloo"}))
+    command, environment = (*LSTM, *LONG), dict(os.environ)
+    if gpus == 1:  # which NCCL does not let two share
+        command = ("launch/train.py", "tests/distributed/faults.py:LSTM", *command[1:])
+        environment["BACKEND"] = "gloo"
     for number in (signal.SIGKILL, signal.SIGSTOP):
         with Launched(command, check.folder / number.name, environment, "torchrun with two") as launched:
             launched.wait_for_line("step 2/")
@@ -308,11 +298,8 @@ def nccl(check: Check) -> Iterator[Finding]:
             code = launched.process.wait(120)
             said = [line for line in launched.lines() if line.startswith("error on rank 0")]
         state = status(launched.run)
-        yield (
-            f"rank 1 gets {number.name}",
-            f"{code}, {state}, {said}",
-            (state["state"], len(said)) == ("failed", 1),
-        )
+        good = (state["state"], len(said)) == ("failed", 1)
+        yield f"rank 1 gets {number.name}", f"exit code {code}, {state}, {said}", good
 
 
 GROUPS = (
@@ -338,8 +325,8 @@ def main() -> None:
     out = (RESULTS.with_name("out") if options.pretend else RESULTS) / "gpu.json"
     if options.pretend:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "CS324DIST_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    chosen = [GROUPS[options.group - 1]] if options.group else GROUPS
-    parts = {part.__name__: limit for group in chosen for part, limit in group.items()}
+    chosen = (GROUPS[options.group - 1],) if options.group else GROUPS
+    parts = [part.__name__ for group in chosen for part in group]
     before = json.loads(out.read_text())["rows"] if options.group and out.exists() else []
     rows: list[Row] = [row for row in before if row["part"] not in parts]
 
@@ -348,9 +335,8 @@ def main() -> None:
         out.write_text(json.dumps({"pretended": options.pretend, "rows": rows}, indent=1) + "\n")
         print(f"{part:12} {'' if good is None else 'good' if good else 'BAD':5}{what}: {found}", flush=True)
 
-    for number, group in enumerate(GROUPS, 1):
-        if group not in chosen:
-            continue
+    for group in chosen:
+        number = 1 + GROUPS.index(group)
         began, check = time.monotonic(), Check(EVIDENCE / f"group {number}", options.pretend)
         shutil.rmtree(check.folder, ignore_errors=True)
         check.folder.mkdir(parents=True)

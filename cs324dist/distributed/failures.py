@@ -1,5 +1,6 @@
 """Errors of torch and the system in the user's words, and processes that have ended or are silent."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,42 +27,22 @@ class ProcessLost(OneProcessFailed):
 
 
 AGAIN = "then run the same command again"
-KNOWN: tuple[tuple[type[RunFailed], str, tuple[str, ...]], ...] = (
-    (
-        OneProcessFailed,
-        "out of memory: lower the batch size (--batch-size)",
-        ("can't allocate memory", "out of memory", "bad allocation", "_status_alloc_failed"),
-    ),
-    (
-        OneProcessFailed,
-        f"a worker that loads data was killed, perhaps as memory ran out: use fewer workers, {AGAIN}",
-        ("dataloader worker (pid",),
-    ),
-    (
-        RunFailed,
-        "on several processes, a loss has to use every parameter of its networks that is not frozen: "
-        "freeze the others with requires_grad_(False), or give --micro-batches",
-        ("expected to have finished reduction",),
-    ),
-    (
-        RunFailed,
-        "{said} on this device, and with micro-batches all operations need one: use another operation",
-        ("does not have a deterministic implementation",),
-    ),
-    (
-        ProcessLost,
-        "another process did not answer within {timeout} s (--peer-timeout): "
-        f"find out what holds it up, {AGAIN}",
-        ("timed out", "timeout"),
-    ),
-    (
-        ProcessLost,
-        "another process of the run has ended: see what it said",
-        ("connection closed by peer", "connection reset", "broken pipe", "connection refused",
-         "remote process exited", "nccl communicator was aborted"),
-    ),
+FIND_OUT = f"find out what holds it up, {AGAIN}"
+KNOWN: tuple[tuple[type[RunFailed], str, str], ...] = (  # what torch and its libraries say, and how we do
+    (OneProcessFailed, "can't allocate memory|out of memory|bad allocation|_STATUS_ALLOC_FAILED",
+     "out of memory: lower the batch size (--batch-size)"),
+    (OneProcessFailed, r"DataLoader worker \(pid",
+     f"a worker that loads data was killed, perhaps as memory ran out: use fewer workers, {AGAIN}"),
+    (RunFailed, "Expected to have finished reduction",
+     "on several processes, a loss has to use every parameter of its networks that is not frozen: freeze the "
+     "others with requires_grad_(False), or give --micro-batches"),
+    (RunFailed, "does not have a deterministic implementation",
+     "{said} on this device, and with micro-batches all operations need one: use another operation"),
+    (ProcessLost, "timed out|timeout",
+     f"another process did not answer within {{timeout}} s (--peer-timeout): {FIND_OUT}"),
+    (ProcessLost, "connection (closed by peer|reset|refused)|broken pipe|remote process exited|"
+     "NCCL communicator was aborted", "another process of the run has ended: see what it said"),
 )  # fmt: skip
-"""What torch and its libraries say, in small letters, and how we say it."""
 
 
 @contextmanager
@@ -79,9 +60,9 @@ def translate_errors(peer_timeout: int) -> Iterator[None]:
             said = "out of memory"
         if isinstance(error, OSError) and error.strerror:
             raise OneProcessFailed(f"{error.filename or 'a file'}: {error.strerror}") from error
-        for kind, text, words in KNOWN:
+        for kind, pattern, text in KNOWN:
             is_possible = kind is not ProcessLost or dist.is_initialized()
-            if is_possible and any(word in said.lower() for word in words):
+            if is_possible and re.search(pattern, said, re.IGNORECASE):
                 raise kind(text.format(said=said.partition(",")[0], timeout=peer_timeout)) from error
         raise
 
@@ -134,5 +115,5 @@ class PeerWatch:
             if min(counts) < max(counts) and unchanged * BETWEEN_MEETINGS > self._peer_timeout:
                 raise ProcessLost(
                     f"rank {counts.index(min(counts))} kept others waiting for {self._peer_timeout} s "
-                    f"(--peer-timeout): find out what holds it up, {AGAIN}"
+                    f"(--peer-timeout): {FIND_OUT}"
                 )
