@@ -71,6 +71,8 @@ def test_machines_that_may_differ_choose_nothing_themselves(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert not process.is_faster_in_bf16()
+    monkeypatch.setattr(process, "has_gpu", lambda: True)  # nodes of a job have the same GPUs
+    assert process.is_faster_in_bf16()
 
 
 def test_a_run_goes_on_in_its_own_precision_where_nothing_else_is_asked_for(launch, tmp_path):
