@@ -15,7 +15,8 @@ import pytest
 HERE = Path(__file__).parent
 CASES = ("lstm", "lstm curriculum", "lstm equations", "lstm course", "lstm long", "lstm equations, rmsprop",
          "rnn", "rnn, adam", "gan", "gan course", "gan epochs", "mlp")  # fmt: skip
-EXACT = ("lstm exact", "gan exact", "gan whole", "gpt exact")
+EXACT = ("lstm exact", "lstm equations exact", "rnn exact", "gan exact", "gan whole", "mlp exact",
+         "gpt exact", "classifier exact")  # fmt: skip
 NOT_FUSED = ("lstm course", "lstm equations, rmsprop", "rnn", "mlp")
 MEETINGS = "a value is read: cs324dist/distributed/parts.py, _exchange: headers ="  # at the end of all parts
 USED = "a value is read: cs324dist/distributed/gradients.py, _finish: kinds, used ="
@@ -24,7 +25,7 @@ USED = "a value is read: cs324dist/distributed/gradients.py, _finish: kinds, use
 def waits(case: str, precision: str) -> list[str]:
     """How the lines begin that say what a step waits for: all of them."""
     if case in EXACT:
-        return [MEETINGS, USED] if case.startswith("gan") else [USED]
+        return [MEETINGS, USED] if case.startswith(("gan", "classifier")) else [USED]
     found = []
     if case == "lstm curriculum":
         found.append("a value is read: cs324dist/tasks/lstm/task.py, step: if decides")
