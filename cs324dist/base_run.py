@@ -17,7 +17,7 @@ from cs324dist.distributed.exact import exact_of
 from cs324dist.distributed.failures import ProcessLost, translate_errors
 from cs324dist.distributed.process import compare_environments, compiled_by, on_main_process
 from cs324dist.distributed.stop import Stopped, StopRequest
-from cs324dist.errors import ReportedError, RunFailed, UserError, say, warn
+from cs324dist.errors import EXIT_STOPPED, ReportedError, RunFailed, UserError, end_with, say, warn
 from cs324dist.metrics import as_numbers
 from cs324dist.runs.checkpoints import (
     Trained,
@@ -95,7 +95,7 @@ class BaseRun:
     def _opened(self) -> Iterator[None]:
         compare_environments(environment(*self._how, commit=False), exact=self.exact is not None)
         with (
-            StopRequest(self.accelerator.num_processes, self.peer_timeout) as self._stop,
+            StopRequest(self.accelerator.num_processes, self.peer_timeout, self._end_alone) as self._stop,
             ExitStack() as self._stack,
             self.dir.claimed(self._check_fits, self._on_main),
         ):
@@ -302,14 +302,24 @@ class BaseRun:
             with suppress(ValueError):  # not the main thread
                 # torch's handler raises once more for a worker that has died, wherever this process is then.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            # A signal to stop all, which others obeyed sooner; not the launcher's, that follows a failure.
-            stopped = self._stop.received_before_the_last_vote and isinstance(error, ProcessLost)
-            if self._is_started and self.accelerator.is_main_process:
-                why = str(error) if isinstance(error, ReportedError) else f"{type(error).__name__}: {error}"
-                self.dir.write_status("stopped" if stopped else "failed", self.dir.newest_step(), why)
-            if stopped:
+            if self._record_end(error):
                 raise Stopped from error
             raise
+
+    def _record_end(self, error: BaseException) -> bool:
+        """Write down how the run has ended; returns whether a signal has stopped it."""
+        # A signal to stop all, which others obeyed sooner; not the launcher's, that follows a failure.
+        stopped = self._stop.received_before_the_last_vote and isinstance(error, ProcessLost)
+        if self._is_started and self.accelerator.is_main_process:
+            why = str(error) if isinstance(error, ReportedError) else f"{type(error).__name__}: {error}"
+            self.dir.write_status("stopped" if stopped else "failed", self.dir.newest_step(), why)
+        return stopped
+
+    def _end_alone(self, error: ProcessLost) -> None:
+        """End the process, in a thread, as the main one waits for a process that is lost."""
+        if self._record_end(error):
+            error.exit_code = EXIT_STOPPED
+        end_with(error)
 
     def _finish(self) -> None:
         self._on_main(lambda: self.dir.finish(self.step, self.keep_last, self.keep_best))

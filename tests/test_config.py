@@ -36,10 +36,20 @@ TASKS = {name: find_task(name) for name in ("gan", "lstm")}
 PRESETS = {name: task.presets for name, task in TASKS.items()}
 MUTABLE_OPTIONS = {
     *("check_every", "peer_timeout", "preset", "run_dir", "steps", "log_every", "evaluate_every"),
-    *("checkpoint_every", "keep_last", "keep_best", "wandb", "tensorboard", "dry_run", "data_root", "kernel"),
+    *(
+        "checkpoint_every",
+        "keep_last",
+        "keep_best",
+        "wandb",
+        "tensorboard",
+        "dry_run",
+        "data_root",
+        "kernel",
+        "precision",
+    ),
 }
 FIELDS = [(task, field.name) for task, presets in PRESETS.items() for field in fields(presets["fast"])]
-MOST_OPTIONS = 31
+MOST_OPTIONS = 32
 STEPS = "give a whole number, at least 1 and at most 1 000 000 000"
 LAUNCHER = "is an option of accelerate launch: give it before the name of the script"
 COMMANDS = {"sample.py": ["grid", "tensor", "interpolate"], "train.py": ["examples/mlp.py:MLPTask"]}
@@ -263,7 +273,12 @@ def another(task: str, name: str) -> Any:
         case Path():
             return Path("elsewhere")
         case None:
-            return {"run_dir": Path("elsewhere"), "max_grad_norm": 1.0, "micro_batches": 2}[name]
+            return {
+                "run_dir": Path("elsewhere"),
+                "max_grad_norm": 1.0,
+                "micro_batches": 2,
+                "precision": "no",
+            }[name]
     raise TypeError(value)
 
 
