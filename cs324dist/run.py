@@ -124,8 +124,9 @@ class Run:
         """Steps that have been completed."""
         self.is_over = False
         """Whether the loop has ended before its last step."""
-        self._config, self._may_change = _plain(config or {}), set(may_change)
-        self._made_of = {"gradients": str(exact) if exact else "of the loop", **self.trained.kinds()}
+        self._config, self._may_change = _plain(config or {}), {*may_change, "keep_best"}
+        self._made_of = {"gradients": str(exact) if exact else "of the loop", "keep_best": keep_best}
+        self._made_of |= self.trained.kinds()
         self._tracking: dict[str, Any] = {"wandb": wandb, "tensorboard": tensorboard, "config": self._config}
         self._on_main = partial(on_main_process, self.accelerator)
         used = self.accelerator
@@ -163,7 +164,7 @@ class Run:
                 if self._in_step:  # a `break`
                     self._end()
                 if self._is_started:
-                    self._say(f"{self.dir}: finished after {self._on_main(self._finish)} steps")
+                    self._say_last(self._on_main(self._finish))
 
     def _check_fits(self) -> None:
         if not self.dir.check_holds(LOOP):
@@ -245,6 +246,7 @@ class Run:
             yield self.step
             self._in_step = False
             self.step += 1
+            self.trackers.advance()
             if self.step == first + 1:
                 self.compare()
             stopping = self._stop.agreed() or self._stop_asked
@@ -314,7 +316,7 @@ class Run:
     def _end_stopped(self) -> None:
         why = "a signal asked for it"
         self._on_main(lambda: self.dir.write_status("stopped", self.dir.newest_step(), why))
-        self._say(f"{self.dir}: stopped after {self.step} steps; run the same command to go on")
+        self._say_last(f"{self.dir}: stopped after {self.step} steps; run the same command to go on")
         raise Stopped
 
     def compare(self, found: Mapping[str, Any] | None = None) -> None:
@@ -423,9 +425,17 @@ class Run:
                 raise Stopped from error
             raise
 
-    def _finish(self) -> int:
+    def _finish(self) -> str:
         self.dir.write_status("finished", steps := self.dir.newest_step())
-        return steps
+        best = self.dir.best(self.keep_best)
+        metric, _, _ = self.keep_best.partition(":")
+        named = f"; the best {metric}, {best[1]:.6g}, is that of {best[0]}" if best else ""
+        return f"{self.dir}: finished after {steps} steps{named}"
+
+    def _say_last(self, text: str) -> None:
+        """Print a line below the progress bar, and below what trackers say at their end."""
+        self._stack.close()
+        self._say(text)
 
     def _say(self, text: str) -> None:
         """Print a line, on the main process."""

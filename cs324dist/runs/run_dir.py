@@ -72,7 +72,7 @@ class RunRecord:
     """The task as it was given to the script; empty for a script of one task."""
 
     made_of: dict[str, str] = field(default_factory=dict)
-    """Of a loop of one's own: how gradients are made, and the kinds of optimizers and states."""
+    """Of a loop of one's own: how gradients are made, the kinds of optimizers and states, its `keep_best`."""
 
     format: Literal[4] = 4
 
@@ -316,16 +316,19 @@ class RunDir:
             best: the metric that is largest at the best one; `METRIC:min`: smallest.
         """
         try:
-            keep_newest(self.checkpoints, count, self.generation, best=self._best_step(best))
+            found = self.best(best)
+            keep_newest(self.checkpoints, count, self.generation, best=found and step_of(found[0]))
         except OSError as error:  # somebody reads it over a network file system, perhaps
             warn(f"an old checkpoint stays for now: {error}")
 
-    def _best_step(self, best: str) -> int | None:
-        metric, _, smallest = best.partition(":")
-        saved = set(map(step_of, history_of(self.checkpoints))) if best else set()
+    def best(self, wanted: str) -> tuple[Path, float] | None:
+        """The checkpoint where the metric `wanted` is largest (`METRIC:min`: smallest), and that value."""
+        metric, _, smallest = wanted.partition(":")
+        saved = {step_of(path): path for path in history_of(self.checkpoints)} if wanted else {}
         rows = ((row["step"], row.get(metric)) for row in self.read_metrics()) if saved else ()
         values = {step: value for step, value in rows if step in saved and value is not None}
-        return (min if smallest else max)(values, key=values.__getitem__, default=None)
+        step = (min if smallest else max)(values, key=values.__getitem__, default=None)
+        return None if step is None else (saved[step], values[step])
 
     def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a line; `step` is the number of completed steps. Values that are not finite become null.
