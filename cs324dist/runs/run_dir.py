@@ -76,6 +76,11 @@ class RunRecord:
 
     format: Literal[4] = 4
 
+    @property
+    def keep_best(self) -> str:
+        """Its --keep-best, or of a loop of one's own its `keep_best`."""
+        return str({**self.config, **self.made_of}.get("keep_best") or "")
+
 
 @dataclass(frozen=True)
 class Status:

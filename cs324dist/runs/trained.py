@@ -57,9 +57,7 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
 
 
 def _best_of(run: RunDir) -> Path:
-    record = run.read_record()
-    wanted = {**record.config, **record.made_of}.get("keep_best")
-    if not isinstance(wanted, str) or not wanted:
+    if not (wanted := run.read_record().keep_best):
         raise UserError(
             f"{run} was trained without --keep-best: train it with, such as --keep-best eval/accuracy, "
             f"or take the newest checkpoint"

@@ -188,7 +188,7 @@ class TestBest:
         [
             ({}, "run was trained without --keep-best: train it with, such as --keep-best eval/accuracy"),
             ({"keep_best": ""}, "run was trained without --keep-best"),
-            ({"keep_best": ["no word"]}, "run was trained without --keep-best"),
+            ({"keep_best": ["no word"]}, "^no checkpoint of .* has a value of"),
             ({"keep_best": "eval/other"}, "^no checkpoint of .* has a value of eval/other: train it until"),
         ],
     )
