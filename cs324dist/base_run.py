@@ -110,7 +110,7 @@ class BaseRun:
                     self._write()
                 if self._is_started:
                     self._finish()
-                    self._say(f"{self.dir}: finished after {self.step} steps")
+                    self._say_last(f"{self.dir}: finished after {self.step} steps{self._best_in_words()}")
 
     def _check_fits(self) -> None:
         """Check that the folder is new, or holds this run."""
@@ -166,6 +166,7 @@ class BaseRun:
             yield self.step
             self._in_step = False
             self.step += 1
+            self.trackers.advance()
             if self.step == first + 1:
                 self.compare()
             stopping = self._stop.agreed() or self._stop_asked
@@ -224,7 +225,7 @@ class BaseRun:
 
     def _end_stopped(self) -> None:
         self._on_main(lambda: self.dir.write_status("stopped", self.dir.newest_step(), STOPPED))
-        self._say(f"{self.dir}: stopped after {self.step} steps; run the same command to go on")
+        self._say_last(f"{self.dir}: stopped after {self.step} steps; run the same command to go on")
         raise Stopped
 
     def compare(self, found: Mapping[str, Any] | None = None) -> None:
@@ -323,6 +324,16 @@ class BaseRun:
 
     def _finish(self) -> None:
         self._on_main(lambda: self.dir.finish(self.step, self.keep_last, self.keep_best))
+
+    def _best_in_words(self) -> str:
+        best = self._on_main(lambda: self.dir.best(self.keep_best))
+        metric = self.keep_best.partition(":")[0]
+        return f"; the best {metric}, {best[1]:.6g}, is that of {best[0]}" if best else ""
+
+    def _say_last(self, text: str) -> None:
+        """Print a line below the progress bar, and below what trackers say at their end."""
+        self._stack.close()
+        self._say(text)
 
     def _say(self, text: str) -> None:
         """Print a line, on the main process."""

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+from tqdm import tqdm
+
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
 EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: run the same command again to continue
@@ -50,7 +52,8 @@ def printable(value: object, length: int | None = 200) -> str:
 
 def say(text: str) -> None:
     """Print a line to stderr; paths in it may hold anything."""
-    print(printable(text, None), file=sys.stderr, flush=True)
+    with tqdm.external_write_mode(file=sys.stderr):  # a progress bar makes room for it
+        print(printable(text, None), file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
