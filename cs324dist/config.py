@@ -68,7 +68,7 @@ class Config:
     peer_timeout: Annotated[Count, MUTABLE] = 600
     """Seconds without an answer from another process after which the run ends."""
 
-    precision: Annotated[Literal["no", "fp16", "bf16"] | None, MUTABLE, ForOlderRuns(None)] = None
+    precision: Annotated[Literal["no", "fp16", "bf16"] | None, MUTABLE] = None
     """Mixed precision; no: float32. By default what the launcher was asked for; or else a continued run keeps
     its own, and a new one takes its task's, where the processor is fast in it."""
 

@@ -16,7 +16,7 @@ from cs324dist.report.page import TEMPLATES
 from cs324dist.report.reading import Run, read_run
 from cs324dist.runs.checkpoints import TrainerState
 from cs324dist.runs.lease import this_process
-from cs324dist.runs.run_dir import LOOP, RunRecord
+from cs324dist.runs.records import LOOP, RunRecord
 from cs324dist.tasks.base import Task
 from cs324dist.tasks.gan.task import GANTask
 from cs324dist.tasks.lstm.task import LSTMTask
