@@ -106,11 +106,11 @@ class Config:
     """Largest norm of a network's gradient; larger ones are scaled down. none: no limit."""
 
     groups: ClassVar[Mapping[str, Sequence[str]]] = {
-        "run": ("preset", "run_dir", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_last",
-                "keep_best", "check_every", "peer_timeout", "precision", "wandb",
-                "tensorboard", "dry_run"),
-        "data": ("seed", "batch_size", "micro_batches", "dataset", "data_root", "data", "length", "encoding"),
         "model": ("model", "kernel", "hidden_size", "latent_dim", "initialisation"),
+        "data": ("seed", "dataset", "data_root", "data", "length", "encoding"),
+        "run": ("run_dir", "micro_batches", "check_every", "precision", "log_every", "evaluate_every",
+                "checkpoint_every", "keep_last", "keep_best", "peer_timeout", "wandb", "tensorboard",
+                "dry_run"),
     }  # fmt: skip
     """Headings of the help page and the options below them; all others are below `recipe`."""
 

@@ -441,21 +441,22 @@ class TestHelp:
             parse(Undocumented, "", ["--help"])
         (group,) = options_of(capsys.readouterr().out).values()
         assert {name: bare(text) for name, text in group.items()} == {
-            "--help": "show this help message and exit",
+            "--help": "Show this help, and stop.",
             "--number": "",
             "--flag": "",
         }
 
     def test_the_options_of_a_task_are_in_groups(self, page):
         gan, lstm = page("gan.py"), page("lstm.py")
-        assert [*gan] == [*lstm] == ["options", "run", "data", "model", "recipe"]
-        assert lstm["run"].keys() == gan["run"].keys() > {"--preset", "--keep-best", "--dry-run"}
-        assert lstm["data"].keys() == {"--seed", "--batch-size", "--micro-batches", "--length", "--encoding"}
+        assert [*gan] == [*lstm] == ["recipe", "model", "data", "run"]
+        assert lstm["run"].keys() == gan["run"].keys() > {"--micro-batches", "--keep-best", "--help"}
+        assert [*lstm["recipe"]][:3] == ["--preset", "--steps", "--batch-size"]
+        assert lstm["data"].keys() == {"--seed", "--length", "--encoding"}
         assert lstm["model"].keys() == {"--model", "--kernel", "--hidden-size", "--initialisation"}
 
     def test_the_choices_are_shown(self, page):
         gan = page("gan.py")
-        assert gan["run"]["--preset"].startswith("{fast,best,course,smoke} ")
+        assert gan["recipe"]["--preset"].startswith("{fast,best,course,smoke} ")
         assert gan["run"]["--wandb"].startswith("{online,offline,disabled} ")
         assert gan["recipe"]["--schedule"].startswith("{constant,linear,cosine,wsd} ")
         assert page("sample.py", "grid")["options"]["--weights"].startswith("{averaged,raw} ")
@@ -515,7 +516,7 @@ class TestHelp:
         monkeypatch.setattr(sys, "argv", ["mine.py", "--help"])
         with pytest.raises(SystemExit):
             main(MixedTask, None)
-        assert "usage: mine.py [options]\n\nOptions of all kinds.\n\noptions:\n" in capsys.readouterr().out
+        assert "usage: mine.py [options]\n\nOptions of all kinds.\n\nrecipe:\n" in capsys.readouterr().out
 
 
 def options_of(page: str) -> dict[str, dict[str, str]]:
