@@ -46,8 +46,8 @@ class Chart:
     @cached_property
     def _values(self) -> list[float]:
         series = (run.series(self.metric.name) for _, run in self.runs)
-        real = [self.metric.real, *(value for points in series for value in points.values())]
-        return [value for value in real if value is not None]
+        found = [self.metric.real, *(value for points in series for value in points.values())]
+        return [value for value in found if value is not None]
 
     @cached_property
     def unit(self) -> str:

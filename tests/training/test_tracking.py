@@ -134,9 +134,10 @@ def test_the_runs_of_a_task_are_in_a_project_of_its_name(launch, tmp_path):
 
 def test_an_upload_is_announced_with_its_address_and_how_to_stop_it(monkeypatch, tmp_path, capsys):
     def start(tracker: WandBTracker) -> None:
-        assert (tracker.run_name, tracker.init_kwargs["mode"]) == ("lstm", "online")
+        assert (tracker.run_name, tracker.init_kwargs["mode"]) == ("mine- 2", "online")
         tracker.run = MagicMock(url="https://me:secret@wandb.ai/me/lstm/runs/1")
 
+    monkeypatch.setattr(LSTMTask, "name", "mine: 2")  # which is no name of a project
     monkeypatch.setattr(WandBTracker, "start", start)
     monkeypatch.setattr(WandBTracker, "store_init_configuration", lambda *_: None)
     monkeypatch.setattr(trackers, "_possible_mode", lambda: ("online", ""))
