@@ -17,7 +17,7 @@ from cs324dist.distributed.exact import exact_of
 from cs324dist.distributed.failures import ProcessLost, translate_errors
 from cs324dist.distributed.process import compare_environments, compiled_by, on_main_process
 from cs324dist.distributed.stop import Stopped, StopRequest
-from cs324dist.errors import EXIT_STOPPED, ReportedError, RunFailed, UserError, end_with, say, warn
+from cs324dist.errors import EXIT_STOPPED, ReportedError, RunFailed, UserError, end_with, in_words, say, warn
 from cs324dist.metrics import as_numbers
 from cs324dist.runs.checkpoints import (
     Trained,
@@ -303,6 +303,8 @@ class BaseRun:
             with suppress(ValueError):  # not the main thread
                 # torch's handler raises once more for a worker that has died, wherever this process is then.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if self._in_step and not isinstance(error, ReportedError):
+                error.add_note(f"in step {self.completed}")
             if self._record_end(error):
                 raise Stopped from error
             raise
@@ -312,7 +314,7 @@ class BaseRun:
         # A signal to stop all, which others obeyed sooner; not the launcher's, that follows a failure.
         stopped = self._stop.received_before_the_last_vote and isinstance(error, ProcessLost)
         if self._is_started and self.accelerator.is_main_process:
-            why = str(error) if isinstance(error, ReportedError) else f"{type(error).__name__}: {error}"
+            why = str(error) if isinstance(error, ReportedError) else in_words(error)
             self.dir.write_status("stopped" if stopped else "failed", self.dir.newest_step(), why)
         return stopped
 

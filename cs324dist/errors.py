@@ -3,9 +3,12 @@
 import os
 import signal
 import sys
+import sysconfig
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -16,6 +19,10 @@ EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: run the same command again to conti
 
 RANK = os.environ.get("RANK", "0")
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+LIBRARIES = (
+    *(os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")),
+    *(os.path.realpath(Path(__file__).parent / folder) for folder in (".", "launch")),
+)
 FIRST_RANK_SECONDS = 10  # that other ranks leave the first to print an error
 
 
@@ -63,7 +70,7 @@ def warn(text: str) -> None:
 
 @contextmanager
 def errors_as_exit_codes() -> Iterator[None]:
-    """Turn errors that a user understands, and Ctrl-C, into lines on stderr and an exit code."""
+    """Turn errors and Ctrl-C into lines on stderr and an exit code; mistakes in code have a traceback too."""
     stderr = sys.stderr
     sys.stderr = _StderrThatMayFail(stderr)
     try:
@@ -78,16 +85,32 @@ def errors_as_exit_codes() -> Iterator[None]:
     except BrokenPipeError:  # the reader of stdout, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         exit_process(EXIT_FAILED)
-    except OSError as error:
-        if not error.strerror:
-            raise
-        end_with(RunFailed(f"{error.filename or 'a file'}: {error.strerror}"))
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            end_with(RunFailed(f"{error.filename or 'a file'}: {error.strerror}"))
+        _wait_for_the_first_rank()
+        traceback.print_exception(error)
+        say(f"error: {in_words(error)}")
+        exit_process(EXIT_FAILED)
     finally:
         sys.stderr = stderr
 
 
+def in_words(error: BaseException) -> str:
+    """A mistake in code as one line, with the last place that is neither in a library nor in this package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [frame for frame in frames if not _is_of_a_library(frame.filename)]
+    where = "".join(f" in {frame.filename}, line {frame.lineno}" for frame in users[-1:])
+    when = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return f"{type(error).__name__}{where}{when}: {str(error).partition(chr(10))[0]}"
+
+
+def _is_of_a_library(file: str) -> bool:
+    return file.startswith("<") or os.path.realpath(file).startswith(LIBRARIES)
+
+
 def show_errors_as_lines() -> None:
-    """From now on, a `ReportedError` that nobody catches ends the process as `errors_as_exit_codes` does."""
+    """From now on, an error that nobody catches ends the process as `errors_as_exit_codes` does."""
     before = sys.excepthook
 
     def hook(kind: Any, error: Any, trace: Any) -> None:
@@ -95,6 +118,7 @@ def show_errors_as_lines() -> None:
             sys.stderr = sys.__stderr__  # torch's own hook around this one collects what is said in a string
             end_with(error)
         before(kind, error, trace)
+        say(f"error: {in_words(error)}")
 
     if getattr(before, "__name__", "") != hook.__name__ or before.__module__ != __name__:
         sys.excepthook = hook

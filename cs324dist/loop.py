@@ -205,7 +205,11 @@ def run_task(task_type: type[Task[Any]], config: Config, accelerator: Accelerato
         # Before what a task builds, which may take long.
         on_main_process(accelerator, lambda: RunDir(config.folder).check_fits(task_type.name, config))
         seed_everything(config.seed, "task", accelerator.device)
-        task = task_type(config, accelerator.device)
+        try:
+            task = task_type(config, accelerator.device)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            said = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
+            raise UserError(f"{task_type.__name__} cannot be made: {said}") from error
         if not hasattr(task, "config"):
             raise UserError(f"{task_type.__name__} has to call super().__init__(config, device) first")
         run = TaskRun(Trainer(task, accelerator), given)
