@@ -83,6 +83,26 @@ def test_it_is_one_line(train, old, new, said):
     assert said in line
 
 
+def test_data_that_is_not_there_is_refused(train):
+    done = train("super().__init__(config, device)", "super().__init__(config, device); open('/no/data')")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: Own cannot be made: /no/data: No such file or directory"
+
+
+def test_a_mistake_in_code_ends_with_the_step_and_the_users_line(train, tmp_path):
+    done = train(
+        "[batch.samples % 8]", "[batch.samples % 8].to(torch.float64 if batch.step else torch.float32)"
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    line = 1 + (tmp_path / "own_task.py").read_text().split("\n").index("    def loss(self, batch):") + 1
+    said = (
+        f"RuntimeError in {tmp_path}/own_task.py, line {line} (in step 2): mat1 and mat2 must have the same"
+    )
+    assert done.stderr.splitlines()[-1].startswith(f"error: {said}")
+    assert said in (tmp_path / "run" / "status.json").read_text()
+
+
 def test_without_one_it_trains(train):
     done = train()
     assert done.returncode == 0, done.stderr
@@ -121,3 +141,10 @@ def test_otherwise_one_line_says_how_many_there_are(tmp_path, count):
     with pytest.raises(UserError) as refused:
         find_task(str(file))
     assert refused.value.lines == (f"{file} has {count} tasks: name one, {file}:CLASS",)
+
+
+def test_a_misspelt_class_names_those_that_are_there(tmp_path):
+    file = tmp_path / "misspelt.py"
+    file.write_text(NAMED.format(name="Mine"))
+    with pytest.raises(UserError, match=r"misspelt.py has no class 'Mien'; its tasks: Mine$"):
+        find_task(f"{file}:Mien")
