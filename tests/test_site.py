@@ -45,7 +45,7 @@ def built(tmp_path_factory) -> Callable[[str], dict[Path, Page]]:
 
 def test_every_link_of_the_site_holds_and_nothing_is_loaded_from_elsewhere(built):
     pages = built("")
-    assert len(pages) == len(list(REPOSITORY.glob("docs/*.md"))) + 4
+    assert len(pages) == len(list(REPOSITORY.glob("docs/*.md"))) + 4 - 1  # log.md stays in the repository
     for path, page in pages.items():
         assert not [link for link in page.loaded if "//" in link], path
         for link in page.links:
