@@ -82,12 +82,11 @@ def seeds(name: str, count: int, options: str, precision: str = "no") -> list[Ro
     ]
 
 
-def pictures(name: str, prefix: str, *steps: int) -> None:
-    """The grids of some steps, and the walk from a 4 to a 1."""
-    for step in steps:
-        shutil.copy(RUNS / name / "samples" / f"{step:09d}.png", IMAGES / f"{prefix}-{step}.png")
-    walk = ("interpolate", RUNS / name, "--start-digit", 4, "--end-digit", 1)
-    run_python("launch/sample.py", *walk, "--out", IMAGES / f"{prefix}-strip.png")
+def pictures(run: Path, step: int) -> None:
+    """The grid of a step, and the walk from a 4 to a 1."""
+    shutil.copy(run / "samples" / f"{step:09d}.png", IMAGES / f"gan-best-{step}.png")
+    walk = ("interpolate", run, "--start-digit", 4, "--end-digit", 1)
+    run_python("launch/sample.py", *walk, "--out", IMAGES / "gan-best-strip.png")
 
 
 def course_run(recipe: str, seed: int) -> Row:
@@ -100,16 +99,12 @@ def course_run(recipe: str, seed: int) -> Row:
 def course() -> list[Row]:
     """The course recipe in both readings of "every two epochs", and the recipe of most tutorials."""
     recipes, trials = zip(*product(COURSE, range(COURSE_SEEDS)), strict=True)
-    rows = on_each_core(course_run, recipes, trials)
-    pictures("course-steps-0", "gan-course", 500, 10_000, 20_000)
-    return rows
+    return on_each_core(course_run, recipes, trials)
 
 
 def fast() -> list[Row]:
     """Preset `fast`, five seeds."""
-    rows = seeds("fast", 5, "--evaluate-every 250")
-    pictures("fast-0", "gan-fast", rows[0]["steps"])
-    return rows
+    return seeds("fast", 5, "--evaluate-every 250")
 
 
 def bf16() -> list[Row]:
@@ -120,7 +115,7 @@ def bf16() -> list[Row]:
 def best() -> list[Row]:
     """Preset `best` in bf16, five seeds."""
     rows = seeds("best", BEST_SEEDS, BEST, "bf16")
-    pictures("best-0", "gan-best", rows[0]["steps"])
+    pictures(RUNS / "best-0", rows[0]["steps"])
     return rows
 
 

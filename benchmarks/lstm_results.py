@@ -1,6 +1,6 @@
 """The LSTM's results: train, count, and store what docs/results.md is written from.
 
-    python benchmarks/lstm_results.py                    # everything: about two hours on two cores
+    python benchmarks/lstm_results.py                    # everything: over an hour on two cores
     python benchmarks/lstm_results.py ablation certain   # some of it
 
 Each part writes `benchmarks/results/lstm/PART.json`; `python benchmarks/results_page.py` then writes the
@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from cs324dist.data.streams import Stream
 from cs324dist.report.reading import read_run
-from cs324dist.tasks.lstm.networks import LSTM
 from cs324dist.tasks.lstm.palindromes import DIGITS, all_palindromes, free_digits, palindromes
 from cs324dist.tasks.lstm.task import LSTMTask
 from cs324dist.trainer import Trainer
@@ -37,17 +36,14 @@ FAST, COURSE = LSTMTask.presets["fast"], LSTMTask.presets["course"]
 LENGTHS = (5, 10, 15, 20, 50)  # the course report's
 UNSEEN_LENGTHS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 1500, 2000, 3000, 5000,
                   10_000, 20_000, 50_000, 100_000)  # fmt: skip
-HELD_AFTER = (10, 100, 1000, 10_000, 20_000)  # digits
 FINAL_LENGTHS = (13, 50, 200, 1000, 4100, 10_000)
 SEEDS = range(5)
 FIXED = 2048  # palindromes of a fixed training set
 CURVE_EVERY = 25  # steps
 MOST_SURE = 1000  # digits that boxes are followed for
-SETTLING = 30  # steps watched after a curriculum has reached the full length
 TRY_EVERY = {"course": 20, "fast": 2}  # steps from one trial of a hopeful model to the next
 UNSEEN = Stream(0, "palindromes/generalisation")
 
-Change = Callable[[LSTM], object]  # of the weights
 Batches = Iterable[tuple[Tensor, Tensor]]  # of digits, and the last digit
 
 
@@ -58,17 +54,12 @@ class FixedSet(Stream):
         return super().integers(indices % FIXED, components, below)
 
 
-def new_trainer(preset: str, change: Change | None = None, **options: Any) -> Trainer:
-    """A trainer of a task with these options; `change` changes its weights.
+def new_trainer(preset: str, **options: Any) -> Trainer:
+    """A trainer of a task with these options.
 
     The learning rate is constant unless an option says otherwise: what a model needs is found by training on.
     """
-    trainer = trainer_of("lstm", preset, **{"schedule": "constant", **options})
-    if change:
-        torch.manual_seed(trainer.config.seed)
-        with torch.no_grad():
-            change(trainer.task.model)
-    return trainer
+    return trainer_of("lstm", preset, **{"schedule": "constant", **options})
 
 
 def accuracy_of(trainer: Trainer) -> float:
@@ -92,15 +83,6 @@ def train(trainer: Trainer, most: int, least: int = 0) -> Row:
             break
     accuracy = accuracy_of(trainer)
     return {"seed": config.seed, "solved": solved, "accuracy": accuracy, "steps": step, "curve": curve}
-
-
-def compare(label: str, variants: dict[str, Row], preset: str, most: int, length: int) -> list[Row]:
-    """Train each variant (arguments of `new_trainer`) from every seed."""
-    return [
-        {label: name, **train(new_trainer(preset, length=length, seed=seed, **variant), most)}
-        for name, variant in variants.items()
-        for seed in SEEDS
-    ]
 
 
 def trained(length: int) -> nn.Module:
@@ -143,43 +125,6 @@ def course() -> list[Row]:
     return rows
 
 
-def readings() -> list[Row]:
-    """The course recipe at 50 digits, with what the course report leaves open read in other ways."""
-
-    def second_bias(model: LSTM) -> None:  # the hidden parts' own, were they an nn.Linear each
-        bound = model.W_h.shape[1] ** -0.5
-        model.b += torch.empty_like(model.b).uniform_(-bound, bound)
-
-    variants = {
-        "separate biases for input and hidden state": {"change": second_bias},
-        "biases zero": {"change": lambda model: nn.init.zeros_(model.b)},
-        "forget gate's bias 1": {"change": lambda model: nn.init.ones_(model.gate("f")[2])},
-        "clipped at 1": {"max_grad_norm": 1.0},
-    }
-    return compare("reading", variants, "course", COURSE.steps, 50)
-
-
-def initialisation() -> list[Row]:
-    """The course recipe at 20 digits, with other weights to begin with."""
-
-    def like_torch(model: LSTM) -> None:
-        for weight in (model.W_x, model.W_h, model.b):
-            nn.init.uniform_(weight, -(model.W_h.shape[1] ** -0.5), model.W_h.shape[1] ** -0.5)
-
-    def xavier(model: LSTM) -> None:
-        for gate in (*model.W_x.chunk(4), *model.W_h.chunk(4)):
-            nn.init.xavier_uniform_(gate)
-        nn.init.zeros_(model.b)
-
-    variants = {
-        "nn.Linear's (the course recipe)": {"change": LSTM.initialise_as_linear},
-        "nn.LSTM's": {"change": like_torch},
-        "Xavier": {"change": xavier},
-        "for the length": {"change": lambda model: model.initialise_for_length(20)},
-    }
-    return compare("initialisation", variants, "course", COURSE.steps, 20)
-
-
 def fast() -> list[Row]:
     """Preset `fast` at 50 and at 1 000 digits."""
     return [
@@ -215,22 +160,11 @@ def ablation() -> list[Row]:
         "clipped at 1": {"max_grad_norm": 1.0},
         "no clipping": {"max_grad_norm": 1e6},
     }
-    return compare("variant", variants, "fast", 1000, 50)
-
-
-def settled() -> list[Row]:
-    """With either initialisation at 1 000 digits: is a batch still wrong once the full length is reached?"""
-    rows = []
-    for (name, option), seed in product((("for the length", "length"), ("as nn.Linear", "linear")), range(3)):
-        trainer, reached, wrong = new_trainer("fast", length=1000, initialisation=option, seed=seed), 0, 0
-        while trainer.task.length < 1000:
-            trainer.step(reached, is_logged=False)
-            reached += 1
-        for step in range(reached, reached + SETTLING):
-            trainer.step(step, is_logged=False)
-            wrong += trainer.read_metrics()["train/accuracy"] < 1
-        rows.append({"initialisation": name, "seed": seed, "reached": reached, "wrong": wrong})
-    return rows
+    return [
+        {"variant": name, **train(new_trainer("fast", length=50, seed=seed, **options), 1000)}
+        for name, options in variants.items()
+        for seed in SEEDS
+    ]
 
 
 def generalisation() -> list[Row]:
@@ -241,23 +175,6 @@ def generalisation() -> list[Row]:
         sampled = (palindromes(UNSEEN, some, length) for some in torch.arange(trials).split(200))
         few = DIGITS ** free_digits(length) <= trials
         rows.append(count(model, length, all_of(length) if few else sampled))
-    return rows
-
-
-def held() -> list[Row]:
-    """What the states of that model do over the length, for 100 palindromes."""
-    model = trained(1000).requires_grad_(False)
-    digits, _ = palindromes(UNSEEN, torch.arange(100), HELD_AFTER[-1])
-    first = digits[0].long()  # bytes would be taken for a mask
-    state, before, rows = None, 0, []
-    for steps in HELD_AFTER:
-        _, state = model.scan(digits[before:steps], state)
-        h, c = state
-        centres = torch.stack([h[first == digit].mean(0) for digit in range(DIGITS)])
-        within, between = (h - centres[first]).norm(dim=1).mean().item(), torch.pdist(centres).min().item()
-        row = {"steps": steps, "within": within, "between": between, "largest_cell": c.abs().max().item()}
-        rows.append(row)
-        before = steps
     return rows
 
 
@@ -333,14 +250,10 @@ def million() -> list[Row]:
 
 PARTS = (
     course,
-    readings,
-    initialisation,
     fast,
     final,
     ablation,
-    settled,
     generalisation,
-    held,
     certain,
     proven,
     long,

@@ -7,6 +7,7 @@ The templates beside this file hold the text and the tables; the functions that 
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -19,7 +20,6 @@ from speed import history
 
 LENGTHS = (5, 10, 15, 20, 50)
 TRIALS = 10_000  # palindromes of an evaluation
-LINE = 3.77  # floors within which an image is close: a distance of 20 where the floor is 5.3
 SPACE = "\N{NARROW NO-BREAK SPACE}"
 PERCENT = f"{SPACE}%"
 
@@ -37,12 +37,20 @@ def share(value: float) -> str:
     return f"100{PERCENT}" if value == 1 else percent(min(value, 0.9999), 2)
 
 
+def deviation(values: Sequence[float], digits: int = 0) -> str:
+    """Mean ± standard deviation."""
+    return f"{number(statistics.mean(values), digits)} ± {number(statistics.stdev(values), digits)}"
+
+
+def least_to_most(values: Sequence[float], digits: int = 0) -> str:
+    return f"{number(min(values), digits)} to {number(max(values), digits)}"
+
+
 def spread(values: Sequence[float], digits: int = 0) -> str:
     """Mean ± standard deviation (least to most)."""
     if len(values) < 2:
         return number(values[0], digits) if values else "\N{EN DASH}"
-    mean, deviation = number(statistics.mean(values), digits), number(statistics.stdev(values), digits)
-    return f"{mean} ± {deviation} ({number(min(values), digits)} to {number(max(values), digits)})"
+    return f"{deviation(values, digits)} ({least_to_most(values, digits)})"
 
 
 def spread_of(rows: Iterable[Row], name: str, digits: int = 0) -> str:
@@ -89,6 +97,11 @@ def machines(*results: Row) -> str:
     return "; ".join(sorted(lines))
 
 
+def processors(*results: Row) -> str:
+    """The kinds of processor that results were made on."""
+    return ", ".join(sorted({made["device"] for made in environments(results)}))
+
+
 def commits(*results: Row) -> str:
     """The commits that results were made on."""
     return ", ".join(sorted({made["commit"][:7] for made in environments(results)}))
@@ -110,13 +123,13 @@ def median_steps(models: Sequence[Row]) -> float:
     return statistics.median(model["solved"] or math.inf for model in models)
 
 
+def steps_of(models: Iterable[Row]) -> list[int]:
+    """The steps that the models took which were solved."""
+    return [model["solved"] for model in models if model["solved"]]
+
+
 def accuracy(models: Sequence[Row]) -> str:
     return share(statistics.mean(model["accuracy"] for model in models))
-
-
-def accuracies(models: Sequence[Row]) -> str:
-    values = [model["accuracy"] for model in models]
-    return f"{share(min(values))} to {share(max(values))}"
 
 
 def wrong(right: float, trials: int) -> str:
@@ -135,19 +148,15 @@ def error_rate(models: Sequence[Row]) -> str:
     return f"none, all {number(all_there_are)} tried" if all_there_are else wrong(trials, trials)
 
 
+def seconds(models: Iterable[Row]) -> list[float]:
+    """How long the training of each model took."""
+    return [60 * model["minutes"] for model in models]
+
+
 def steps_to_fit(models: Sequence[Row]) -> list[int]:
     """The steps to 99 % of a training batch, of the models that got there."""
     fitted = ([step for step, _, right in model["curve"] if right >= 0.99] for model in models)
     return [steps[0] for steps in fitted if steps]
-
-
-def means(rows: Iterable[Row], by: str, name: str) -> list[float]:
-    """The mean of each group."""
-    return [statistics.mean(row[name] for row in group) for group in grouped(rows, by)]
-
-
-def floors(runs: Sequence[Row], digits: int = 1) -> str:
-    return number(statistics.mean(run["frechet_distance"] / run["floor"] for run in runs), digits)
 
 
 def sure(runs: Sequence[Row]) -> str:
@@ -170,63 +179,28 @@ def smallest(run: Row) -> float:
     return min(distance for _, distance, _ in run["curve"])
 
 
-def overtaken(course: Sequence[Row], fast: Sequence[Row], pace: Sequence[Row]) -> Iterator[Row]:
-    """When preset fast is as near as the course recipe in its last fifth, and within `LINE` floors."""
-    seconds = {row["recipe"]: row["milliseconds"] / 1000 for row in pace}
-    late = [distance for run in course for distance in last_fifth(run)]
-    length = course[0]["steps"]
-
-    def taken(recipe: str, steps: int) -> str:
-        return f"{number(steps)} steps, {number(steps * seconds[recipe])} s"
-
-    for name, distance in (
-        ("the course recipe's median in its last fifth", statistics.median(late)),
-        ("the course recipe's smallest in its last fifth", min(late)),
-        (f"{LINE} floors", LINE * fast[0]["floor"]),
-    ):
-        steps = [next(step for step, nearest, _ in run["curve"] if nearest <= distance) for run in fast]
-        reached, fewer = distance >= min(late), length / max(steps)
-        yield {
-            "distance": f"{number(distance, 1)}, {name}",
-            "course": taken("course", length) if reached else "not reached",
-            "fast": taken("fast", max(steps)),
-            "mean": number(statistics.mean(steps) * seconds["fast"]),
-            "fewer": number(fewer) if reached else "",
-            "less": number(fewer * seconds["course"] / seconds["fast"]) if reached else "",
-        }
+def readings(fuzz: dict[str, Any]) -> Row:
+    """What became of the mutations, over all readers."""
+    total: Counter[str] = Counter()
+    for counts in fuzz["readers"].values():
+        total.update({name: count for name, count in counts.items() if name != "grown_mib"})
+    fine = sum(total[name] for name in ("refused", "set aside", "harmless", "forged", "unsigned"))
+    return {**total, "all": total.total(), "bad": total.total() - fine}
 
 
-def readers(fuzz: dict[str, Any]) -> Iterator[Row]:
-    """Each reader of run folders, and what became of the mutations that it read."""
-    fine = ("refused", "set aside", "harmless", "forged", "unsigned")
-    for reader, counts in fuzz["readers"].items():
-        bad = sum(count for name, count in counts.items() if name not in (*fine, "grown_mib"))
-        counts = [counts[name] for name in fine]
-        yield {"name": reader.replace("_", " "), "counts": [bad + sum(counts), *counts, bad]}
+def mean_of(rows: Iterable[Row], name: str) -> float:
+    return statistics.mean(row[name] for row in rows)
 
 
-class StepModel:
-    """Milliseconds a step as `fixed + per_sample x samples of a process + moved, if there are two`.
-
-    Both cells of one process and the smallest of two give the three numbers; the other cells check them.
-    """
-
-    def __init__(self, milliseconds: dict[str, list[float]]) -> None:
-        measured = {cell: statistics.median(times) for cell, times in milliseconds.items()}
-        self.per_sample = (measured["1 x 256"] - measured["1 x 64"]) / (256 - 64)
-        self.fixed = measured["1 x 64"] - 64 * self.per_sample
-        self.moved = measured["2 x 32"] - self.fixed - 32 * self.per_sample
-        self.worst = max(abs(self.predict(cell) / time - 1) for cell, time in measured.items())
-
-    def predict(self, cell: str) -> float:
-        processes, samples = map(int, cell.split(" x "))
-        return self.fixed + self.per_sample * samples + (self.moved if processes > 1 else 0)
+def ratios(result: Row, *comparisons: str) -> list[list[float]]:
+    """The rounds' ratios of each comparison."""
+    return [where(result["rows"], what=what)[0]["ratios"] for what in comparisons]
 
 
-FUNCTIONS = (number, percent, share, spread, spread_of, met, yes, effect,
-             machines, commits, grouped, means, where, solved, median_steps,
-             accuracy, accuracies, wrong, error_rate, steps_to_fit, floors, sure, digits, last_fifth,
-             smallest, overtaken, readers, StepModel, history, statistics.median)  # fmt: skip
+FUNCTIONS = (number, percent, share, deviation, spread, spread_of, met, yes, effect, machines, processors,
+             commits, grouped, where, solved, median_steps, steps_of, accuracy, wrong, error_rate, seconds,
+             steps_to_fit, sure, digits, last_fifth, smallest, readings, least_to_most, mean_of, ratios,
+             history, statistics.median, statistics.mean)  # fmt: skip
 
 
 def page(name: str) -> str:
@@ -272,18 +246,17 @@ def draw() -> None:
     note: dict[str, Any] = {"color": "grey", "textcoords": "offset points"}
 
     course = where(load("lstm/course")["rows"], data="endless")
-    for column, name in ((2, "accuracy"), (1, "loss")):
-        with axes(f"lstm-{name}", (8, 4.5), "step", name, len(LENGTHS)) as picture:
-            for (model, style), length in product((("lstm", "-"), ("rnn", ":")), LENGTHS):
-                runs = where(course, model=model, length=length)
-                curves = [[point for point in run["curve"] if point[0] <= 1500] for run in runs]
-                points = list(zip(*curves, strict=True))  # one for each seed
-                means = [statistics.mean(point[column] for point in seeds) for seeds in points]
-                colour = colours(LENGTHS.index(length) / len(LENGTHS))
-                label = f"{model.upper()}, {length} digits"
-                picture.plot([seeds[0][0] for seeds in points], means, style, color=colour, label=label)
-            picture.set_ylim(0, None)
-            picture.grid(alpha=0.3)
+    with axes("lstm-accuracy", (8, 4.5), "step", "accuracy", len(LENGTHS)) as picture:
+        for (model, style), length in product((("lstm", "-"), ("rnn", ":")), LENGTHS):
+            runs = where(course, model=model, length=length)
+            curves = [[point for point in run["curve"] if point[0] <= 1500] for run in runs]
+            points = list(zip(*curves, strict=True))  # one for each seed
+            means = [statistics.mean(right for _, _, right in seeds) for seeds in points]
+            colour = colours(LENGTHS.index(length) / len(LENGTHS))
+            label = f"{model.upper()}, {length} digits"
+            picture.plot([seeds[0][0] for seeds in points], means, style, color=colour, label=label)
+        picture.set_ylim(0, None)
+        picture.grid(alpha=0.3)
 
     with axes("lstm-generalisation", (8, 3.5), "digits", "share of right answers") as picture:
         shares = {row["length"]: row["right"] / row["trials"] for row in load("lstm/generalisation")["rows"]}

@@ -16,6 +16,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
 }
 SOURCES = {page: source for source, page in PAGES.items()}
+NO_PAGE = {"docs/log.md"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -32,7 +33,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def link(found: re.Match[str]) -> str:
         text, target, anchor = found.groups()
         path = os.path.relpath((source.parent / target).resolve(), REPOSITORY)
-        if path in PAGES or path.startswith("docs/"):
+        if path in PAGES or (path.startswith("docs/") and path not in NO_PAGE):
             return f"[{text}]({PAGES.get(path, path.removeprefix('docs/'))}{anchor})"
         return (
             f"[{text}]({config.repo_url.rstrip('/')}/blob/HEAD/{path}{anchor})" if config.repo_url else text

@@ -9,8 +9,17 @@ from pathlib import Path
 import pytest
 from launched import metrics, status
 
+from cs324dist.testing import assert_same_on, assert_same_when_killed
+
 PAGE = Path(__file__).parents[1] / "docs" / "your_own_task.md"
-BLOCKS = re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def blocks_of(page):
+    """The files of a page, and what is in them."""
+    return re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+BLOCKS = blocks_of(PAGE)
 
 
 @pytest.fixture
@@ -34,7 +43,7 @@ def run(tmp_path, launch_environment):
 
 def test_every_block_is_a_file():
     assert PAGE.read_text().count("```python") == len(BLOCKS)
-    files = ["my_data.py", "train.py", "my_task.py", "use.py", "use_weights.py", "weighted.py"]
+    files = ["my_data.py", "train.py", "my_task.py", "use.py", "use_weights.py", "weighted.py", "averaged.py"]
     assert [name for name, _ in BLOCKS] == [*files, "test_my_task.py"]
 
 
@@ -53,6 +62,25 @@ def test_the_weighted_task_stops_early(run, tmp_path):
     run("weighted.py", *often, "--wandb", "disabled", "--run-dir", "run")
     assert status(tmp_path / "run")["state"] == "finished"
     assert status(tmp_path / "run")["step"] < 400
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("averaged.py", "--micro-batches", "4", "--checkpoint-every", "5", "--log-every", "1"),
+        ("averaged_loop.py", "--run-dir", "{run}"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_averaged_weights_are_continued(command, processes, tmp_path, monkeypatch):
+    for name, code in BLOCKS + blocks_of(PAGE.with_name("own_loop.md")):
+        (tmp_path / name).write_text(code)
+    monkeypatch.chdir(tmp_path)
+    assert_same_when_killed(command, tmp_path / "runs", processes=processes)
+    if processes > 1:
+        assert_same_on(1, processes, command=command, folder=tmp_path / "others")
 
 
 @pytest.mark.slow
