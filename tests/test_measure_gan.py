@@ -1,8 +1,10 @@
 """benchmarks/measure_gan.py: figures that repeat, beside what they are to be held against."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.mark.slow
@@ -16,6 +18,9 @@ def test_figures_repeat_to_the_last_digit_and_real_digits_are_near(launch, mnist
     assert min(figures["frechet_distance"], figures["frechet_distance_to_training_images"]) > 50
     assert 0.97 < figures["sure_of_test_images"] < 0.98
     assert sum(figures["shares"]) == pytest.approx(1)
+    assert min(figures["precision_of_test_images"], figures["recall_of_test_images"]) > 0.5
+    assert max(figures["precision"], figures["recall"]) < 0.1
+    assert figures["nearest"] > 2 * figures["nearest_of_test_images"]
     assert launch(*command).stdout == stdout
     other = json.loads(launch(*command, "--seed", "1").stdout)
     assert other["frechet_distance"] != figures["frechet_distance"]
@@ -24,3 +29,26 @@ def test_figures_repeat_to_the_last_digit_and_real_digits_are_near(launch, mnist
 def test_a_run_without_a_generator_is_refused(launch, tmp_path):
     done = launch("benchmarks/measure_gan.py", tmp_path, check=False)
     assert (done.returncode, done.stderr.count("error: ")) == (2, 1)
+
+
+def test_precision_recall_and_nearest_are_those_of_a_plain_loop(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    from measure_gan import lies_among, to_nearest
+
+    torch.manual_seed(0)
+    points, known = (
+        torch.randn(700, 3),
+        0.7 * torch.randn(600, 3),
+    )  # some lie outside, and all take two pieces
+
+    def distance(a, b):
+        return sum((float(x) - float(y)) ** 2 for x, y in zip(a, b, strict=True)) ** 0.5
+
+    listed = known.tolist()
+    reach = [sorted(distance(one, other) for other in listed)[3] for one in listed]  # the first is itself
+    to_known = [[distance(point, one) for one in listed] for point in points.tolist()]
+    among = [any(d <= r for d, r in zip(row, reach, strict=True)) for row in to_known]
+    assert lies_among(points, known).tolist() == among
+    assert 50 < sum(among) < 650
+    nearest = sorted(min(row) for row in to_known)
+    assert to_nearest(points, known) == pytest.approx(nearest[349], abs=1e-5)  # the lower median
