@@ -13,9 +13,10 @@ too (interval bound propagation, Gowal et al. 2018, https://arxiv.org/abs/1810.1
 
 import copy
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
+from annotated_types import Interval as ValidRange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,10 +45,13 @@ class Arithmetic(NamedTuple):
     inside: float = 0.0
     """Of an operation within a sum or a function, before its result is written down."""
 
+    @classmethod
+    def of(cls, bits: int) -> "Arithmetic":
+        """Numbers are stored with so many bits; sums and functions are computed in float32."""
+        return cls(2.0**-bits, 2.0**-24)
 
-EXACT = Arithmetic()
-FLOAT32 = Arithmetic(2.0**-24, 2.0**-24)
-BF16 = Arithmetic(2.0**-8, 2.0**-24)  # sums and functions are computed in float32
+
+EXACT, FLOAT32, BF16 = Arithmetic(), Arithmetic.of(24), Arithmetic.of(8)
 
 
 class Interval(NamedTuple):
@@ -202,6 +206,9 @@ def prove(model: LSTM, by: Arithmetic = FLOAT32) -> Tensor:
 class ProvenConfig(LSTMConfig):
     """Train an LSTM on palindromes and prove that it is right on all of them."""
 
+    bits: Annotated[int, ValidRange(ge=2, le=24)] = 24
+    """Bits that numbers are stored with, in the boxes and in the proof: 24 as in float32, 8 as in bf16."""
+
 
 class ProvenTask(LSTMTask):
     """One step: palindromes, and boxes over as many steps."""
@@ -232,13 +239,14 @@ class ProvenTask(LSTMTask):
         digits, last = palindromes(self.data, batch.samples, self.length)
         loss = F.cross_entropy(self.model(digits), last)
 
-        box = first_states(self.model)
+        by, model = Arithmetic.of(self.config.bits), self.model
+        box = first_states(model, by)
         kept = Interval(box.c.low.new_tensor(1 - FADE), box.c.low.new_tensor(1))
         for _ in range(self.length - 1):
-            box = box | next_states(self.model, Box(box.h, box.c.times(kept)))
-        above = margins(self.model, box.h)
+            box = box | next_states(model, Box(box.h, box.c.times(kept)), by)
+        above = margins(model, box.h, by)
         worst = F.cross_entropy(-above, torch.arange(len(above), device=above.device))
-        _, f, _, _ = gates(self.model, box.h, any_digit(self.model))
+        _, f, _, _ = gates(model, box.h, any_digit(model), by)
         too_open = (f.high - OPEN).relu().mean()
 
         self.right[batch.index] = (worst < SURE) * len(batch.samples)
@@ -246,7 +254,7 @@ class ProvenTask(LSTMTask):
 
     def evaluate(self, sum_over) -> Evaluation:
         """Accuracy at the full length, and how many first digits `prove` proves for every length."""
-        proven = (prove(self.model) > 0).sum().item()
+        proven = (prove(self.model, Arithmetic.of(self.config.bits)) > 0).sum().item()
         return Evaluation({**super().evaluate(sum_over).metrics, "proven": proven})
 
 

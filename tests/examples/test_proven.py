@@ -162,6 +162,26 @@ def test_sums_that_overflow_in_float32_prove_nothing(proven):
     assert (proven.prove(model) <= 0).all()
 
 
+def test_a_guess_that_latches_is_counted(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    import proof
+
+    def drawn(model, count, generator):
+        """The fourth is right by construction, and the others are all zero."""
+        is_fourth = (torch.arange(count) == 3).float()
+        right = latches(4).requires_grad_(False).named_parameters()
+        return {name: is_fourth.view(-1, *[1] * weight.dim()) * weight for name, weight in right}
+
+    monkeypatch.setattr(proof, "drawn", drawn)
+    monkeypatch.setattr(proof, "DRAWS", {DIGITS: 100})
+    found = proof.guess(DIGITS, DIGITS)
+    assert (found["draws"], found["best"], found["latching"], found["first"]) == (100, 1.0, 1, 4)
+    monkeypatch.setattr(proof, "drawn", lambda *given: {name: 0 * x for name, x in drawn(*given).items()})
+    found = proof.guess(DIGITS, DIGITS)  # always 0
+    assert (found["latching"], found["first"]) == (0, None)
+    assert found["best"] < 0.3
+
+
 def test_other_networks_are_refused(launch, tmp_path):
     for option in (("--model", "rnn"), ("--encoding", "scalar")):
         done = launch("examples/proven.py", *option, "--run-dir", tmp_path / "run", check=False)
