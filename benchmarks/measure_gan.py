@@ -5,21 +5,14 @@
 It prints a line of JSON. `frechet_distance` is between the samples and the test images, `floor` between the
 first 10 000 training images and the test images; `sure` is the share of samples that the digit classifier is
 sure of, `shares` that of each digit.
-
-Precision and recall (Kynkäänniemi et al. 2019, https://arxiv.org/abs/1904.06991) are held against those
-10 000 training images: precision is the share of samples that lie among them, recall their share that lies
-among the samples. `nearest` is the median distance, in the classifier's features, to the nearest of all
-training images: copies would be nearer than test images are.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from common import REPOSITORY, Row, command_line
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cs324dist.data.streams import Stream
@@ -30,39 +23,9 @@ from cs324dist.runs.models import load_model
 from cs324dist.tasks.gan.images import load_images, to_unit_range
 from cs324dist.tasks.gan.networks import Generator
 from cs324dist.tasks.gan.sampling import find_generator
-from cs324dist.tasks.gan.statistics import WEIGHTS, DigitStatistics, read_digits
+from cs324dist.tasks.gan.statistics import WEIGHTS, DigitStatistics
 
 FLOOR = 10_000  # training images, the first of the set, whose distance is the floor
-NEIGHBOUR = 3  # that says how far a point reaches, as in the paper
-AT_ONCE = 500  # images
-
-Features = Float[Tensor, "images features"]
-
-
-def lies_among(points: Features, known: Features) -> Bool[Tensor, " images"]:
-    """Which points are as near to a known one as its third neighbour is."""
-    reach = torch.cat([some.kthvalue(NEIGHBOUR + 1).values for some in distances(known, known)])  # 0: itself
-    return torch.cat([(some <= reach).any(1) for some in distances(points, known)])
-
-
-def to_nearest(points: Features, known: Features) -> float:
-    """The median distance of points to the nearest known one."""
-    return torch.cat([some.amin(1) for some in distances(points, known)]).median().item()
-
-
-@torch.no_grad()
-def features(draw: Callable[[Tensor], Tensor], count: int) -> Features:
-    """The classifier's, of the images that are drawn for the indices [0, count)."""
-    return torch.cat([read_digits(draw(some))[2] for some in torch.arange(count).split(AT_ONCE)])
-
-
-def share(of: Bool[Tensor, " images"]) -> float:
-    return of.double().mean().item()
-
-
-def distances(points: Features, known: Features) -> Iterator[Tensor]:
-    """Distances of some points after others to all known ones."""
-    return (torch.cdist(some, known) for some in points.split(AT_ONCE))
 
 
 def measure(run: Path, count: int, seed: int, data_root: Path) -> Row:
@@ -74,16 +37,16 @@ def measure(run: Path, count: int, seed: int, data_root: Path) -> Row:
         load_images("mnist", split, data_root).images.to(accelerator.device) for split in ("test", "train")
     )
 
-    draws: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
-        "samples": (lambda indices: generator(stream.normals(indices, generator.config["input_dim"])), count),
-        "test": (lambda indices: to_unit_range(test[indices]), len(test)),
-        "train": (lambda indices: to_unit_range(train[indices]), FLOOR),
-    }
-    of_samples, of_test, of_train = (
-        DigitStatistics.of(*draw, SumOver(accelerator)) for draw in draws.values()
+    def statistics(draw: Callable[[Tensor], Tensor], count: int) -> DigitStatistics:
+        return DigitStatistics.of(draw, count, SumOver(accelerator))
+
+    of_test = statistics(lambda indices: to_unit_range(test[indices]), len(test))
+    of_train = statistics(lambda indices: to_unit_range(train[indices]), FLOOR)
+    of_samples = statistics(
+        lambda indices: generator(stream.normals(indices, generator.config["input_dim"])), count
     )
     found = of_samples.compared_with(of_test)
-    row = {
+    return {
         "samples": count,
         "seed": seed,
         "weights": "averaged" if folder.name == "generator_ema" else "raw",
@@ -96,13 +59,6 @@ def measure(run: Path, count: int, seed: int, data_root: Path) -> Row:
         "shares": [found[f"share_of_{digit}"] for digit in range(10)],
         "classifier_sha256": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(),
     }
-    known = features(draws["train"][0], len(train))
-    for name, suffix in (("samples", ""), ("test", "_of_test_images")):
-        points = features(*draws[name])
-        row[f"precision{suffix}"] = share(lies_among(points, known[:FLOOR]))
-        row[f"recall{suffix}"] = share(lies_among(known[:FLOOR], points))
-        row[f"nearest{suffix}"] = to_nearest(points, known)
-    return row
 
 
 if __name__ == "__main__":
