@@ -14,7 +14,7 @@ from itertools import product
 
 import torch
 from common import REPOSITORY, Row, on_each_core, run_parts, trainer_of
-from lstm_results import UNSEEN
+from lstm_results import UNSEEN, finished
 from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
@@ -53,16 +53,9 @@ def learn(cells: int, seed: int, bits: int = 24) -> Row:
     seconds, fewest = round(time.monotonic() - began), bits if (margin > 0).all() else None
     while fewest and (prove(model, Arithmetic.of(fewest - 1)) > 0).all():
         fewest -= 1
-    return {
-        "cells": cells,
-        "seed": seed,
-        "bits": bits,
-        "steps": step,
-        "seconds": seconds,
-        "proven": int((margin > 0).sum()),
-        "margin": max(margin.min().item(), -1.0),  # JSON has no -inf
-        "fewest_bits": fewest,
-    }
+    return {"cells": cells, "seed": seed, "bits": bits, "steps": step, "seconds": seconds,
+            "proven": int((margin > 0).sum()), "margin": max(margin.min().item(), -1.0),  # JSON has no -inf
+            "fewest_bits": fewest}  # fmt: skip
 
 
 def learning_with(cells: int) -> Callable[[], list[Row]]:
@@ -81,7 +74,6 @@ def bf16() -> list[Row]:
     return on_each_core(learn, cells, seeds, [8] * 4)
 
 
-@torch.no_grad()
 def boxes() -> list[Row]:
     """Of first digits 0 and 1, step by step: what one cell holds, and what its box allows.
 
@@ -89,11 +81,7 @@ def boxes() -> list[Row]:
     """
     rows = []
     for task in ("lstm", PROVEN):
-        trainer = trainer_of(task, "fast")
-        for step in range(trainer.config.steps):
-            trainer.step(step, is_logged=False)
-        model = trainer.task.model.double()
-
+        model = finished(task).double()
         digits, first = palindromes(UNSEEN, torch.arange(500), SHOWN)
         state, held, box, allowed = None, [], first_states(model, FLOAT32), []
         for digit in digits:
@@ -123,15 +111,9 @@ def guess(classes: int, cells: int) -> Row:
             one = {name: weight[candidate : candidate + 1] for name, weight in weights.items()}
             if shares_right(model, one, *many).item() == 1:
                 latching, first = latching + 1, first or draw + candidate + 1
-    return {
-        "classes": classes,
-        "cells": cells,
-        "draws": draw + at_once,
-        "latching": latching,
-        "first": first,
-        "best": best,
-        "seconds": round(time.monotonic() - began),
-    }
+    seconds = round(time.monotonic() - began)
+    return {"classes": classes, "cells": cells, "draws": draw + at_once, "latching": latching, "first": first,
+            "best": best, "seconds": seconds}  # fmt: skip
 
 
 def guessed() -> list[Row]:
