@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Literal
 
 import torch
 from common import IMAGES, REPOSITORY, Row, on_each_core, run_parts, run_python
@@ -175,7 +174,7 @@ def ablation() -> list[Row]:
     return rows
 
 
-def real_images(split: Literal["train", "test"]) -> Images:
+def real_images(split: str) -> Images:
     return to_unit_range(load_images("mnist", split, REPOSITORY / "data").images)
 
 
@@ -198,10 +197,8 @@ def lies_among(points: Points, known: Points) -> Tensor:
 
 def memorised() -> list[Row]:
     """The surest sample of each digit above its nearest training image; how near samples are to those."""
-    generator, known = (
-        load_generator(trained("fast-0", "--seed 0 --evaluate-every 250")),
-        real_images("train"),
-    )
+    known = real_images("train")
+    generator = load_generator(trained("fast-0", "--seed 0 --evaluate-every 250"))
     images = generate(generator, latents(generator, 0, 10_000))
     digits, confidence, _ = read_all(images)
     surest = images[[int(torch.where(digits == digit, confidence, 0).argmax()) for digit in range(10)]]
@@ -225,9 +222,12 @@ def neighbours() -> list[Row]:
     samples = generate(generator, latents(generator, 0, len(test)))
     for name, images in (("samples", samples), ("test images", test)):
         features, some = read_all(images)[2], known[: len(images)]
-        row = {"images": name, "count": len(images), "precision": lies_among(features, some).mean().item()}
-        row |= {"recall": lies_among(some, features).mean().item()}
-        rows.append({**row, "to_nearest_training_image": nearest(features, known)[0].median().item()})
+        precision, recall = (
+            lies_among(*sides).mean().item() for sides in ((features, some), (some, features))
+        )
+        away = nearest(features, known)[0].median().item()
+        row = {"images": name, "count": len(images), "precision": precision, "recall": recall}
+        rows.append({**row, "to_nearest_training_image": away})
     return rows
 
 

@@ -1,7 +1,7 @@
 """The proof's results: how few cells and how coarse an arithmetic admit one, boxes over the steps, the guess.
 
     python benchmarks/proof.py           # everything: about ten minutes on two cores
-    python benchmarks/proof.py cells_8   # some of it
+    python benchmarks/proof.py guessed   # some of it
 
 Each part writes `benchmarks/results/lstm/PART.json`; `python benchmarks/proof_page.py` then writes the page
 and its picture from them and from `lstm_results.py proven`.
@@ -10,7 +10,7 @@ and its picture from them and from `lstm_results.py proven`.
 import sys
 import time
 from collections.abc import Callable
-from itertools import product
+from itertools import starmap
 
 import torch
 from common import REPOSITORY, Row, on_each_core, run_parts, trainer_of
@@ -26,7 +26,7 @@ sys.path.append(str(REPOSITORY / "examples"))
 from proven import FLOAT32, Arithmetic, first_states, next_states, prove
 
 PROVEN = "examples/proven.py:ProvenTask"
-CELLS = (64, 32, 16, 8, 4)
+LEARNERS = ((64, 24), (32, 24), (16, 24), (8, 24), (4, 24), (128, 8), (16, 8))  # cells and bits
 SEEDS = 4
 MOST = 3000  # steps of training
 TRY_EVERY = 100  # steps
@@ -39,7 +39,7 @@ SEQUENCES = 100  # that a draw is tried on; 10 000 more, if all of them are righ
 LARGEST = (-1.0, 2.0)  # the weights of a draw are uniform in ±10^a, and a is uniform in this interval
 
 
-def learn(cells: int, seed: int, bits: int = 24) -> Row:
+def learn(cells: int, seed: int, bits: int) -> Row:
     """Train until every first digit is proven; then the fewest bits that the proof allows."""
     changes = {"hidden_size": cells, "seed": seed, "bits": bits, "steps": MOST}
     trainer, began = trainer_of(PROVEN, "fast", **changes), time.monotonic()
@@ -58,20 +58,14 @@ def learn(cells: int, seed: int, bits: int = 24) -> Row:
             "fewest_bits": fewest}  # fmt: skip
 
 
-def learning_with(cells: int) -> Callable[[], list[Row]]:
-    """Whether LSTMs of so many cells learn to be proven, in float32."""
+def learning_with(cells: int, bits: int) -> Callable[[], list[Row]]:
+    """Whether LSTMs of so many cells learn to be proven, in an arithmetic of so many bits."""
 
     def part() -> list[Row]:
-        return on_each_core(learn, [cells] * SEEDS, range(SEEDS))
+        return on_each_core(learn, [cells] * SEEDS, range(SEEDS), [bits] * SEEDS)
 
-    part.__name__ = f"cells_{cells}"
+    part.__name__ = f"cells_{cells}_bits_{bits}"
     return part
-
-
-def bf16() -> list[Row]:
-    """Whether they learn to be proven in bf16."""
-    cells, seeds = zip(*product((128, 16), range(2)), strict=True)
-    return on_each_core(learn, cells, seeds, [8] * 4)
 
 
 def boxes() -> list[Row]:
@@ -146,4 +140,4 @@ def shares_right(model: LSTM, weights: dict[str, Tensor], digits: Tensor, last: 
 
 
 if __name__ == "__main__":
-    run_parts(__doc__, "lstm", *map(learning_with, CELLS), bf16, boxes, guessed)
+    run_parts(__doc__, "lstm", *starmap(learning_with, LEARNERS), boxes, guessed)
