@@ -202,6 +202,13 @@ def test_a_guess_that_latches_is_counted(monkeypatch):
     assert found["best"] < 0.3
 
 
+def test_the_page_is_the_one_that_the_stored_results_make(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    from results_page import page
+
+    assert (REPOSITORY / "docs" / "proof.md").read_text() == page("proof")
+
+
 def test_other_networks_are_refused(launch, tmp_path):
     for option in (("--model", "rnn"), ("--encoding", "scalar")):
         done = launch("examples/proven.py", *option, "--run-dir", tmp_path / "run", check=False)
