@@ -33,9 +33,8 @@ TRY_EVERY = 100  # steps
 HOPEFUL = 0.1  # loss of the worst case below which a proof is looked for; a guess has log 10
 SHOWN = 60  # steps of the picture
 SHOWN_DIGITS = [0, 1]
-LENGTH = 50  # digits of the guess's sequences
-DRAWS = {1: 100_000, 4: 40_000, 128: 1_500}  # by number of cells
-SEQUENCES = 100  # that a draw is tried on; 10 000 more, if all of them are right
+DRAWS = {1: 100_000, 4: 100_000, 128: 3_000}  # by number of cells
+TRIALS = ((100, 10), (10_000, 50))  # sequences and their digits; the second if all of the first are right
 LARGEST = (-1.0, 2.0)  # the weights of a draw are uniform in ±10^a, and a is uniform in this interval
 
 
@@ -95,7 +94,7 @@ def guess(classes: int, cells: int) -> Row:
     """Draw weights at random; which draws answer every sequence with its first digit?"""
     model = LSTM(classes, cells, classes, kernel="equations").requires_grad_(False)
     generator, at_once = torch.Generator().manual_seed(0), max(4, 1000 // cells)
-    few, many = (sequences(classes, torch.arange(*some)) for some in ((SEQUENCES,), (SEQUENCES, 10_100)))
+    few, many = (sequences(classes, *some) for some in TRIALS)
     best, latching, first, began = 0.0, 0, None, time.monotonic()
     for draw in range(0, DRAWS[cells], at_once):
         weights = drawn(model, at_once, generator)
@@ -115,9 +114,9 @@ def guessed() -> list[Row]:
     return on_each_core(guess, (10, 2, 10, 2, 2), (128, 128, 4, 4, 1))
 
 
-def sequences(classes: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+def sequences(classes: int, count: int, length: int) -> tuple[Tensor, Tensor]:
     """Palindromes of so many different digits."""
-    digits, last = palindromes(UNSEEN, indices, LENGTH)
+    digits, last = palindromes(UNSEEN, torch.arange(count), length)
     return F.one_hot(digits.long() % classes, classes).float(), last % classes
 
 
