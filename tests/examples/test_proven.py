@@ -217,6 +217,7 @@ def test_other_networks_are_refused(launch, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_learns_to_be_proven(launch, tmp_path):
-    launch("examples/proven.py", "--run-dir", tmp_path / "run", "--wandb", "disabled")
+@pytest.mark.parametrize("bits", ["24", "8"])
+def test_it_learns_to_be_proven(launch, tmp_path, bits):
+    launch("examples/proven.py", "--bits", bits, "--run-dir", tmp_path / "run", "--wandb", "disabled")
     assert metrics(tmp_path / "run")[-1]["eval/proven"] == DIGITS
