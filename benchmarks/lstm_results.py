@@ -183,6 +183,14 @@ def certain() -> list[Row]:
     return [count(trained(length), length, all_of(length)) for length in range(1, 13)]
 
 
+def finished(task: str, seed: int = 0) -> LSTM:
+    """The model of a task's preset `fast`, after all its steps."""
+    trainer = trainer_of(task, "fast", seed=seed)
+    for step in range(trainer.config.steps):
+        trainer.step(step, is_logged=False)
+    return trainer.task.model.eval().requires_grad_(False)
+
+
 def proven() -> list[Row]:
     """Digits proven for every length, of models trained on palindromes alone, and on boxes as well."""
     sys.path.append(str(REPOSITORY / "examples"))
@@ -190,12 +198,8 @@ def proven() -> list[Row]:
 
     rows = []
     for task, seed in product(("lstm", "examples/proven.py:ProvenTask"), SEEDS):
-        began = time.monotonic()
-        trainer = trainer_of(task, "fast", seed=seed)
-        for step in range(trainer.config.steps):
-            trainer.step(step, is_logged=False)
-        minutes, model = (time.monotonic() - began) / 60, trainer.task.model.eval().requires_grad_(False)
-        margin = prove(model)
+        began, model = time.monotonic(), finished(task, seed)
+        minutes, margin = (time.monotonic() - began) / 60, prove(model)
         precise, sure = copy.deepcopy(model).double(), 0
         box = first_states(precise, FLOAT32)
         while sure < MOST_SURE and (least(margins(precise, box.h, FLOAT32)) > 0).all():
@@ -248,17 +252,5 @@ def million() -> list[Row]:
     return [timed_run(1_000_000, f"{recipe} --steps 190 --evaluate-every 190 --log-every 1", 1000)]
 
 
-PARTS = (
-    course,
-    fast,
-    final,
-    ablation,
-    generalisation,
-    certain,
-    proven,
-    long,
-    million,
-)
-
 if __name__ == "__main__":
-    run_parts(__doc__, "lstm", *PARTS)
+    run_parts(__doc__, "lstm", course, fast, final, ablation, generalisation, certain, proven, long, million)

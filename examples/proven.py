@@ -13,9 +13,10 @@ too (interval bound propagation, Gowal et al. 2018, https://arxiv.org/abs/1810.1
 
 import copy
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
+from annotated_types import Interval as ValidRange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,8 +25,7 @@ from cs324dist.tasks.lstm.networks import LSTM
 from cs324dist.tasks.lstm.palindromes import palindromes
 from cs324dist.tasks.lstm.task import LSTMConfig, LSTMTask
 
-FLOAT32 = 2.0**-24  # relative error of one operation
-FUNCTION = 16  # errors of one operation that there is room for in sigmoid and tanh; measured: below 5
+FUNCTION = 16  # errors of an operation that there is room for in sigmoid and tanh; measured: below 5
 TINY = 2.0**-100  # absolute error that there is room for, as float32 has no relative precision near zero
 HUGE = 2.0**100  # no sum gets so large, far below float32's largest number
 MOST_STEPS = 5_000  # attempts to make boxes large enough
@@ -34,6 +34,24 @@ FLAT = 5.0  # a cell's bound beyond it is made infinite; its tanh is almost 1 an
 FADE = 0.3  # share of a cell that may be lost in a step of training: a digit has to be refreshed, not kept
 OPEN = 1.0  # of a forget gate before its sigmoid: if it opens further, old intervals shrink too slowly
 SURE = 0.01  # loss of the worst case below which the palindromes of training get longer
+
+
+class Arithmetic(NamedTuple):
+    """How inexactly a model is computed: the largest relative errors."""
+
+    stored: float = 0.0
+    """Of a number that is written down: a weight, a state, a gate, a logit."""
+
+    inside: float = 0.0
+    """Of an operation within a sum or a function, before its result is written down."""
+
+    @classmethod
+    def of(cls, bits: int) -> "Arithmetic":
+        """Numbers are stored with so many bits; sums and functions are computed in float32."""
+        return cls(2.0**-bits, 2.0**-24)
+
+
+EXACT, FLOAT32, BF16 = Arithmetic(), Arithmetic.of(24), Arithmetic.of(8)
 
 
 class Interval(NamedTuple):
@@ -62,14 +80,14 @@ class Interval(NamedTuple):
         low = self.low - self.low.abs() * relative - absolute
         return Interval(low, self.high + self.high.abs() * relative + absolute)
 
-    def sigmoid(self, error: float) -> "Interval":
+    def sigmoid(self, by: Arithmetic) -> "Interval":
         """All values of the function."""
-        low, high = Interval(self.low.sigmoid(), self.high.sigmoid()).widened(FUNCTION * error)
+        low, high = Interval(self.low.sigmoid(), self.high.sigmoid()).widened(_error_of_function(by))
         return Interval(low.clamp(min=0), high)
 
-    def tanh(self, error: float) -> "Interval":
+    def tanh(self, by: Arithmetic) -> "Interval":
         """All values of the function."""
-        return Interval(self.low.tanh(), self.high.tanh()).widened(FUNCTION * error)
+        return Interval(self.low.tanh(), self.high.tanh()).widened(_error_of_function(by))
 
 
 class Box(NamedTuple):
@@ -90,22 +108,22 @@ class Box(NamedTuple):
         return torch.stack(inside).all(dim=0).all(dim=1)
 
 
-def first_states(model: LSTM, error: float = 0.0) -> Box:
+def first_states(model: LSTM, by: Arithmetic = EXACT) -> Box:
     """The states after the first digit."""
     zeros = model.W_x.new_zeros(model.W_x.shape[1], model.W_h.shape[1])
     nothing = Interval(zeros, zeros)
-    return _states(gates(model, nothing, Interval(model.W_x.T, model.W_x.T), error), nothing, error)
+    return _states(gates(model, nothing, Interval(model.W_x.T, model.W_x.T), by), nothing, by)
 
 
-def next_states(model: LSTM, box: Box, error: float = 0.0) -> Box:
+def next_states(model: LSTM, box: Box, by: Arithmetic = EXACT) -> Box:
     """The states that any digit leads to from the box.
 
     Args:
         model: reads one-hot digits.
         box: states before.
-        error: the relative error of one operation in the arithmetic that the model is computed with.
+        by: the arithmetic that the model is computed with.
     """
-    return _states(gates(model, box.h, any_digit(model), error), box.c, error)
+    return _states(gates(model, box.h, any_digit(model), by), box.c, by)
 
 
 def any_digit(model: LSTM) -> Interval:
@@ -113,38 +131,46 @@ def any_digit(model: LSTM) -> Interval:
     return Interval(model.W_x.amin(1), model.W_x.amax(1))
 
 
-def gates(model: LSTM, h: Interval, from_input: Interval, error: float = 0.0) -> list[Interval]:
+def gates(model: LSTM, h: Interval, from_input: Interval, by: Arithmetic = EXACT) -> list[Interval]:
     """The gates i, f, g, o before their functions."""
     W_x, W_h, b = model.W_x, model.W_h, model.b
     middle, radius = (h.low + h.high) / 2, (h.high - h.low) / 2
     from_middle, spread = middle @ W_h.T + b, radius @ W_h.abs().T
     together = Interval(from_input.low + from_middle - spread, from_input.high + from_middle + spread)
     largest = W_x.abs().amax(1) + (middle.abs() + radius) @ W_h.abs().T + b.abs()
-    together = together.widened(error, largest * _error_of_sum(W_x.shape[1] + W_h.shape[1] + 1, error))
+    together = together.widened(by.stored, largest * _error_of_sum(W_x.shape[1] + W_h.shape[1] + 1, by))
     return [Interval(*bounds) for bounds in zip(*(bound.chunk(4, dim=-1) for bound in together), strict=True)]
 
 
-def _states(gates: list[Interval], c: Interval, error: float) -> Box:
+def _states(gates: list[Interval], c: Interval, by: Arithmetic) -> Box:
     i, f, g, o = gates
-    written = g.tanh(error).times(i.sigmoid(error)).widened(2 * error)
-    kept = c.times(f.sigmoid(error)).widened(2 * error)
-    c = written.plus(kept).widened(2 * error)
-    return Box(c.tanh(error).times(o.sigmoid(error)).widened(2 * error), c)
+    rounding = 2 * by.stored
+    written = g.tanh(by).times(i.sigmoid(by)).widened(rounding)
+    kept = c.times(f.sigmoid(by)).widened(rounding)
+    c = written.plus(kept).widened(rounding)
+    return Box(c.tanh(by).times(o.sigmoid(by)).widened(rounding), c)
 
 
-def _error_of_sum(terms: int, error: float) -> float:
-    """Twice the error of a sum of products, in any order, relative to the sum of their sizes."""
-    return 2 * terms * error
+def _error_of_function(by: Arithmetic) -> float:
+    return FUNCTION * by.inside + by.stored
 
 
-def margins(model: LSTM, h: Interval, error: float = 0.0) -> Tensor:
+def _error_of_sum(terms: int, by: Arithmetic) -> float:
+    """A bound of the error of a sum of products, in any order, relative to the sum of their sizes.
+
+    Of a product's way, four numbers may be written down: both factors, a sum of some products, and of all.
+    """
+    return 2 * terms * by.inside + 5 * by.stored
+
+
+def margins(model: LSTM, h: Interval, by: Arithmetic = EXACT) -> Tensor:
     """By how much the logit of each first digit is above that of each digit, at least: [digit digit]."""
     weight, bias = model.output.weight, model.output.bias
     middle, radius = (h.low + h.high) / 2, (h.high - h.low) / 2
     logits = middle @ weight.T + bias
     spread = torch.einsum("dh,dkh->dk", radius, (weight[:, None] - weight).abs())
     largest = (middle.abs() + radius) @ weight.abs().T + bias.abs()
-    room = (largest.diagonal()[:, None] + largest) * _error_of_sum(weight.shape[1] + 1, error)
+    room = (largest.diagonal()[:, None] + largest) * _error_of_sum(weight.shape[1] + 1, by)
     return logits.diagonal()[:, None] - logits - spread - room
 
 
@@ -154,31 +180,34 @@ def least(margins: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def prove(model: LSTM, error: float = FLOAT32) -> Tensor:
+def prove(model: LSTM, by: Arithmetic = FLOAT32) -> Tensor:
     """The least margin of each first digit, in all palindromes of all lengths: [digit].
 
-    Where it is above zero, the model is proven to name the digit, if it is computed in float32 or better (not
-    in bf16 or TF32) with sums in any order. It is -inf where no box is found that steps stay in. The boxes
-    are computed in float64, whose errors are 2^-29 of the room that is made for those of float32.
+    Where it is above zero, the model is proven to name the digit, if it is computed by this arithmetic or a
+    better one, with sums in any order. It is -inf where no box is found that steps stay in. The boxes are
+    computed in float64, whose errors are 2^-29 of the room that is made for those of float32.
     """
     if sum(parameter.abs().sum() for parameter in model.parameters()) > HUGE:
         return model.b.new_full((len(model.output.bias),), -torch.inf)
     model = copy.deepcopy(model).double()
-    box = first_states(model, error)
+    box = first_states(model, by)
     for _ in range(MOST_STEPS):
-        tried, after = box, next_states(model, box, error)
+        tried, after = box, next_states(model, box, by)
         closed = tried.holds(after)
         if closed.all():
             break
         h, (low, high) = tried | after
         low, high = low.masked_fill(low < -FLAT, -torch.inf), high.masked_fill(high > FLAT, torch.inf)
         box = Box(h, Interval(low, high))
-    return least(margins(model, tried.h, error)).where(closed, -torch.inf)
+    return least(margins(model, tried.h, by)).where(closed, -torch.inf)
 
 
 @dataclass(frozen=True)
 class ProvenConfig(LSTMConfig):
     """Train an LSTM on palindromes and prove that it is right on all of them."""
+
+    bits: Annotated[int, ValidRange(ge=2, le=24)] = 24
+    """Bits that numbers are stored with, in the boxes and in the proof: 24 as in float32, 8 as in bf16."""
 
 
 class ProvenTask(LSTMTask):
@@ -210,13 +239,14 @@ class ProvenTask(LSTMTask):
         digits, last = palindromes(self.data, batch.samples, self.length)
         loss = F.cross_entropy(self.model(digits), last)
 
-        box = first_states(self.model)
+        by, model = Arithmetic.of(self.config.bits), self.model
+        box = first_states(model, by)
         kept = Interval(box.c.low.new_tensor(1 - FADE), box.c.low.new_tensor(1))
         for _ in range(self.length - 1):
-            box = box | next_states(self.model, Box(box.h, box.c.times(kept)))
-        above = margins(self.model, box.h)
+            box = box | next_states(model, Box(box.h, box.c.times(kept)), by)
+        above = margins(model, box.h, by)
         worst = F.cross_entropy(-above, torch.arange(len(above), device=above.device))
-        _, f, _, _ = gates(self.model, box.h, any_digit(self.model))
+        _, f, _, _ = gates(model, box.h, any_digit(model), by)
         too_open = (f.high - OPEN).relu().mean()
 
         self.right[batch.index] = (worst < SURE) * len(batch.samples)
@@ -224,7 +254,7 @@ class ProvenTask(LSTMTask):
 
     def evaluate(self, sum_over) -> Evaluation:
         """Accuracy at the full length, and how many first digits `prove` proves for every length."""
-        proven = (prove(self.model) > 0).sum().item()
+        proven = (prove(self.model, Arithmetic.of(self.config.bits)) > 0).sum().item()
         return Evaluation({**super().evaluate(sum_over).metrics, "proven": proven})
 
 
