@@ -58,11 +58,19 @@ def page() -> str:
     for title, modules in PARTS.items():
         lines.append(f"## {title}\n")
         for module, names in modules.items():
-            found = dict(members(ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())))
+            found = dict(members(parsed(module)))
+            if module == "run":  # with what it inherits
+                (base,) = (node for name, (node, _) in members(parsed("base_run")) if name == "BaseRun")
+                found["Run"][0].body += base.body[1:]
             for name in names:
                 lines += [f"### `{name}`\n", *entry(name, *found[name])]
     text = re.sub(r"\[Tensor, ' ?(.*?)'\]", r'[Tensor, "\1"]', "\n".join(lines)).replace(" ** ", "**")
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def parsed(module: str) -> ast.Module:
+    """A module of the package."""
+    return ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
 
 
 def members(body: ast.Module | ast.ClassDef) -> Iterator[tuple[str, tuple[ast.stmt, str]]]:
