@@ -1,8 +1,7 @@
 """What only a GPU can show, in four groups of less than nine minutes, evidence first.
 
-    python benchmarks/gpu_check.py               # every group
-    python benchmarks/gpu_check.py --group 1     # one of them
-    python benchmarks/gpu_check.py --pretend     # all on a CPU, small: no typing error costs a GPU's time
+    python benchmarks/gpu_check.py --group 1     # one of them; without it, all
+    python benchmarks/gpu_check.py --pretend     # on a CPU, small: no typing error costs a GPU's time
 
 Traces, logs and metrics are in benchmarks/out/gpu-check, and what was found is at once in
 benchmarks/results/gpu.json, from which results_page.py makes docs/gpu.md (that of a pretended check is in
@@ -107,10 +106,7 @@ def metrics_in(run: Path) -> list[Row]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-# In processes of their own
-
-
-def facts_here() -> Row:
+def facts_here() -> Row:  # these run in processes of their own
     import torch
 
     from cs324dist.runs.environment import environment, has_gpu
@@ -173,10 +169,7 @@ def trace_here(case: str, folder: str, steps: int = 10) -> str:
     return f"{len(kernels) / steps:.0f} kernels a step, busy {share:.0%} of the time; longest: {longest}"
 
 
-# The parts; the first line of each says what it shows
-
-
-def facts(check: Check) -> Iterator[Finding]:
+def facts(check: Check) -> Iterator[Finding]:  # the first line of each part says what it shows
     """Versions, the GPU, its clocks."""
     yield from ((name, found, None) for name, found in check.child("facts_here").items())
 
@@ -236,7 +229,7 @@ def determinism(check: Check) -> Iterator[Finding]:
 
 def tests(check: Check) -> Iterator[Finding]:
     """The tests that need a GPU: numbers and paths of the CPU, two processes that share it, no waits."""
-    only = ("--collect-only",) if check.pretend else ()
+    only = ["--collect-only"] * check.pretend
     code, said = check.python("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *only)
     yield "pytest -m gpu", said[-3000:] if code else said.splitlines()[-1], code == 0
 
@@ -268,8 +261,7 @@ def faults(check: Check) -> Iterator[Finding]:
     if check.pretend:
         resource.setrlimit(resource.RLIMIT_AS, (6 << 30, limits[1]))
     large = ("--length", "300", "--batch-size", "1000000", "--curriculum", "1")
-    little = {"PYTORCH_CUDA_ALLOC_CONF": "per_process_memory_fraction:0.02"}
-    said = check.train("memory", LSTM, 2, *large, **little)
+    said = check.train("memory", LSTM, 2, *large, PYTORCH_CUDA_ALLOC_CONF="per_process_memory_fraction:0.02")
     resource.setrlimit(resource.RLIMIT_AS, limits)
     lines = [line for line in said.splitlines() if line.startswith("error")]
     good = len(lines) == 1 and "out of memory: lower the batch size" in lines[0] and "Traceback" not in said
@@ -336,8 +328,8 @@ def main() -> None:
         print(f"{part:12} {'' if good is None else 'good' if good else 'BAD':5}{what}: {found}", flush=True)
 
     for group in chosen:
-        number = 1 + GROUPS.index(group)
-        began, check = time.monotonic(), Check(EVIDENCE / f"group {number}", options.pretend)
+        number, began = 1 + GROUPS.index(group), time.monotonic()
+        check = Check(EVIDENCE / f"group {number}", options.pretend)
         shutil.rmtree(check.folder, ignore_errors=True)
         check.folder.mkdir(parents=True)
         for part in group:
