@@ -33,7 +33,7 @@ TRY_EVERY = 100  # steps
 HOPEFUL = 0.1  # loss of the worst case below which a proof is looked for; a guess has log 10
 SHOWN = 60  # steps of the picture
 SHOWN_DIGITS = [0, 1]
-DRAWS = {1: 100_000, 4: 100_000, 128: 3_000}  # by number of cells
+DRAWS = {1: 20_000, 4: 5_000, 128: 250}  # by number of cells
 TRIALS = ((100, 10), (10_000, 50))  # sequences and their digits; the second if all of the first are right
 LARGEST = (-1.0, 2.0)  # the weights of a draw are uniform in ±10^a, and a is uniform in this interval
 
