@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -33,9 +32,11 @@ from cs324dist.runs.checkpoints import (
 from cs324dist.runs.environment import environment
 from cs324dist.runs.hidden_state import HiddenState
 from cs324dist.runs.lease import Superseded
-from cs324dist.runs.run_dir import RunDir, RunRecord
+from cs324dist.runs.records import RunRecord
+from cs324dist.runs.run_dir import RunDir
 from cs324dist.trackers import Trackers
 
+STOPPED = "a signal asked for it"
 RunT = TypeVar("RunT", bound="BaseRun")
 
 
@@ -86,11 +87,9 @@ class BaseRun:
         self._session.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
+    def __exit__(self, *error: Any) -> bool | None:
         session, self._session = self._session, None
-        return session.__exit__(kind, error, trace)
+        return session.__exit__(*error)
 
     @contextmanager
     def _opened(self) -> Iterator[None]:
@@ -110,14 +109,11 @@ class BaseRun:
                     self.step, self._in_step, self.is_over = self.completed, False, True
                     self._write()
                 if self._is_started:
-                    self._say(f"{self.dir}: finished after {self._on_main(self._finish)} steps")
+                    self._finish()
+                    self._say(f"{self.dir}: finished after {self.step} steps")
 
     def _check_fits(self) -> None:
-        """Check that the folder is new, or holds this run.
-
-        Raises:
-            UserError: it holds something else.
-        """
+        """Check that the folder is new, or holds this run."""
         raise NotImplementedError
 
     def _record(self) -> RunRecord:
@@ -129,11 +125,7 @@ class BaseRun:
         raise NotImplementedError
 
     def _restore(self) -> None:
-        """Read the newest valid checkpoint, if there is one.
-
-        Raises:
-            UserError: no checkpoint is valid, or it is of other networks, or metrics before it are damaged.
-        """
+        """Read the newest valid checkpoint, if there is one."""
         self._layout = layout(self.trained)
         newest = self._on_main(self.dir.newest_checkpoint)
         if newest is None:
@@ -163,7 +155,7 @@ class BaseRun:
         if self.step >= until or self.is_over:
             if self._is_started:
                 return
-            self._on_main(lambda: self.dir.finish(self.step, self.keep_last, self.keep_best))
+            self._finish()
             self._say(f"{self.dir} is finished, {self.step} steps: {self._for_more(until)}")
             return
         self._start(until)
@@ -231,8 +223,7 @@ class BaseRun:
         self._save_asked = True
 
     def _end_stopped(self) -> None:
-        why = "a signal asked for it"
-        self._on_main(lambda: self.dir.write_status("stopped", self.dir.newest_step(), why))
+        self._on_main(lambda: self.dir.write_status("stopped", self.dir.newest_step(), STOPPED))
         self._say(f"{self.dir}: stopped after {self.step} steps; run the same command to go on")
         raise Stopped
 
@@ -292,10 +283,8 @@ class BaseRun:
 
     def _diverged(self, what: str) -> RunFailed:
         """The error for values that are not finite."""
-        return RunFailed(
-            f"{what}; {self._last_good()}",
-            "for another outcome, lower the learning rate in a new run folder",
-        )
+        advice = "for another outcome, lower the learning rate in a new run folder"
+        return RunFailed(f"{what}; {self._last_good()}", advice)
 
     def _last_good(self) -> str:
         """What to say of the newest checkpoint."""
@@ -322,9 +311,8 @@ class BaseRun:
                 raise Stopped from error
             raise
 
-    def _finish(self) -> int:
-        self.dir.write_status("finished", steps := self.dir.newest_step())
-        return steps
+    def _finish(self) -> None:
+        self._on_main(lambda: self.dir.finish(self.step, self.keep_last, self.keep_best))
 
     def _say(self, text: str) -> None:
         """Print a line, on the main process."""

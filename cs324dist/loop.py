@@ -35,7 +35,8 @@ from cs324dist.errors import (
 from cs324dist.metrics import as_numbers
 from cs324dist.runs.environment import Precision
 from cs324dist.runs.optimizers import each
-from cs324dist.runs.run_dir import RunDir, RunRecord
+from cs324dist.runs.records import RunRecord
+from cs324dist.runs.run_dir import RunDir
 from cs324dist.tasks import check_task, find_task
 from cs324dist.tasks.base import Evaluation, Task
 from cs324dist.trainer import Trainer

@@ -15,7 +15,7 @@ from cs324dist.base_run import BaseRun
 from cs324dist.distributed.process import accelerator_of_script
 from cs324dist.errors import UserError, printable
 from cs324dist.runs.optimizers import Optimizers, each
-from cs324dist.runs.run_dir import LOOP, RunRecord
+from cs324dist.runs.records import LOOP, RunRecord
 
 
 @runtime_checkable

@@ -55,7 +55,7 @@ from cs324dist.distributed.process import start_accelerator
 from cs324dist.errors import errors_as_exit_codes
 from cs324dist.loop import run_task
 from cs324dist.report.page import write_report
-from cs324dist.runs import checkpoints, environment, lease
+from cs324dist.runs import checkpoints, environment, history, lease
 from cs324dist.runs.run_dir import RunDir
 from cs324dist.tasks import find_task
 from cs324dist.tasks.gan import sampling
@@ -412,7 +412,7 @@ def resumed(w: Copy) -> None:
     watched = type("Watched", (task_type,), {"step": step})
     run_task(watched, config, start_accelerator(config.batch_size))
     if w.step is not None:
-        newest = checkpoints.checkpoints_in(w.run / "checkpoints")[0]
+        newest = history.checkpoints_in(w.run / "checkpoints")[0]
         assert history.step_of(newest) == 7, "the step that was taken is lost"
         checkpoints.verify_checkpoint(newest)
 
@@ -488,7 +488,7 @@ def accepted(w: Copy, there: set[str], lines: list[str]) -> tuple[str, str]:
         return "forged" if w.forged else "unsigned", ""
     if w.rows not in (None, rows):
         return ("unsigned" if w.unsigned or w.forged else "silent acceptance"), f"rows {w.rows}"[:500]
-    names = (re.fullmatch(checkpoints.CHECKPOINT, name) for name in there)
+    names = (re.fullmatch(history.CHECKPOINT, name) for name in there)
     owner, newest = max(((int(name[2]), int(name[1])) for name in names if name), default=(0, 0))
     if w.origin == STEPS[-1] or NEWEST not in there or (owner > 1 and w.origin == newest):
         return "harmless", ""  # a later owner's counts as newer

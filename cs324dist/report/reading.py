@@ -20,7 +20,8 @@ from cs324dist.runs.environment import Environment
 from cs324dist.runs.files import matches, read_record
 from cs324dist.runs.history import checkpoints_in
 from cs324dist.runs.lease import Owner, generations
-from cs324dist.runs.run_dir import LOOP, RunDir, RunRecord, State
+from cs324dist.runs.records import LOOP, RunRecord, State
+from cs324dist.runs.run_dir import RunDir
 
 Series = dict[int, float | None]  # value by step, in the order of steps; None: it was not finite
 LARGEST = 1e15  # larger values are not drawn

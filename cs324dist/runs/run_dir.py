@@ -9,18 +9,14 @@ owners/           the processes that ran it, and in what environment; see `lease
 """
 
 import re
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import StringConstraints
+from typing import Any
 
 from cs324dist.config import Config, conflicts, from_json
 from cs324dist.errors import UserError, printable, warn
-from cs324dist.runs.checkpoints import Number, unwritable, verify_checkpoint
+from cs324dist.runs.checkpoints import unwritable, verify_checkpoint
 from cs324dist.runs.environment import Environment
 from cs324dist.runs.files import clear, clear_temporaries, read_record, write_record
 from cs324dist.runs.history import (
@@ -34,52 +30,12 @@ from cs324dist.runs.history import (
 )
 from cs324dist.runs.lease import Lease, generations, owner_of
 from cs324dist.runs.metrics_file import MetricsFile
+from cs324dist.runs.records import RunRecord, State, Status
 
 OnMain = Callable[[Callable[[], None]], None]
-State = Literal["running", "stopped", "finished", "failed"]
 HASH_SEED = "PYTHONHASHSEED"
-LOOP = "loop"  # the task of a loop of one's own, whose settings have names of their own
 FOLDERS = {"owners", "checkpoints", "samples"}
 LEFTOVERS = r"\.config\.json.*\.tmp"  # of a start that was killed
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What `config.json` holds."""
-
-    task: str
-    script: str
-    """The script that trains it, as it was started."""
-
-    config: dict[str, Any]
-    """Every option."""
-
-    changed: dict[str, Any]
-    """Options whose value is not their preset's, with the preset's value."""
-
-    tracker_run_id: Annotated[str, StringConstraints(pattern="^[0-9a-f]{8}$")] = field(
-        default_factory=lambda: secrets.token_hex(4)
-    )
-    """Id of the run at Weights & Biases."""
-
-    task_given: str = ""
-    """The task as it was given to the script; empty for a script of one task."""
-
-    made_of: dict[str, str] = field(default_factory=dict)
-    """Of a loop of one's own: how gradients are made, and the kinds of optimizers and states."""
-
-    format: Literal[4] = 4
-
-
-@dataclass(frozen=True)
-class Status:
-    """What `status.json` holds: where the run stands, for batch scripts."""
-
-    state: State
-    step: Number
-    """Completed steps of which a checkpoint exists."""
-
-    why: str = ""
 
 
 class RunDir(MetricsFile):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from cs324dist.errors import UserError
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
 from cs324dist.runs.files import write_record
-from cs324dist.runs.run_dir import RunDir, RunRecord
+from cs324dist.runs.records import RunRecord
+from cs324dist.runs.run_dir import RunDir
 from cs324dist.runs.trained import load_network
 from cs324dist.tasks.gan import interpolation, sampling
 from cs324dist.tasks.gan.images import load_images, to_unit_range

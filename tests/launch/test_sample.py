@@ -21,7 +21,8 @@ import cs324dist
 from cs324dist.data.streams import Stream
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
 from cs324dist.runs.environment import environment as environment_here
-from cs324dist.runs.run_dir import RunDir, RunRecord
+from cs324dist.runs.records import RunRecord
+from cs324dist.runs.run_dir import RunDir
 from cs324dist.tasks.gan.networks import Generator
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "sample.py"

@@ -8,7 +8,8 @@ from made_runs import ENDS_SCRIPT, HOSTILE, add_owner, edit, make_gan, make_lstm
 from cs324dist.errors import UserError
 from cs324dist.report.reading import plain, read_run, read_runs
 from cs324dist.runs.environment import environment
-from cs324dist.runs.run_dir import LOOP, RunDir, RunRecord
+from cs324dist.runs.records import LOOP, RunRecord
+from cs324dist.runs.run_dir import RunDir
 
 
 @pytest.mark.parametrize(

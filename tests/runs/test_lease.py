@@ -19,7 +19,8 @@ from cs324dist.errors import UserError
 from cs324dist.runs import lease
 from cs324dist.runs.environment import environment
 from cs324dist.runs.lease import Lease, Superseded, newest_generation, owner_of
-from cs324dist.runs.run_dir import RunDir, RunRecord, Status
+from cs324dist.runs.records import RunRecord, Status
+from cs324dist.runs.run_dir import RunDir
 
 FOREVER = 3600  # seconds: whoever waits for it, waits longer than a test may take
 OWNER = """

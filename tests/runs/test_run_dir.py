@@ -19,7 +19,8 @@ from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
 from cs324dist.runs.environment import Environment
 from cs324dist.runs.files import read_json
 from cs324dist.runs.lease import owner_of
-from cs324dist.runs.run_dir import RunDir, RunRecord
+from cs324dist.runs.records import RunRecord
+from cs324dist.runs.run_dir import RunDir
 from cs324dist.tasks.lstm.networks import RNN
 
 CONFIG = Config(seed=0, steps=30)
