@@ -160,7 +160,6 @@ class TestErrors:
         assert time.monotonic() - began < 10
         wake.set()
 
-
     def test_on_a_gpu_the_end_tells_what_was_different_before(self, monkeypatch):
         """There, headers are looked at when all have ended."""
         seen = []
