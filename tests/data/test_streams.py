@@ -55,11 +55,11 @@ class TestStream:
         whole = draws(stream, torch.arange(100))
         assert equal(draws(stream, chosen), [numbers[chosen] for numbers in whole])
 
-    def test_numbers_come_in_the_default_dtype(self, set_default_dtype):
+    def test_numbers_come_in_the_default_dtype(self):
         stream, indices = Stream(0, "x"), torch.arange(10)
         exact = random_normals(stream_keys(0, "x"), indices, 3)
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            set_default_dtype(dtype)
+            torch.set_default_dtype(dtype)
             assert torch.equal(stream.normals(indices, 3), exact.to(dtype))
             assert stream.signs(indices, 3).dtype == dtype
 
