@@ -54,7 +54,7 @@ bench: .venv/installed  ## speed, against what users would write (a quarter of a
 	$(BIN)/python launch/fetch_data.py
 	$(BIN)/python benchmarks/speed.py
 
-gpu-check: .venv/installed  ## what only a GPU can show (under 25 minutes on one; ARGS=--pretend: on a CPU, small)
+gpu-check: .venv/installed  ## what only a GPU can show (four groups; ARGS="--group 1"; ARGS=--pretend: on a CPU, small)
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 chaos: .venv/installed  ## 200 kills at random moments, every end compared bit for bit (under 25 minutes on 2 cores)

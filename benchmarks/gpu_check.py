@@ -1,55 +1,61 @@
-"""What only a GPU can show, in the order of what one most wants to know, in 25 minutes on one H100.
+"""What only a GPU can show, in four groups of less than nine minutes, evidence first.
 
-    python benchmarks/gpu_check.py               # every part
-    python benchmarks/gpu_check.py facts speed   # some of them
+    python benchmarks/gpu_check.py               # every group
+    python benchmarks/gpu_check.py --group 1     # one of them
     python benchmarks/gpu_check.py --pretend     # all on a CPU, small: no typing error costs a GPU's time
 
-What is found is at once in benchmarks/results/gpu.json, from which results_page.py makes docs/gpu.md; that of
-a pretended check is in benchmarks/out. data/ must hold MNIST: python launch/fetch_data.py
+Traces, logs and metrics are in benchmarks/out/gpu-check, and what was found is at once in
+benchmarks/results/gpu.json, from which results_page.py makes docs/gpu.md (that of a pretended check is in
+benchmarks/out). data/ must hold MNIST: python launch/fetch_data.py
 """
 
 import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from common import REPOSITORY, RESULTS, Row, add_parts, command_line, trainer_of
+from common import REPOSITORY, RESULTS, Row, command_line, trainer_of
 
-GAN, LSTM = ("launch/gan.py", "--dataset", "fake"), ("launch/lstm.py", "--length", "20")
-COURSE = ("--preset", "course", "--length", "20")
-TASKS = {
-    "gan fast": GAN,
-    "gan course": (*GAN, "--preset", "course"),
-    "lstm fast": (*LSTM, "--curriculum", "1"),
-    "lstm course": ("launch/lstm.py", *COURSE),
-    "lstm equations": (*LSTM, "--curriculum", "1", "--kernel", "equations"),
-    "rnn": ("launch/lstm.py", *COURSE, "--model", "rnn"),
-    "classifier": ("examples/classifier.py", "--dataset", "fake"),
-    "examples/mlp.py": ("examples/mlp.py",),
+EVIDENCE = RESULTS.with_name("out") / "gpu-check"
+FAKE, LENGTH = {"dataset": "fake"}, {"length": 20, "curriculum": 1.0}
+STEPS: dict[str, tuple[str, str, Row]] = {  # a task, a preset, and what is changed of it
+    "gan fast": ("gan", "fast", FAKE),
+    "gan course": ("gan", "course", FAKE),
+    **{f"gan course, batch {n}": ("gan", "course", {**FAKE, "batch_size": n}) for n in (256, 1024)},
+    "lstm fast": ("lstm", "fast", LENGTH),
+    "lstm fast, batch 1024": ("lstm", "fast", {**LENGTH, "batch_size": 1024}),
+    "lstm course": ("lstm", "course", {"length": 20}),
+    "lstm equations": ("lstm", "fast", {**LENGTH, "kernel": "equations"}),
+    "rnn": ("lstm", "course", {"length": 20, "model": "rnn"}),
+    "classifier": ("examples/classifier.py:ClassifierTask", "fast", FAKE),
+    "mlp": ("examples/mlp.py:MLPTask", "fast", {"data": REPOSITORY / "examples" / "spirals.csv"}),
+    "gpt": ("examples/gpt.py:GPTTask", "fast", {"text": (REPOSITORY / "docs" / "usage.md",)}),
 }
+EXACT = {f"gan fast, parts {n}": ("gan", "fast", {**FAKE, "micro_batches": n}) for n in (1, 2, 4, 8)}
+EXACT["gpt, parts 4"] = (*STEPS["gpt"][:2], {**STEPS["gpt"][2], "micro_batches": 4})
 COMPILED = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_DYNAMO_MODE": "reduce-overhead"}
 SPEED: dict[str, tuple[str, dict[str, str]]] = {  # a case of cases.py, and its environment
     "the notebook's loop": ("gan_notebook", {}),
     "GAN step of preset course": ("gan_ours", {}),
     "the same in bf16": ("gan_bf16", {}),
     "the same in bf16, compiled": ("gan_bf16", COMPILED),
-    "the notebook's loop, images in memory": ("gan_notebook_in_memory", {}),
-    "GAN step, bare": ("gan_bare", {}),
-    "GAN step of preset fast": ("gan_fast", {}),
-    "the same with --micro-batches 2": ("gan_exact", {}),
     "LSTM step of 50 digits": ("lstm_fused_50", {}),
     "the same by nn.LSTM": ("lstm_torch_50", {}),
-    "LSTM step of 1000 digits": ("lstm_fused_1000", {}),
 }
+GAN, LSTM = ("launch/gan.py", "--dataset", "fake"), ("launch/lstm.py", "--length", "20")
+LONG = ["--steps", "100000", "--log-every", "1", "--peer-timeout", "10", "--wandb", "disabled"]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 Finding = tuple[str, object, bool | None]  # what was looked at, what was found, whether that is good
 
 
@@ -60,24 +66,16 @@ class Check:
         self.folder, self.pretend, self.deadline = folder, pretend, math.inf
 
     def python(self, *arguments: object, **environment: str) -> tuple[int, str]:
-        """The exit code, and what was printed."""
-        left = self.deadline - time.monotonic()
+        """The exit code, and what was printed, which is also in the evidence."""
         command = [sys.executable, *map(str, arguments)]
-        with subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=os.environ | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        ) as process:
-            try:
-                said = process.communicate(timeout=left)[0]
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise
-        return process.returncode, said
+        with (self.folder / "log").open("a+", encoding="utf-8", errors="replace") as log:
+            print(f"\n$ {environment} {' '.join(command)}", file=log, flush=True)
+            began, left = log.tell(), self.deadline - time.monotonic()
+            code = subprocess.run(
+                command, cwd=REPOSITORY, env=os.environ | environment, stdout=log, stderr=log, timeout=left
+            ).returncode
+            log.seek(began)
+            return code, log.read()
 
     def train(self, run: str, command: tuple[str, ...], steps: int, *more: str, **environment: str) -> str:
         """Train in a folder below ours; returns what is wrong with the run, or nothing."""
@@ -86,30 +84,27 @@ class Check:
         code, said = self.python(*command, *options, *more, **environment)
         if code:
             return said[-2000:]
-        values = [value for line in metrics_in(folder) for value in line.values()]
-        wrong = ["a metric is not finite"] * (None in values)
-        return "; ".join([*wrong, *(line for line in said.splitlines() if "warning" in line.lower())])
+        return "a metric is not finite" * any(None in line.values() for line in metrics_in(folder))
 
-    def child(self, name: str, **environment: str) -> Any:
+    def child(self, name: str, *arguments: str, **environment: str) -> Any:
         """What a function of this module returns, in a process of its own."""
-        code, said = self.python(__file__, "--child", name, **environment)
+        code, said = self.python(__file__, "--child", name, *arguments, **environment)
         if code:
             raise RuntimeError(said[-2000:])
         return json.loads(said.splitlines()[-1])
 
+    def apart(self, one: str, other: str) -> float:
+        """The largest relative difference between the weights that two runs end in."""
+        from distributed.paths import weights_in
+        from launched import newest_checkpoint
+
+        ours, theirs = (weights_in(newest_checkpoint(self.folder / run)) for run in (one, other))
+        norms = ((ours[name].double() - theirs[name].double()).norm() for name in ours)
+        return max(float(norm / ours[name].double().norm()) for norm, name in zip(norms, ours, strict=True))
+
 
 def metrics_in(run: Path) -> list[Row]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def difference(one: Path, other: Path) -> float:
-    """The largest relative difference between the weights that two runs end in."""
-    from distributed.paths import weights_in
-    from launched import newest_checkpoint
-
-    ours, theirs = (weights_in(newest_checkpoint(run)) for run in (one, other))
-    norms = ((ours[name].double() - theirs[name].double()).norm() for name in ours)
-    return max(float(norm / ours[name].double().norm()) for norm, name in zip(norms, ours, strict=True))
 
 
 # In processes of their own
@@ -119,98 +114,92 @@ def facts_here() -> Row:
     import torch
 
     from cs324dist.runs.environment import environment, has_gpu
-    from cs324dist.tasks.lstm.networks import LSTM
 
-    device = torch.device("cuda" if has_gpu() else "cpu")
-    x = torch.zeros(5, 4, 10, device=device)
-    with torch.autocast(device.type, torch.bfloat16):
-        hidden, _ = LSTM(10).to(device).scan(x)
-    here: Row = {**asdict(environment()), "GPUs": torch.cuda.device_count()}
-    here["LSTM under bf16 autocast"] = str(hidden.dtype)
+    here: Row = {**asdict(environment()), "GPUs": torch.cuda.device_count(), "cores": os.cpu_count()}
     if has_gpu():
         here["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
         here["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
-        here["memory, GiB"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+        query = "--query-gpu=driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit"
+        smi = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True)
+        here["nvidia-smi"] = smi.stdout.strip()
     return here
 
 
-def profile_here(steps: int = 20) -> Row:
+def steps_here(cases: str, steps: str) -> Row:
+    """Of each case the milliseconds of a step and the peak of memory, or what went wrong."""
     import torch
+    from cases import milliseconds
+
+    found: Row = {}
+    for name, (task, preset, changes) in globals()[cases].items():
+        try:
+            trainer = trainer_of(task, preset, **changes)
+            if on_gpu := trainer.accelerator.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            took = milliseconds(partial(trainer.step, is_logged=False), int(steps))
+            trainer.step(int(steps) + 4, is_logged=True)
+            peak = f", {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB" if on_gpu else ""
+            wrong = [name for name, value in trainer.read_metrics().items() if not math.isfinite(value)]
+            found[name] = f"{took:.2f} ms{peak}" if not wrong else f"not finite: {wrong}"
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def trace_here(case: str, folder: str, steps: int = 10) -> str:
+    """How many kernels a step launches, for how long the device is busy, and which take the longest."""
+    import torch
+    from cases import seconds
     from torch.autograd import DeviceType
 
-    trainer = trainer_of("gan", "course", dataset="fake")
-    on_gpu = trainer.accelerator.device.type == "cuda"
+    task, preset, changes = STEPS[case]
+    trainer = trainer_of(task, preset, **changes)
+    precision = trainer.accelerator.mixed_precision
     for step in range(4):
         trainer.step(step, is_logged=False)
-    if on_gpu:
-        torch.cuda.synchronize()
     with torch.profiler.profile() as profiler:
-        began = time.perf_counter()
+        began = seconds()
         for step in range(4, 4 + steps):
             trainer.step(step, is_logged=False)
-        if on_gpu:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-    device = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    kernels = [event.time_range for event in profiler.events() or () if event.device_type == device]
-    busy = sum(kernel.elapsed_us() for kernel in kernels) / 1e6 / seconds
-    return {"kernels": round(len(kernels) / steps), "busy": round(busy, 3)}
+        took = seconds() - began
+    profiler.export_chrome_trace(f"{folder}/{case} {precision}.trace.json.gz")
+    on = DeviceType.CUDA if trainer.accelerator.device.type == "cuda" else DeviceType.CPU
+    kernels = [event for event in profiler.events() or () if event.device_type == on]
+    times: Counter[str] = Counter()
+    for kernel in kernels:
+        times[kernel.name] += kernel.time_range.elapsed_us()
+    share = times.total() / 1e6 / took
+    longest = [name[:60] for name, _ in times.most_common(4)]
+    return f"{len(kernels) / steps:.0f} kernels a step, busy {share:.0%} of the time; longest: {longest}"
 
 
 # The parts; the first line of each says what it shows
 
 
 def facts(check: Check) -> Iterator[Finding]:
-    """Versions, the GPU, and in what precision cuDNN computes the LSTM under bf16 autocast."""
-    wanted = {"LSTM under bf16 autocast": "torch.bfloat16", "bf16": True}
-    for name, found in check.child("facts_here").items():
-        yield name, found, found == wanted[name] if name in wanted else None
+    """Versions, the GPU, its clocks."""
+    yield from ((name, found, None) for name, found in check.child("facts_here").items())
 
 
-def tests(check: Check) -> Iterator[Finding]:
-    """The tests that need a GPU: numbers and paths of the CPU, two processes that share it, no waits."""
-    only = ("--collect-only",) if check.pretend else ()
-    code, said = check.python("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *only)
-    yield "pytest -m gpu", said[-3000:] if code else said.splitlines()[-1], code == 0
+def steps(check: Check) -> Iterator[Finding]:
+    """Steps of every task in float32, bf16, fp16, with micro-batches: finite, how fast, how much memory."""
+    all_of = ("STEPS", "bf16"), ("EXACT", "no"), ("STEPS", "no"), ("STEPS", "fp16")
+    for cases, precision in all_of[: 2 if check.pretend else 4]:
+        few = "2" if check.pretend else "40"
+        found = check.child("steps_here", cases, few, ACCELERATE_MIXED_PRECISION=precision)
+        yield from ((f"{case}, {precision}", said, " ms" in said) for case, said in found.items())
 
 
-def tasks(check: Check) -> Iterator[Finding]:
-    """Every task in float32, bf16 and fp16: finite losses, an evaluation, a checkpoint, no warning."""
-    for name, command in TASKS.items():
-        for precision in ("bf16",) if check.pretend else ("no", "bf16", "fp16"):
-            began, run = time.monotonic(), f"{name.replace('/', ' ')} {precision}"
-            steps = 2 if check.pretend else 50
-            wrong = check.train(run, command, steps, ACCELERATE_MIXED_PRECISION=precision)
-            took = f"{steps} steps, {time.monotonic() - began:.0f} s in all"
-            yield f"{name}, {precision}", wrong or took, not wrong
-
-
-def determinism(check: Check) -> Iterator[Finding]:
-    """The same bits twice, after a resume and in an audit: required with --micro-batches 4."""
-    steps = 4 if check.pretend else 200
-    half = ("--checkpoint-every", str(steps // 2), "--schedule", "constant")
-    for name, options in (("micro-batches", ("--micro-batches", "4")), ("ddp", ()))[: 2 - check.pretend]:
-        for task, command in (("lstm", LSTM),) if check.pretend else (("lstm", LSTM), ("gan", GAN)):
-            title, options = f"{task}, {' '.join(options) or 'no option'}", (*half, *options)
-            first, again, resumed = (f"{task} {name} {run}" for run in ("first", "again", "resumed"))
-            for run, length in ((first, steps), (again, steps), (resumed, steps // 2), (resumed, steps)):
-                if wrong := check.train(run, command, length, *options):
-                    yield f"{title}, {run}", wrong, False
-            for what, other in (("twice the same steps", again), ("a resume", resumed)):
-                apart = difference(check.folder / first, check.folder / other)
-                good = apart == 0 if name == "micro-batches" else None
-                yield f"{title}: {what}", "the same bits" if apart == 0 else f"{apart:.1e} apart", good
-            if name == "micro-batches":
-                code, said = check.python("launch/audit.py", check.folder / first, "--from-start")
-                yield f"{title}: audit", said.strip().rpartition("\n")[2], code == 0
-                check.train(f"{task} cpu", command, 4, *options, CUDA_VISIBLE_DEVICES="")
-                check.train(f"{task} short", command, 4, *options)
-                apart = difference(check.folder / f"{task} short", check.folder / f"{task} cpu")
-                yield f"{title}: 4 steps on the GPU and the CPU", f"{apart:.1e} apart", None
+def trace(check: Check) -> Iterator[Finding]:
+    """Kernels of a step and the busy share; whether cuDNN's kernels compute the LSTM, by their names."""
+    for case in ("gan course", "lstm fast"):
+        for precision in ("bf16",) if check.pretend else ("no", "bf16"):
+            asked = {"ACCELERATE_MIXED_PRECISION": precision}
+            yield f"{case}, {precision}", check.child("trace_here", case, str(check.folder), **asked), None
 
 
 def speed(check: Check) -> Iterator[Finding]:
-    """Milliseconds of a step, ours against the notebook's loop, kernels of a step and the busy share."""
+    """Milliseconds of a step, ours against the notebook's loop, and compiled against eager."""
     times: dict[str, float] = {}
     for title, (case, environment) in list(SPEED.items())[: 4 if check.pretend else None]:
         if environment and check.pretend:
@@ -221,42 +210,56 @@ def speed(check: Check) -> Iterator[Finding]:
         yield title, said[-2000:] if code else f"{times[title]:.2f} ms", code == 0
     ours = (times[title] for title in list(SPEED)[1:4] if title in times)
     ratio = times.get("the notebook's loop", math.nan) / min(ours, default=math.nan)
-    yield (
-        "ours against the notebook's loop, at least 10",
-        f"{ratio:.2f}",
-        None if check.pretend else ratio >= 10,
-    )
-    for precision in ("no", "bf16"):
-        found = check.child("profile_here", ACCELERATE_MIXED_PRECISION=precision)
-        text = f"{found['kernels']} kernels, the GPU is busy {found['busy']:.0%} of the time"
-        yield f"GAN step of preset course, {precision}, profiled", text, None
+    good = None if check.pretend else ratio >= 10
+    yield "ours against the notebook's loop, at least 10", f"{ratio:.2f}", good
+
+
+def determinism(check: Check) -> Iterator[Finding]:
+    """With --micro-batches 4, the same bits twice, after a resume and in an audit; and how far from a CPU."""
+    count = 4 if check.pretend else 200
+    exact = ("--checkpoint-every", str(count // 2), "--schedule", "constant", "--micro-batches", "4")
+    for task, command in (("lstm", LSTM), ("gan", GAN))[: 2 - check.pretend]:
+        first, again, resumed = (f"{task} {run}" for run in ("first", "again", "resumed"))
+        for run, length in ((first, count), (again, count), (resumed, count // 2), (resumed, count)):
+            if wrong := check.train(run, command, length, *exact):
+                yield run, wrong, False
+        for what, other in (("twice the same steps", again), ("a resume", resumed)):
+            apart = check.apart(first, other)
+            yield f"{task}: {what}", "the same bits" if apart == 0 else f"{apart:.1e} apart", apart == 0
+        code, said = check.python("launch/audit.py", check.folder / first, "--from-start")
+        yield f"{task}: audit", said.strip().rpartition("\n")[2], code == 0
+        check.train(f"{task} cpu", command, 4, *exact, CUDA_VISIBLE_DEVICES="")
+        check.train(f"{task} short", command, 4, *exact, NVIDIA_TF32_OVERRIDE="0")
+        apart = check.apart(f"{task} short", f"{task} cpu")
+        yield f"{task}: 4 steps in true float32 on the GPU and the CPU", f"{apart:.1e} apart", None
+
+
+def tests(check: Check) -> Iterator[Finding]:
+    """The tests that need a GPU: numbers and paths of the CPU, two processes that share it, no waits."""
+    only = ("--collect-only",) if check.pretend else ()
+    code, said = check.python("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *only)
+    yield "pytest -m gpu", said[-3000:] if code else said.splitlines()[-1], code == 0
 
 
 def quality(check: Check) -> Iterator[Finding]:
-    """Preset fast of both tasks, trained to its end."""
+    """Preset fast of both tasks, trained to its end, in float32 and bf16."""
     from cs324dist.tasks import find_task
 
-    for task, command in (("lstm", ("launch/lstm.py",)), ("gan", ("launch/gan.py",))):
-        steps = 2 if check.pretend else find_task(task).presets["fast"].steps
+    for task in ("lstm", "gan"):
+        count = 2 if check.pretend else find_task(task).presets["fast"].steps
         for precision in ("bf16",) if check.pretend else ("no", "bf16"):
-            run = f"fast {task} {precision}"
-            wrong = check.train(run, command, steps, ACCELERATE_MIXED_PRECISION=precision)
-            if wrong:
-                yield run, wrong, False
-                continue
-            last = metrics_in(check.folder / run)[-1]
-            (name, value) = next(
-                (k, v) for k, v in last.items() if k in ("eval/accuracy", "eval/frechet_distance")
+            wrong = check.train(
+                run := f"{task} {precision}", (f"launch/{task}.py",), count, "--precision", precision
             )
-            yield run, f"{name} {value:.4g}", None
+            last = {} if wrong else metrics_in(check.folder / run)[-1]
+            yield run, wrong or {k: v for k, v in last.items() if k.startswith("eval/")}, not wrong
 
 
 def faults(check: Check) -> Iterator[Finding]:
     """TERM in mid-run, and too little memory: one line, a status, and no traceback."""
     from launched import Launched, status
 
-    command = (*LSTM, "--steps", "100000", "--log-every", "1", "--wandb", "disabled")
-    with Launched(command, check.folder / "term", dict(os.environ)) as launched:
+    with Launched((*LSTM, *LONG), check.folder / "term", dict(os.environ)) as launched:
         launched.wait_for_line("step 2/")
         launched.send_signal(signal.SIGTERM)
         code, state = launched.end(), status(launched.run)["state"]
@@ -264,86 +267,92 @@ def faults(check: Check) -> Iterator[Finding]:
     limits = resource.getrlimit(resource.RLIMIT_AS)
     if check.pretend:
         resource.setrlimit(resource.RLIMIT_AS, (6 << 30, limits[1]))
-    too_large = ("launch/lstm.py", "--length", "300", "--batch-size", "1000000", "--curriculum", "1")
-    said = check.train("memory", too_large, 2)
+    large = ("--length", "300", "--batch-size", "1000000", "--curriculum", "1")
+    little = {"PYTORCH_CUDA_ALLOC_CONF": "per_process_memory_fraction:0.02"}
+    said = check.train("memory", LSTM, 2, *large, **little)
     resource.setrlimit(resource.RLIMIT_AS, limits)
     lines = [line for line in said.splitlines() if line.startswith("error")]
-    good = len(lines) == 1 and "out of memory: lower --batch-size" in lines[0] and "Traceback" not in said
+    good = len(lines) == 1 and "out of memory: lower the batch size" in lines[0] and "Traceback" not in said
     yield "too little memory", lines or said[-500:], good
 
 
 def nccl(check: Check) -> Iterator[Finding]:
-    """With two GPUs or more: the same bits on 1, 2 and all of them; a rank is killed, a rank is stopped."""
+    """NCCL on one GPU and on all: the same bits; a rank that is killed or stopped, over gloo on one GPU."""
     from launched import Launched, status
 
     gpus = 2 if check.pretend else check.child("facts_here")["GPUs"]
-    if gpus < 2:
-        yield "GPUs", gpus, None
-        return
-    steps, exact = 4 if check.pretend else 50, ("--micro-batches", str(gpus), "--batch-size", str(16 * gpus))
-    for processes in sorted({1, 2, gpus}):
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
-        wrong = check.train(f"on {processes}", (*launcher, *GAN), steps, *exact)
-        apart = math.inf if wrong else difference(check.folder / "on 1", check.folder / f"on {processes}")
+    count, exact = 4 if check.pretend else 50, ("--micro-batches", "8")
+    yield "DDP of one process", check.train("ddp", (*TORCHRUN, "1", *GAN), count) or "trains", None
+    for processes in sorted({1, gpus}):
+        wrong = check.train(f"on {processes}", (*TORCHRUN, str(processes), *GAN), count, *exact)
+        apart = math.inf if wrong else check.apart("on 1", f"on {processes}")
         yield f"gan on {processes}", wrong or f"{apart:.1e} apart from one", apart == 0
-    command = (*LSTM, "--steps", "100000", "--log-every", "1", "--peer-timeout", "10", "--wandb", "disabled")
-    for title, number in (("killed", signal.SIGKILL), ("stopped", signal.SIGSTOP)):
-        run = check.folder / title
-        with Launched(command, run, dict(os.environ), "torchrun with two") as launched:
+    command, environment = (*LSTM, *LONG), dict(os.environ)
+    if gpus == 1:  # which NCCL does not let two share
+        command = ("launch/train.py", "tests/distributed/faults.py:LSTM", *command[1:])
+        environment["BACKEND"] = "gloo"
+    for number in (signal.SIGKILL, signal.SIGSTOP):
+        with Launched(command, check.folder / number.name, environment, "torchrun with two") as launched:
             launched.wait_for_line("step 2/")
             launched.workers()[1].send_signal(number)
             code = launched.process.wait(120)
-        found = f"exit code {code}, {status(run)['state']}: {status(run).get('why')}"
-        yield f"a rank that is {title}", found, code != 0
+            said = [line for line in launched.lines() if line.startswith("error on rank 0")]
+        state = status(launched.run)
+        good = (state["state"], len(said)) == ("failed", 1)
+        yield f"rank 1 gets {number.name}", f"exit code {code}, {state}, {said}", good
 
 
-PARTS = {
-    facts: 40,
-    tests: 280,
-    tasks: 330,
-    determinism: 300,
-    speed: 250,
-    quality: 150,
-    faults: 150,
-    nccl: 240,
-}
+GROUPS = (
+    {facts: 40, steps: 260, trace: 120},
+    {speed: 220, determinism: 300},
+    {tests: 280, quality: 200},
+    {faults: 120, nccl: 300},
+)
+PARTS = {part: limit for group in GROUPS for part, limit in group.items()}
 
 
 def main() -> None:
-    by_name = {part.__name__: part for part in PARTS}
     parser = command_line(__doc__)
-    add_parts(parser, by_name)
+    parser.add_argument("--group", type=int, choices=range(1, 1 + len(GROUPS)), help="one of them")
     parser.add_argument("--pretend", action="store_true", help="on a CPU, small")
-    parser.add_argument("--child", choices=("facts_here", "profile_here"), help="used by the parts")
+    parser.add_argument("--child", nargs="+", help="used by the parts")
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(globals()[options.child]()))
+        name, *arguments = options.child
+        print(json.dumps(globals()[name](*arguments), default=str))
         return
     sys.path.insert(0, str(REPOSITORY / "tests"))  # for `launched`
-    out = RESULTS.with_name("out") / "gpu.json" if options.pretend else RESULTS / "gpu.json"
-    out.parent.mkdir(exist_ok=True)
+    out = (RESULTS.with_name("out") if options.pretend else RESULTS) / "gpu.json"
     if options.pretend:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "CS324DIST_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    rows: list[Row] = []
+    chosen = (GROUPS[options.group - 1],) if options.group else GROUPS
+    parts = [part.__name__ for group in chosen for part in group]
+    before = json.loads(out.read_text())["rows"] if options.group and out.exists() else []
+    rows: list[Row] = [row for row in before if row["part"] not in parts]
 
     def note(part: str, what: str, found: object, good: bool | None) -> None:
         rows.append({"part": part, "what": what, "found": found, "good": good})
         out.write_text(json.dumps({"pretended": options.pretend, "rows": rows}, indent=1) + "\n")
         print(f"{part:12} {'' if good is None else 'good' if good else 'BAD':5}{what}: {found}", flush=True)
 
-    with TemporaryDirectory(prefix="gpu-check-") as folder:
-        check = Check(Path(folder), options.pretend)
-        for name in options.parts or by_name:
-            began, limit = time.monotonic(), PARTS[by_name[name]]
-            check.deadline = began + limit * (10 if options.pretend else 1)  # a CPU is slow
+    for group in chosen:
+        number = 1 + GROUPS.index(group)
+        began, check = time.monotonic(), Check(EVIDENCE / f"group {number}", options.pretend)
+        shutil.rmtree(check.folder, ignore_errors=True)
+        check.folder.mkdir(parents=True)
+        for part in group:
+            name, limit = part.__name__, group[part]
+            check.deadline = time.monotonic() + limit * (10 if options.pretend else 1)  # a CPU is slow
             try:
-                for finding in by_name[name](check):
+                for finding in part(check):
                     note(name, *finding)
             except subprocess.TimeoutExpired:
                 note(name, "the rest of the part", f"not within its {limit} s", False)
             except Exception as error:  # the other parts are looked at nevertheless
                 note(name, "the rest of the part", f"{type(error).__name__}: {error}", False)
-            print(f"{name} took {time.monotonic() - began:.0f} s")
+        print(f"group {number} took {time.monotonic() - began:.0f} s", flush=True)
+        for checkpoints in check.folder.glob("*/checkpoints"):
+            shutil.rmtree(checkpoints)
     sys.exit(any(row["good"] is False for row in rows))
 
 

@@ -110,7 +110,7 @@ def audit(
         made = intervals[-1].environment
         if config.micro_batches is None:
             os.environ.setdefault("CS324DIST_THREADS", str(made.threads))
-        accelerator = start_accelerator(config.batch_size, config.micro_batches, precision=made.precision)
+        accelerator = start_accelerator(config.batch_size, config.micro_batches, preferred=made.precision)
         here = environment(accelerator.num_processes, accelerator.mixed_precision, compiled_by(accelerator))
         needed = NEEDED if config.micro_batches else NEEDED | BY_DDP
         chosen = on_main_process(accelerator, lambda: _choose(run, intervals, here, needed, count))

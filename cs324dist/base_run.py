@@ -17,7 +17,7 @@ from cs324dist.distributed.exact import exact_of
 from cs324dist.distributed.failures import ProcessLost, translate_errors
 from cs324dist.distributed.process import compare_environments, compiled_by, on_main_process
 from cs324dist.distributed.stop import Stopped, StopRequest
-from cs324dist.errors import ReportedError, RunFailed, UserError, say, warn
+from cs324dist.errors import EXIT_STOPPED, ReportedError, RunFailed, UserError, end_with, say, warn
 from cs324dist.metrics import as_numbers
 from cs324dist.runs.checkpoints import (
     Trained,
@@ -95,7 +95,7 @@ class BaseRun:
     def _opened(self) -> Iterator[None]:
         compare_environments(environment(*self._how, commit=False), exact=self.exact is not None)
         with (
-            StopRequest(self.accelerator.num_processes, self.peer_timeout) as self._stop,
+            StopRequest(self.accelerator.num_processes, self.peer_timeout, self._end_alone) as self._stop,
             ExitStack() as self._stack,
             self.dir.claimed(self._check_fits, self._on_main),
         ):
@@ -110,7 +110,7 @@ class BaseRun:
                     self._write()
                 if self._is_started:
                     self._finish()
-                    self._say(f"{self.dir}: finished after {self.step} steps")
+                    self._say_last(f"{self.dir}: finished after {self.step} steps{self._best_in_words()}")
 
     def _check_fits(self) -> None:
         """Check that the folder is new, or holds this run."""
@@ -166,6 +166,7 @@ class BaseRun:
             yield self.step
             self._in_step = False
             self.step += 1
+            self.trackers.advance()
             if self.step == first + 1:
                 self.compare()
             stopping = self._stop.agreed() or self._stop_asked
@@ -224,7 +225,7 @@ class BaseRun:
 
     def _end_stopped(self) -> None:
         self._on_main(lambda: self.dir.write_status("stopped", self.dir.newest_step(), STOPPED))
-        self._say(f"{self.dir}: stopped after {self.step} steps; run the same command to go on")
+        self._say_last(f"{self.dir}: stopped after {self.step} steps; run the same command to go on")
         raise Stopped
 
     def compare(self, found: Mapping[str, Any] | None = None) -> None:
@@ -302,17 +303,37 @@ class BaseRun:
             with suppress(ValueError):  # not the main thread
                 # torch's handler raises once more for a worker that has died, wherever this process is then.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            # A signal to stop all, which others obeyed sooner; not the launcher's, that follows a failure.
-            stopped = self._stop.received_before_the_last_vote and isinstance(error, ProcessLost)
-            if self._is_started and self.accelerator.is_main_process:
-                why = str(error) if isinstance(error, ReportedError) else f"{type(error).__name__}: {error}"
-                self.dir.write_status("stopped" if stopped else "failed", self.dir.newest_step(), why)
-            if stopped:
+            if self._record_end(error):
                 raise Stopped from error
             raise
 
+    def _record_end(self, error: BaseException) -> bool:
+        """Write down how the run has ended; returns whether a signal has stopped it."""
+        # A signal to stop all, which others obeyed sooner; not the launcher's, that follows a failure.
+        stopped = self._stop.received_before_the_last_vote and isinstance(error, ProcessLost)
+        if self._is_started and self.accelerator.is_main_process:
+            why = str(error) if isinstance(error, ReportedError) else f"{type(error).__name__}: {error}"
+            self.dir.write_status("stopped" if stopped else "failed", self.dir.newest_step(), why)
+        return stopped
+
+    def _end_alone(self, error: ProcessLost) -> None:
+        """End the process, in a thread, as the main one waits for a process that is lost."""
+        if self._record_end(error):
+            error.exit_code = EXIT_STOPPED
+        end_with(error)
+
     def _finish(self) -> None:
         self._on_main(lambda: self.dir.finish(self.step, self.keep_last, self.keep_best))
+
+    def _best_in_words(self) -> str:
+        best = self._on_main(lambda: self.dir.best(self.keep_best))
+        metric = self.keep_best.partition(":")[0]
+        return f"; the best {metric}, {best[1]:.6g}, is that of {best[0]}" if best else ""
+
+    def _say_last(self, text: str) -> None:
+        """Print a line below the progress bar, and below what trackers say at their end."""
+        self._stack.close()
+        self._say(text)
 
     def _say(self, text: str) -> None:
         """Print a line, on the main process."""

@@ -171,21 +171,20 @@ class _Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
+            add_help=False,
         )
         self.names: dict[str, str] = {}
         usage = ["%(prog)s", *command.split()]
         headings = getattr(options_type, "groups", {})
-        groups = {
-            title: self.add_argument_group(title)
-            for title in (*headings, "recipe" if headings else "options")
-        }
+        titles = ("recipe", *headings) if headings else ("options",)
+        groups = {title: self.add_argument_group(title) for title in titles}
         docs, marked = _docstrings(options_type), markers(options_type)
         for field in dataclasses.fields(options_type):
             name, schema = field.name, _schema_of(hints[field.name])
             if schema.get("type") == "object":  # a nested record has no words
                 continue
             default = field.default if defaults is None else getattr(defaults, name)
-            title = next((title for title, names in headings.items() if name in names), [*groups][-1])
+            title = next((title for title, names in headings.items() if name in names), titles[0])
             words: dict[str, Any] = {"help": _help(docs.get(name, ""), default).replace("%", "%%")}
             is_flag = schema.get("type") == "boolean"
             if is_flag:
@@ -203,6 +202,7 @@ class _Parser(argparse.ArgumentParser):
             else:
                 self.names[name] = option(f"no_{name}" if is_flag and default else name)
                 groups[title].add_argument(self.names[name], dest=name, **words)
+        groups[titles[-1]].add_argument("-h", "--help", action="help", help="Show this help, and stop.")
         self.usage = " ".join([*usage, "[options]"])
 
     def unknown(self, words: Sequence[str]) -> Iterator[str]:

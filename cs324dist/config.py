@@ -68,6 +68,10 @@ class Config:
     peer_timeout: Annotated[Count, MUTABLE] = 600
     """Seconds without an answer from another process after which the run ends."""
 
+    precision: Annotated[Literal["no", "fp16", "bf16"] | None, MUTABLE] = None
+    """Mixed precision; no: float32. By default what the launcher was asked for; or else a continued run keeps
+    its own, and a new one takes its task's, where the processor is fast in it."""
+
     wandb: Annotated[Literal["online", "offline", "disabled"], MUTABLE] = "online"
     """Weights & Biases: online (offline if there is no login or network), offline or disabled."""
 
@@ -102,16 +106,16 @@ class Config:
     """Largest norm of a network's gradient; larger ones are scaled down. none: no limit."""
 
     groups: ClassVar[Mapping[str, Sequence[str]]] = {
-        "run": ("preset", "run_dir", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_last",
-                "keep_best", "check_every", "peer_timeout", "wandb", "tensorboard",
-                "dry_run"),
-        "data": ("seed", "batch_size", "micro_batches", "dataset", "data_root", "data", "length", "encoding"),
         "model": ("model", "kernel", "hidden_size", "latent_dim", "initialisation"),
+        "data": ("seed", "dataset", "data_root", "data", "length", "encoding"),
+        "run": ("run_dir", "micro_batches", "check_every", "precision", "log_every", "evaluate_every",
+                "checkpoint_every", "keep_last", "keep_best", "peer_timeout", "wandb", "tensorboard",
+                "dry_run"),
     }  # fmt: skip
     """Headings of the help page and the options below them; all others are below `recipe`."""
 
     default_precision: ClassVar[Literal["no", "bf16"]] = "no"
-    """Mixed precision where the launcher is given none. bf16: if the machine is faster in it."""
+    """Mixed precision where none is asked for. bf16: if the machine is faster in it."""
 
     def learning_rate_factor(self, step: int) -> float:
         """The factor on every learning rate at `step`, counted from 0."""

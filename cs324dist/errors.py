@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+from tqdm import tqdm
+
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
 EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: run the same command again to continue
@@ -50,7 +52,8 @@ def printable(value: object, length: int | None = 200) -> str:
 
 def say(text: str) -> None:
     """Print a line to stderr; paths in it may hold anything."""
-    print(printable(text, None), file=sys.stderr, flush=True)
+    with tqdm.external_write_mode(file=sys.stderr):  # a progress bar makes room for it
+        print(printable(text, None), file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
@@ -67,7 +70,7 @@ def errors_as_exit_codes() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except ReportedError as error:
-        _end_with(error)
+        end_with(error)
     except KeyboardInterrupt:
         if RANK == "0":
             say("stopped by a signal")
@@ -78,7 +81,7 @@ def errors_as_exit_codes() -> Iterator[None]:
     except OSError as error:
         if not error.strerror:
             raise
-        _end_with(RunFailed(f"{error.filename or 'a file'}: {error.strerror}"))
+        end_with(RunFailed(f"{error.filename or 'a file'}: {error.strerror}"))
     finally:
         sys.stderr = stderr
 
@@ -90,14 +93,15 @@ def show_errors_as_lines() -> None:
     def hook(kind: Any, error: Any, trace: Any) -> None:
         if isinstance(error, ReportedError):
             sys.stderr = sys.__stderr__  # torch's own hook around this one collects what is said in a string
-            _end_with(error)
+            end_with(error)
         before(kind, error, trace)
 
     if getattr(before, "__name__", "") != hook.__name__ or before.__module__ != __name__:
         sys.excepthook = hook
 
 
-def _end_with(error: ReportedError) -> NoReturn:
+def end_with(error: ReportedError) -> NoReturn:
+    """Print the lines of an error, and end the process with its exit code."""
     if error.same_on_all_ranks:
         _wait_for_the_first_rank()
         place = "" if RANK == "0" else f" on rank {RANK}"

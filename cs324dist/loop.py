@@ -172,10 +172,12 @@ def main(task: str | type[Task[Any]], description: str | None) -> None:
         print(json.dumps(as_json(config), indent=2))
         return
     made_in = RunDir(config.folder).latest_environment()
-    precision: Precision = config.default_precision if is_faster_in_bf16() else "no"
+    preferred: Precision = config.default_precision if is_faster_in_bf16() else "no"
     if made_in:  # on other machines, or on fewer, a run goes on in its own precision
-        precision = made_in.precision
-    accelerator = start_accelerator(config.batch_size, config.micro_batches, config.peer_timeout, precision)
+        preferred = made_in.precision
+    accelerator = start_accelerator(
+        config.batch_size, config.micro_batches, config.peer_timeout, config.precision, preferred
+    )
     done = run_task(task_type, config, accelerator, given)
     # After an error the group stays: to leave it while others wait in a collective hangs (torchtitan #1342).
     accelerator.end_training()

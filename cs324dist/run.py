@@ -90,8 +90,9 @@ class Run(BaseRun):
             tensorboard=tensorboard,
             peer_timeout=peer_timeout,
         )
-        self._may_change = set(may_change)
-        self._made_of = {"gradients": str(self.exact or "of the loop"), **trained.kinds()}
+        self._may_change = {*may_change, "keep_best"}
+        self._made_of = {"gradients": str(self.exact or "of the loop"), "keep_best": keep_best}
+        self._made_of |= trained.kinds()
 
     def _check_fits(self) -> None:
         if (record := self.dir.record_of(LOOP)) is None:

@@ -1,4 +1,4 @@
-"""Where metrics go: the terminal, `metrics.jsonl`, the same values to other trackers."""
+"""Where metrics go: the terminal, `metrics.jsonl`, and Accelerate's trackers."""
 
 import netrc
 import os
@@ -9,23 +9,26 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import chdir, contextmanager, nullcontext
-from functools import partial
+from contextlib import chdir, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from tqdm import tqdm
 
 from cs324dist.data.loader import Loader
 from cs324dist.errors import printable, say, warn
 from cs324dist.pictures import save_png
+from cs324dist.runs.records import LOOP
 from cs324dist.runs.run_dir import RunDir
 from cs324dist.tasks.base import Evaluation
 
 CONNECT_TIMEOUT = 5  # seconds
 LOGIN_TIMEOUT = 10  # seconds
+WANDB, TENSORBOARD = "Weights & Biases", "TensorBoard"
+IMAGES: Mapping[Any, Any] = {WandBTracker: {}, TensorBoardTracker: {"dataformats": "NHWC"}}
 
 
 class Trackers:
@@ -44,57 +47,41 @@ class Trackers:
         batch_size: int | None = None,
     ) -> None:
         """Of the steps from `start` to `until`; `config` is what Weights & Biases shows of the settings."""
-        self._run, self._accelerator, self._until = run, accelerator, until
-        self._config, self._mode, self._batch_size = config, wandb, batch_size
-        self._wants_tensorboard = tensorboard
+        self._run, self._until, self._batch_size = run, until, batch_size
+        self._config, self._wandb, self._wants_tensorboard = config, wandb, tensorboard
+        self._is_main, self._device = accelerator.is_main_process, accelerator.device
+        self._trackers: dict[str, GeneralTracker] = {}
         self._last_step, self._last_time = start, time.perf_counter()
         self._last_waited = Loader.seconds_waited
-        self._tensorboard: Any = None
-        self._in_terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=until,
-            initial=start,
-            unit="step",
-            disable=not (accelerator.is_main_process and self._in_terminal),
-        )
+        self._bar: tqdm[Any] | None = None
 
     def __enter__(self) -> "Trackers":
-        open_wandb(self._accelerator, self._run, self._mode, self._config)
-        if self._accelerator.is_main_process and self._wants_tensorboard:
-            self._open_tensorboard()
+        if self._is_main:
+            opened = {
+                WANDB: open_wandb(self._run, self._wandb, self._config),
+                TENSORBOARD: self._open_tensorboard() if self._wants_tensorboard else None,
+            }
+            self._trackers = {name: tracker for name, tracker in opened.items() if tracker is not None}
+            if sys.stderr.isatty():  # after what the others have said
+                self._bar = tqdm(total=self._until, initial=self._last_step, unit="step")
         self._last_time = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Finish the Weights & Biases run."""
-        self._bar.close()
-        trackers, self._accelerator.trackers = self._accelerator.trackers, []
-        try:
-            for tracker in trackers:
-                tracker.finish()
-        except Exception as error:
-            _warn(_without_login(error))
+        if self._bar is not None:
+            self._bar.close()
+        self._track(lambda tracker: tracker.finish())
+        self._trackers = {}
 
-    def _open_tensorboard(self) -> None:
+    def _open_tensorboard(self) -> TensorBoardTracker | None:
+        # What an earlier process wrote past this step is hidden.
+        tracker = TensorBoardTracker("tensorboard", self._run.path, purge_step=self._last_step + 1)
         try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # What an earlier process wrote past this step is hidden.
-            folder = self._run.path / "tensorboard"
-            self._tensorboard = SummaryWriter(folder, purge_step=self._last_step + 1)
+            tracker.start()
         except Exception as error:
-            warn(f"TensorBoard: {printable(error)}; nothing is recorded there: pip install tensorboard")
-
-    def _to_tensorboard(self, add: str, values: Mapping[str, Any], step: int) -> None:
-        if self._tensorboard is None:
-            return
-        try:
-            for name, value in values.items():
-                getattr(self._tensorboard, add)(name, value, step)
-            self._tensorboard.flush()  # or a process that is killed loses two minutes
-        except Exception as error:
-            warn(f"TensorBoard: {printable(error)}; nothing more is recorded there")
-            self._tensorboard = None
+            _warn(TENSORBOARD, f"{error}; nothing is recorded there: pip install tensorboard")
+            return None
+        return tracker
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -102,6 +89,11 @@ class Trackers:
         before = time.perf_counter()
         yield
         self._last_time += time.perf_counter() - before
+
+    def advance(self) -> None:
+        """Show that a step has been completed."""
+        if self._bar is not None:
+            self._bar.update()
 
     def log_step(self, completed: int, values: Mapping[str, float]) -> None:
         """Log a step's metrics and the throughput since the last call, and show both."""
@@ -111,25 +103,22 @@ class Trackers:
             return
         now = time.perf_counter()
         rate = (completed - self._last_step) / max(now - self._last_time, 1e-9)
-        self._last_time = now
         self._show(completed, values, rate)
-        self._last_step = completed
         speeds = {
             **({"samples_per_second": rate * self._batch_size} if self._batch_size else {}),
             "steps_per_second": rate,
             "data_seconds": Loader.seconds_waited - self._last_waited,
         }
-        self._last_waited = Loader.seconds_waited
-        if self._accelerator.device.type == "cuda":
+        self._last_step, self._last_time, self._last_waited = completed, now, Loader.seconds_waited
+        if self._device.type == "cuda":
             speeds["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._log(completed, {**values, **{f"throughput/{name}": speed for name, speed in speeds.items()}})
 
     def _show(self, completed: int, values: Mapping[str, float], rate: float) -> None:
         brief = {name.removeprefix("train/"): f"{value:.4f}" for name, value in values.items()}
-        if self._in_terminal:
+        if self._bar is not None:
             self._bar.set_postfix(brief, refresh=False)
-            self._bar.update(completed - self._last_step)
-        elif self._accelerator.is_main_process:
+        elif self._is_main:
             words = [f"step {completed}/{self._until}", *(f"{n} {v}" for n, v in brief.items())]
             if rate:
                 minutes = (self._until - completed) / rate / 60
@@ -138,79 +127,110 @@ class Trackers:
 
     def log_evaluation(self, completed: int, evaluation: Evaluation) -> None:
         """Log an evaluation's metrics and pictures."""
-        metrics = {f"eval/{name}": value for name, value in evaluation.metrics.items()}
-        self._log(completed, metrics)
-        if not self._accelerator.is_main_process:
+        if not self._is_main:
             return
+        metrics = {f"eval/{name}": value for name, value in evaluation.metrics.items()}
         brief = [f"{name} {value:.4f}" for name, value in metrics.items() if "share" not in name]
-        tqdm.write("  ".join([f"evaluation after {completed} steps", *brief]), file=sys.stderr)
+        say("  ".join([f"evaluation after {completed} steps", *brief]))
         if evaluation.picture is not None:
             try:
                 save_png(evaluation.picture, self._run.sample(completed), self._run)
             except OSError as error:
                 warn(f"no picture of step {completed}: {error.strerror}")
-        if self._accelerator.trackers or self._tensorboard is not None:
+        if self._trackers:
             drawn = {"samples": evaluation.picture, "strip": evaluation.strip and evaluation.strip()}
-            pictures = {name: picture for name, picture in drawn.items() if picture is not None}
-            self._to_tensorboard("add_image", pictures, completed)
-            images = {name: [p.cpu().permute(1, 2, 0).numpy()] for name, p in pictures.items()}
-            for tracker in self._accelerator.trackers:
-                self._track(partial(tracker.log_images, images, step=completed))
+            images = {
+                name: p.cpu().permute(1, 2, 0)[None].numpy() for name, p in drawn.items() if p is not None
+            }
+            self._track(lambda tracker: tracker.log_images(images, step=completed, **IMAGES[type(tracker)]))
+        self._log(completed, metrics)  # after the pictures: this flushes TensorBoard's file
 
     def _log(self, completed: int, metrics: Mapping[str, float]) -> None:
-        if self._accelerator.is_main_process:
-            try:
-                self._run.append_metrics(completed, metrics)
-            except OSError as error:
-                warn(f"{self._run}/metrics.jsonl: {error.strerror}; trying again later")
-            self._track(partial(self._accelerator.log, dict(metrics), step=completed))
-            self._to_tensorboard("add_scalar", metrics, completed)
-
-    def _track(self, log: Callable[[], object]) -> None:
+        if not self._is_main:
+            return
         try:
-            log()
-        except Exception as error:  # whatever its client raises, training goes on
-            _warn(f"{_without_login(error)}; nothing more is recorded there")
-            self._accelerator.trackers = []
+            self._run.append_metrics(completed, metrics)
+        except OSError as error:
+            warn(f"{self._run}/metrics.jsonl: {error.strerror}; trying again later")
+        self._track(lambda tracker: tracker.log(dict(metrics), step=completed))
+
+    def _track(self, act: Callable[[GeneralTracker], object]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                act(tracker)
+            except Exception as error:  # whatever a tracker raises, training goes on
+                _warn(name, f"{error}; nothing more is recorded there")
+                del self._trackers[name]
 
 
-def _warn(text: str) -> None:
-    warn(f"Weights & Biases: {text}")
+def _warn(tracker: str, text: str) -> None:
+    warn(f"{tracker}: {_without_login(text)}")
 
 
 def _without_login(said: object) -> str:
-    """What its client says, printable and without the user and password of an address."""
+    """What a tracker says, printable and without the user and password of an address."""
     return printable(re.sub(r"//[^/\s]*@", "//", str(said)))
 
 
-def open_wandb(accelerator: Accelerator, run: RunDir, wanted: str, config: Mapping[str, Any]) -> None:
-    """Open the run's own Weights & Biases run through Accelerate, on the main process.
+def open_wandb(run: RunDir, wanted: str, config: Mapping[str, Any]) -> WandBTracker | None:
+    """Open the run's own Weights & Biases run.
 
     Without a login or a network, it records offline and says so in one line. Whatever its client raises,
     training goes on.
     """
-    if wanted == "disabled" or not accelerator.is_main_process:
-        return
+    if wanted == "disabled":
+        return None
     # Its client records all of SLURM_*, of which this one is a token.
     os.environ.pop("SLURM_JWT", None)
     os.environ.setdefault("WANDB_SILENT", "true")
     why: object = ""
     try:
         mode, why = ("offline", "") if wanted == "offline" else _possible_mode()
+        if mode == "disabled":
+            return None
         if mode == "online":
-            _init(accelerator, config, run, mode)
+            tracker = _started(run, config, mode)
+            address = _without_login(tracker.run.url)
+            say(f"{WANDB}: uploading to {address}; to stop this: --wandb disabled, or WANDB_MODE=disabled")
+            return tracker
     except Exception as error:
-        mode, why = "offline", error
-    if mode != "offline":
-        return
+        why = error
     if why:
-        say(f"Weights & Biases: {_without_login(why)}; recording offline in {run}/wandb")
+        say(f"{WANDB}: {_without_login(why)}; recording offline in {run}/wandb")
     try:
-        _init(accelerator, config, run, mode)
-        _log_again(accelerator, run)
+        if isinstance(why, Exception):  # the client of the attempt that failed holds the run's id
+            import wandb
+
+            wandb.teardown()
+        tracker = _started(run, config, "offline")
+        for row in run.read_metrics():  # again: a segment whose process was killed may have lost it
+            values = {name: value for name, value in row.items() if name != "step" and value is not None}
+            tracker.log(values, step=row["step"])
     except Exception as error:
-        _warn(f"{_without_login(error)}; nothing is recorded there")
-        accelerator.trackers = []
+        _warn(WANDB, f"{error}; nothing is recorded there")
+        return None
+    return tracker
+
+
+def _started(run: RunDir, config: Mapping[str, Any], mode: str) -> WandBTracker:
+    import wandb
+
+    _set_up()
+    record = run.read_record()
+    task = "cs324dist" if record.task == LOOP else re.sub(r"[/\\#?%:]", "-", record.task)
+    tracker = WandBTracker(
+        os.environ.get("WANDB_PROJECT", task),
+        id=record.tracker_run_id,
+        name=os.environ.get("WANDB_NAME", run.path.name),
+        dir=str(run.path.absolute()),
+        mode=mode,
+        resume="allow" if mode == "online" else None,
+        # No address of a git remote, which may hold a token.
+        settings=wandb.Settings(init_timeout=LOGIN_TIMEOUT, git_remote_url=""),
+    )
+    tracker.start()
+    tracker.store_init_configuration(dict(config))
+    return tracker
 
 
 def _set_up() -> Any:
@@ -225,49 +245,15 @@ def _set_up() -> Any:
         return wandb.setup()
 
 
-def _init(accelerator: Accelerator, config: Mapping[str, Any], run: RunDir, mode: str) -> None:
-    import wandb
-
-    wandb_run = {
-        "id": run.read_record().tracker_run_id,
-        "name": run.path.name,
-        "dir": str(run.path.absolute()),
-        "mode": mode,
-        "resume": "allow" if mode == "online" else None,
-        # No address of a git remote, which may hold a token.
-        "settings": wandb.Settings(init_timeout=LOGIN_TIMEOUT, git_remote_url=""),
-    }
-    if accelerator.trackers:  # of an attempt that failed; its client holds the run's id
-        wandb.teardown()
-    _set_up()
-    accelerator.log_with, accelerator.trackers = ["wandb"], []
-    project = os.environ.get("WANDB_PROJECT", "cs324dist")
-    accelerator.init_trackers(project, dict(config), {"wandb": wandb_run})
-
-
-def _log_again(accelerator: Accelerator, run: RunDir) -> None:
-    """Log what there is: an offline segment whose process was killed may have lost it."""
-    for row in run.read_metrics():
-        values = {name: value for name, value in row.items() if name != "step" and value is not None}
-        accelerator.log(values, step=row["step"])
-
-
-def _has_login(host: str) -> bool:
-    """Whether `wandb login` has written down a key for this host."""
-    try:
-        logins = netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser())
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return (urllib.parse.urlsplit(host).hostname or "") in logins.hosts
-
-
 def _possible_mode() -> tuple[str, str]:
     """What WANDB_MODE says, or else online if that is possible; and why it is not."""
     settings = _set_up().settings
     if settings.mode in ("offline", "disabled"):
         return settings.mode, ""
-    host = settings.base_url
-    if not (settings.api_key or _has_login(host)):
+    host, logins = settings.base_url, {}
+    with suppress(OSError, netrc.NetrcParseError):  # where `wandb login` writes a key down
+        logins = netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser()).hosts
+    if not settings.api_key and urllib.parse.urlsplit(host).hostname not in logins:
         return "offline", "no login (`wandb login`)"
     try:
         urllib.request.urlopen(host, timeout=CONNECT_TIMEOUT).close()

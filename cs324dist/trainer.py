@@ -18,7 +18,7 @@ from cs324dist.distributed.checks import gather_objects
 from cs324dist.distributed.exact import ExactGradients
 from cs324dist.distributed.gradients import DDPGradients
 from cs324dist.distributed.parts import add_in_order, gather_rows
-from cs324dist.distributed.process import compiled_by
+from cs324dist.distributed.process import compiled_by, full_float32
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import UserError
 from cs324dist.runs.optimizers import each, optimizers_of
@@ -218,7 +218,7 @@ class Trainer:
         try:
             for network in networks:
                 network.eval()
-            with torch.no_grad():
+            with torch.no_grad(), full_float32():
                 yield
         finally:
             for module, was_training in modules.items():  # a frozen part may stay in eval mode

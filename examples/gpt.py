@@ -140,7 +140,8 @@ class GPTTask(Task[GPTConfig]):
 
     def summed_loss(self, lines: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy in nats, and the number of characters; places after a line do not count."""
-        logits, following = self.gpt(lines[:, :-1]).transpose(1, 2), lines[:, 1:]
+        logits, following = self.gpt(lines[:, :-1]).flatten(0, 1), lines[:, 1:].flatten()  # one row a place:
+        # of more dimensions, torch has no deterministic kernel on GPUs.
         loss = F.cross_entropy(logits, following, ignore_index=0, reduction="sum")
         return loss, (following != 0).sum()
 

@@ -23,6 +23,7 @@ from cs324dist.pictures import grid, save_gif, save_png
 from cs324dist.runs.files import check_writable, replaced
 from cs324dist.runs.models import save_tensors
 from cs324dist.tasks.gan.interpolation import interpolate, strip
+from cs324dist.tasks.gan.networks import Generator
 from cs324dist.tasks.gan.sampling import generate, latents, load_generator, surest
 
 FRAMES = 60  # of the film from one end to the other
@@ -36,11 +37,18 @@ class Drawing:
     run: Annotated[Path, POSITIONAL]
     """A run folder (its newest checkpoint is taken), or a checkpoint."""
 
+    best: bool = False
+    """Of a run that was trained with --keep-best: take its best checkpoint."""
+
     seed: Seed = 0
     """Stream that latent vectors are drawn from."""
 
     weights: Literal["averaged", "raw"] = "averaged"
     """averaged: the averaged generator if there is one; raw: the one being trained."""
+
+    def generator(self) -> Generator:
+        """The one to draw from."""
+        return load_generator(self.run, self.weights, best=self.best)
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class Grid(Drawing):
 
     def draw(self) -> None:
         """Write the picture."""
-        generator, count = load_generator(self.run, self.weights), self.rows * self.columns
+        generator, count = self.generator(), self.rows * self.columns
         if self.digit is None:
             z = latents(generator, self.seed, count)
         else:
@@ -81,7 +89,7 @@ class TensorFile(Drawing):
 
     def draw(self) -> None:
         """Write the file."""
-        generator = load_generator(self.run, self.weights)
+        generator = self.generator()
         images = generate(generator, latents(generator, self.seed, self.count))
         with replaced(self.out) as temporary:
             save_tensors(temporary, {"images": images})
@@ -124,7 +132,7 @@ class Interpolation(Drawing):
             if given.count(None) != 1
         ]:
             raise UserError(*lines)
-        generator = load_generator(self.run, self.weights)
+        generator = self.generator()
 
         def latent(digit: int, seed: int | None) -> torch.Tensor:
             if seed is not None:

@@ -54,11 +54,11 @@ version() { stat --format '%i %y' -- "$run/status.json" 2>/dev/null || true; }
 
 # Start one launcher on each node and wait for them; `code` becomes the largest of their exit codes.
 train() { # SCRIPT [OPTIONS]
-    local nodes=$SLURM_JOB_NUM_NODES processes precision threads head port step srun
+    local nodes=$SLURM_JOB_NUM_NODES processes threads head port step srun
     if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
-        processes=$SLURM_GPUS_ON_NODE precision=bf16
+        processes=$SLURM_GPUS_ON_NODE
     else
-        processes=${SLURM_NTASKS_PER_NODE:-1} precision=no
+        processes=${SLURM_NTASKS_PER_NODE:-1}
         export CUDA_VISIBLE_DEVICES= # a node's GPUs that are not this job's
     fi
     threads=$((${SLURM_CPUS_ON_NODE:-1} / processes))
@@ -84,7 +84,7 @@ train() { # SCRIPT [OPTIONS]
         python slurm/accelerate_launch.py --config_file accelerate_configs/multi_node.yaml \
         --num_machines "$nodes" --num_processes $((nodes * processes)) \
         --main_process_ip "$head" --main_process_port "$port" \
-        --mixed_precision "${ACCELERATE_MIXED_PRECISION:-$precision}" "$@" &
+        ${ACCELERATE_MIXED_PRECISION:+--mixed_precision "$ACCELERATE_MIXED_PRECISION"} "$@" &
     srun=$!
     while kill -0 "$srun" 2>/dev/null; do
         # The step may not be there yet. Once is enough: workers that are asked too often give up at once.

@@ -3,6 +3,7 @@
 FAULT="hangs in a step" python launch/train.py tests/faulty.py:LSTM --preset smoke
 """
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from cs324dist.runs.run_dir import RunDir
 from cs324dist.tasks.base import Updater
@@ -66,11 +68,25 @@ def waits(step: int) -> None:
             pass
 
 
+def waits_in_c(step: int) -> None:
+    """Rank 0 waits in C for what never comes, as for NCCL; rank 1 gets the signal VALUE, or waits too."""
+    if step == 2:
+        if RANK == "1" and VALUE != "waits":
+            os.kill(os.getpid(), getattr(signal, VALUE))
+        begun = RANK == "0" and dist.all_reduce(torch.zeros(1), async_op=True)
+        print("waits in C", file=sys.stderr, flush=True)
+        libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+        for _ in range(2):  # which no signal interrupts
+            libc.pthread_mutex_lock(mutex)
+        assert not begun
+
+
 BEFORE_A_STEP = {
     "hangs": hangs,
     "dies beside a busy one": dies_beside_a_busy_one,
     "killed once": killed_once,
     "waits": waits,
+    "waits in C": waits_in_c,
 }
 
 

@@ -36,10 +36,20 @@ TASKS = {name: find_task(name) for name in ("gan", "lstm")}
 PRESETS = {name: task.presets for name, task in TASKS.items()}
 MUTABLE_OPTIONS = {
     *("check_every", "peer_timeout", "preset", "run_dir", "steps", "log_every", "evaluate_every"),
-    *("checkpoint_every", "keep_last", "keep_best", "wandb", "tensorboard", "dry_run", "data_root", "kernel"),
+    *(
+        "checkpoint_every",
+        "keep_last",
+        "keep_best",
+        "wandb",
+        "tensorboard",
+        "dry_run",
+        "data_root",
+        "kernel",
+        "precision",
+    ),
 }
 FIELDS = [(task, field.name) for task, presets in PRESETS.items() for field in fields(presets["fast"])]
-MOST_OPTIONS = 31
+MOST_OPTIONS = 32
 STEPS = "give a whole number, at least 1 and at most 1 000 000 000"
 LAUNCHER = "is an option of accelerate launch: give it before the name of the script"
 COMMANDS = {"sample.py": ["grid", "tensor", "interpolate"], "train.py": ["examples/mlp.py:MLPTask"]}
@@ -263,7 +273,12 @@ def another(task: str, name: str) -> Any:
         case Path():
             return Path("elsewhere")
         case None:
-            return {"run_dir": Path("elsewhere"), "max_grad_norm": 1.0, "micro_batches": 2}[name]
+            return {
+                "run_dir": Path("elsewhere"),
+                "max_grad_norm": 1.0,
+                "micro_batches": 2,
+                "precision": "no",
+            }[name]
     raise TypeError(value)
 
 
@@ -426,21 +441,22 @@ class TestHelp:
             parse(Undocumented, "", ["--help"])
         (group,) = options_of(capsys.readouterr().out).values()
         assert {name: bare(text) for name, text in group.items()} == {
-            "--help": "show this help message and exit",
+            "--help": "Show this help, and stop.",
             "--number": "",
             "--flag": "",
         }
 
     def test_the_options_of_a_task_are_in_groups(self, page):
         gan, lstm = page("gan.py"), page("lstm.py")
-        assert [*gan] == [*lstm] == ["options", "run", "data", "model", "recipe"]
-        assert lstm["run"].keys() == gan["run"].keys() > {"--preset", "--keep-best", "--dry-run"}
-        assert lstm["data"].keys() == {"--seed", "--batch-size", "--micro-batches", "--length", "--encoding"}
+        assert [*gan] == [*lstm] == ["recipe", "model", "data", "run"]
+        assert lstm["run"].keys() == gan["run"].keys() > {"--micro-batches", "--keep-best", "--help"}
+        assert [*lstm["recipe"]][:3] == ["--preset", "--steps", "--batch-size"]
+        assert lstm["data"].keys() == {"--seed", "--length", "--encoding"}
         assert lstm["model"].keys() == {"--model", "--kernel", "--hidden-size", "--initialisation"}
 
     def test_the_choices_are_shown(self, page):
         gan = page("gan.py")
-        assert gan["run"]["--preset"].startswith("{fast,best,course,smoke} ")
+        assert gan["recipe"]["--preset"].startswith("{fast,best,course,smoke} ")
         assert gan["run"]["--wandb"].startswith("{online,offline,disabled} ")
         assert gan["recipe"]["--schedule"].startswith("{constant,linear,cosine,wsd} ")
         assert page("sample.py", "grid")["options"]["--weights"].startswith("{averaged,raw} ")
@@ -500,7 +516,7 @@ class TestHelp:
         monkeypatch.setattr(sys, "argv", ["mine.py", "--help"])
         with pytest.raises(SystemExit):
             main(MixedTask, None)
-        assert "usage: mine.py [options]\n\nOptions of all kinds.\n\noptions:\n" in capsys.readouterr().out
+        assert "usage: mine.py [options]\n\nOptions of all kinds.\n\nrecipe:\n" in capsys.readouterr().out
 
 
 def options_of(page: str) -> dict[str, dict[str, str]]:

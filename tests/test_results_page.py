@@ -107,11 +107,12 @@ def test_what_a_gpu_showed_is_on_its_page(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_cases_of_the_check_of_a_gpu_are_there() -> None:
     from cases import CASES
-    from gpu_check import PARTS, SPEED, TASKS
+    from gpu_check import GROUPS, SPEED, STEPS
 
     assert {case for case, _ in SPEED.values()} <= CASES.keys()
-    assert all((REPOSITORY / command[0]).is_file() for command in TASKS.values())
-    assert sum(limit for part, limit in PARTS.items() if part.__name__ != "nccl") <= 25 * 60
+    files = (task.partition(":")[0] for task, _, _ in STEPS.values() if "/" in task)
+    assert all((REPOSITORY / file).is_file() for file in files)
+    assert all(sum(group.values()) < 9 * 60 for group in GROUPS)
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

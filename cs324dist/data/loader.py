@@ -90,7 +90,7 @@ class Loader:
             batch_sampler=self._plan,
             num_workers=workers,
             collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_initialized(),  # by the Accelerator, unless it is to use the CPU
             persistent_workers=workers > 0,
             worker_init_fn=_prepare_worker,
             generator=torch.Generator(),  # in place of torch's own, which a step may draw from

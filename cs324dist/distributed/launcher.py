@@ -3,6 +3,8 @@
 import argparse
 import os
 import re
+import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,9 @@ def _check_accumulation(steps: str | None) -> None:
 def check_gpus(gpus: int) -> None:
     """Refuse more processes on this machine than it has GPUs: NCCL gives each of them one of its own."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if processes > gpus:
+    # srun can show each of its tasks another GPU; torchrun and accelerate launch show all the same.
+    shown_another = gpus == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+    if processes > gpus and not shown_another:
         raise UserError(
             f"{processes} processes on a machine with {gpus} GPUs: give --num_processes {gpus}, or train on "
             f"its processors with --config_file accelerate_configs/cpu_ddp.yaml"
@@ -48,22 +52,18 @@ def check_gpus(gpus: int) -> None:
 
 
 def asked_precision() -> str | None:
-    """The precision that the user asked for; None where nobody did: accelerate launch asks for "no" then.
+    """The precision that the launcher was asked for; accelerate launch asks for "no" where it was not.
 
     Raises:
         UserError: it is not one that this toolkit trains in.
     """
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() or None
-    if asked not in (None, "no", "bf16", "fp16"):
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
+    if asked not in ("", "no", "bf16", "fp16"):
         raise UserError(
             f"{asked} as --mixed_precision or ACCELERATE_MIXED_PRECISION is not allowed: "
             f"give one of no, bf16, fp16"
         )
-    launched = _accelerate_launch() if asked == "no" else None
-    if launched is None:
-        return asked
-    options, config = launched
-    return asked if options.mixed_precision or (config and config.mixed_precision) else None
+    return None if asked == "no" and _accelerate_launch() else asked or None
 
 
 def check_launcher(world_size: int, is_main_process: bool) -> None:
@@ -99,7 +99,7 @@ def _accelerate_launch() -> tuple[argparse.Namespace, Any] | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int)
     parser.add_argument("--cpu", action="store_true")
-    for name in ("config_file", "mixed_precision", "gradient_accumulation_steps"):
+    for name in ("config_file", "gradient_accumulation_steps"):
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     asked, _ = parser.parse_known_args(command)
     file = asked.config_file
@@ -112,6 +112,28 @@ def nodes_used() -> int:
     """Machines that train together."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     return world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def choose_interface() -> None:
+    """Have gloo use the network interface that reaches the first node, unless one is chosen.
+
+    It would take the address of this node's name, which is 127.0.1.1 in many an /etc/hosts (pytorch #68726).
+    """
+    if nodes_used() <= 1 or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    own = [(at.address, name) for name, all_of in psutil.net_if_addrs().items() for at in all_of]
+    names = {at: name for at, name in own if re.fullmatch(r"(?!127)[\d.]+", at)}  # IPv4, not the loopback's
+    hosts = (os.environ.get("MASTER_ADDR", "localhost"), "192.0.2.1")  # the latter is anywhere
+    if usable := [at for at in (*map(_address_towards, hosts), *names) if at in names]:
+        os.environ["GLOO_SOCKET_IFNAME"] = names[usable[0]]
+
+
+def _address_towards(host: str) -> str:
+    """The address from which this node would send to `host`; nothing is sent."""
+    with socket.socket(type=socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect((host, 9))
+        return str(probe.getsockname()[0])
+    return ""
 
 
 def _check_slurm(world_size: int) -> None:

@@ -9,7 +9,8 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -29,6 +30,7 @@ from cs324dist.distributed.launcher import (
     check_environment,
     check_gpus,
     check_launcher,
+    choose_interface,
     nodes_used,
 )
 from cs324dist.errors import (
@@ -44,13 +46,15 @@ from cs324dist.errors import (
 from cs324dist.runs.environment import Environment, Precision, has_gpu, processor
 
 Answer = TypeVar("Answer")
+FEW_SAMPLES = 32  # for which the launches of a step take longer than its sums, we believe
 
 
 def start_accelerator(
     batch_size: int | None = None,
     micro_batches: int | None = None,
     peer_timeout: int = 600,
-    precision: Precision = "no",
+    precision: Precision | None = None,
+    preferred: Precision = "no",
 ) -> Accelerator:
     """Join the process group that the launcher described, or run alone.
 
@@ -58,7 +62,8 @@ def start_accelerator(
         batch_size: of the global batch, which the processes share; None if there is none.
         micro_batches: its equal parts; None for one per process.
         peer_timeout: seconds after which a collective fails.
-        precision: taken where the user asks for none.
+        precision: that of the run; None: the one that the launcher was asked for, or else `preferred`.
+        preferred: taken if this device has it.
 
     Raises:
         UserError: fp16 on a CPU, more processes than GPUs or fewer than the launcher or Slurm was asked for,
@@ -71,28 +76,31 @@ def start_accelerator(
     if on_gpu and micro_batches:
         make_deterministic()
     prepare_process(on_cpu=not on_gpu, one_core=micro_batches is not None)
-    asked = asked_precision()
+    asked = precision or asked_precision()
     if not on_gpu and asked == "fp16":
-        raise UserError("--mixed_precision fp16 would silently run as float32 on a CPU: give bf16, or no")
+        raise UserError("fp16 would silently run as float32 on a CPU: give --precision bf16, or no")
     # The vote to stop, over gloo, must time out first: when NCCL does, its watchdog aborts without a word.
     timeout = timedelta(seconds=peer_timeout + (60 if on_gpu else 0))
+    choose_interface()
     rejoin_after_restart("nccl" if on_gpu else "gloo", timeout)
     possible = ("bf16", "fp16") if on_gpu else ("bf16",)
     accelerator = Accelerator(
         cpu=not on_gpu,
-        mixed_precision=asked or (precision if precision in possible else "no"),
+        mixed_precision=asked or (preferred if preferred in possible else "no"),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
     if asked == "bf16" and accelerator.is_main_process and not _has_bf16(on_gpu):
         what, other = ("GPU", "fp16") if on_gpu else ("processor", "no")
-        warn(f"this {what} emulates bf16, which is slow: give --mixed_precision {other}")
+        warn(f"this {what} emulates bf16, which is slow: give --precision {other}")
     world_size = accelerator.num_processes
     if micro_batches and not on_gpu and accelerator.is_main_process:
         _say_which_cores_are_idle(min(micro_batches, _cores()))
+    if on_gpu and accelerator.is_main_process:
+        _say_what_keeps_gpus_idle(batch_size, world_size)
     check_launcher(world_size, accelerator.is_main_process)
     check_batch(batch_size, micro_batches, world_size)
     if micro_batches and accelerator.mixed_precision == "fp16":
-        raise UserError("--micro-batches would depend on fp16's loss scaling: give --mixed_precision bf16")
+        raise UserError("--micro-batches would depend on fp16's loss scaling: give --precision bf16")
     return accelerator
 
 
@@ -136,13 +144,11 @@ def _has_bf16(on_gpu: bool) -> bool:
 
 
 def is_faster_in_bf16() -> bool:
-    """Whether bf16 is faster than float32 here; see docs/performance.md. Several machines may differ: no."""
-    on_gpu = has_gpu()
-    return (
-        nodes_used() == 1
-        and _has_bf16(on_gpu)
-        and (on_gpu or torch.cpu._is_amx_tile_supported() or "AMD" in processor())
-    )
+    """Whether bf16 is faster than float32 here; see docs/performance.md. Several CPU machines may differ."""
+    if has_gpu():
+        return _has_bf16(on_gpu=True)
+    fast = torch.cpu._is_amx_tile_supported() or "AMD" in processor()
+    return nodes_used() == 1 and _has_bf16(on_gpu=False) and fast
 
 
 def rejoin_after_restart(backend: str, timeout: timedelta) -> None:
@@ -174,6 +180,19 @@ def prepare_process(
     if keep_memory:
         keep_large_memory()
     end_with_the_launcher()
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Inside, a GPU computes float32 as such, not as TF32."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn
 
 
 def end_with_the_launcher() -> None:
@@ -221,12 +240,12 @@ def _leave_groups() -> None:
 
 
 def make_deterministic() -> None:
-    """Have GPUs compute the same bits every time: other kernels, and one order for NCCL's sums.
+    """Have GPUs compute the same bits every time, by other kernels; NCCL moves numbers only, and adds none.
 
     Call it before CUDA starts. An operation for which torch has no such kernel raises: with `warn_only`, the
     backward pass of attention would stay as it is (torch 2.13, attention_backward.cu).
     """
-    os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_NVLS_ENABLE": "0", "NCCL_ALGO": "Ring"}
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False  # which picks kernels by their speed
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # none is read
@@ -265,6 +284,14 @@ def _say_which_cores_are_idle(most: int) -> None:
             f"with micro-batches, a process uses one core: {processes} of {_cores()} are used. "
             f"For the same result sooner: torchrun --nproc_per_node {most} …"
         )
+
+
+def _say_what_keeps_gpus_idle(batch_size: int | None, processes: int) -> None:
+    shared = int(os.environ["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if _cores() < 2 * shared:
+        warn(f"{_cores()} cores for {shared} GPUs, which wait for Python: give 2 for each (--cpus-per-gpu 2)")
+    if batch_size and processes > 1 and (samples := batch_size // processes) < FEW_SAMPLES:
+        say(f"each GPU gets {samples} samples a step: give a larger --batch-size, or start fewer processes")
 
 
 def _threads() -> int:

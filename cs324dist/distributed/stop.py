@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from cs324dist.distributed.failures import PeerWatch, ProcessLost
 from cs324dist.errors import EXIT_STOPPED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last: of Slurm, with --signal
@@ -35,9 +36,12 @@ class StopRequest:
     the device is never waited for.
     """
 
-    def __init__(self, world_size: int, peer_timeout: int = 600) -> None:
-        """A vote that takes longer than `peer_timeout` seconds fails."""
-        self._world_size, self._hung_after = world_size, peer_timeout
+    def __init__(
+        self, world_size: int, peer_timeout: int = 600, lost: Callable[[ProcessLost], None] = lambda _: None
+    ) -> None:
+        """A vote that takes longer than `peer_timeout` seconds fails; for `lost` see `PeerWatch`."""
+        self._world_size, self._hung_after, self._lost = world_size, peer_timeout, lost
+        self._watch: PeerWatch | None = None
         self.received_before_the_last_vote = False
         self._signals, self._last_signal = 0, -TOGETHER
         self._interrupted = False
@@ -58,6 +62,7 @@ class StopRequest:
         if self._world_size > 1:
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._hung_after))
             self._group = cast(dist.ProcessGroup, group)
+            self._watch = PeerWatch(self._hung_after, self._lost)
         self.received_before_the_last_vote = self.received
 
     def __enter__(self) -> "StopRequest":
@@ -70,7 +75,10 @@ class StopRequest:
             os.close(signal.set_wakeup_fd(-1))
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        if self._group is not None and (kind is None or issubclass(kind, SystemExit)):
+        together = kind is None or issubclass(kind, SystemExit)
+        if self._watch is not None:
+            self._watch.leave(together=together)
+        if self._group is not None and together:
             with suppress(RuntimeError):  # of a process that has ended
                 if self._ballot is not None:
                     self._ballot[2].wait()

@@ -7,8 +7,9 @@ ticks (`page/axes.js`). Without the script, an axis names its two ends.
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from cs324dist.report.reading import Run, Series
 
@@ -38,29 +39,31 @@ class Chart:
     """One metric of several runs over their steps."""
 
     metric: Metric
-    unit: str
+    runs: Runs
     last: int
     """Steps are shown from 0 to this one."""
 
-    low: float
-    high: float
-    """Ends of the axis of values, in the data coordinates that `height` gives."""
+    @cached_property
+    def _values(self) -> list[float]:
+        series = (run.series(self.metric.name) for _, run in self.runs)
+        real = [self.metric.real, *(value for points in series for value in points.values())]
+        return [value for value in real if value is not None]
 
-    curves: Mapping[int, str]
-    """SVG paths by the number of the run."""
+    @cached_property
+    def unit(self) -> str:
+        """The metric's; no logarithm of what is not positive."""
+        return "" if self.metric.unit == "log" and min(self._values) <= 0 else self.metric.unit
 
-    restarts: Mapping[int, str]
-    """Vertical lines where a run went on from a checkpoint, likewise."""
-
-    description: str
-    header: list[str]
-    table: list[list[str]]
+    @cached_property
+    def axis(self) -> tuple[float, float]:
+        """Ends of the axis of values, in the data coordinates that `height` gives."""
+        low, high = height(min(self._values), self.unit), height(max(self._values), self.unit)
+        return (low, high) if high - low >= FLAT else (low - 1, high + 1)
 
     @property
-    def transform(self) -> str:
-        """From data coordinates to the box, where y points down: the two ends lie at 5 and 95 %."""
-        down = -900 / (self.high - self.low)
-        return f"matrix({1000 / self.last:.9g} 0 0 {down:.9g} 0 {950 - self.low * down:.9g})"
+    def ends(self) -> list[str]:
+        """The lowest and the highest value of the axis."""
+        return [formatted(10**end if self.unit == "log" else end, self.unit) for end in self.axis]
 
     @property
     def reference(self) -> float | None:
@@ -68,10 +71,39 @@ class Chart:
         return None if self.metric.real is None else height(self.metric.real, self.unit)
 
     @property
-    def ends(self) -> list[str]:
-        """The lowest and the highest value of the axis."""
-        log = self.unit == "log"
-        return [formatted(10**end if log else end, self.unit) for end in (self.low, self.high)]
+    def transform(self) -> str:
+        """From data coordinates to the box, where y points down: the two ends lie at 5 and 95 %."""
+        low, high = self.axis
+        down = -900 / (high - low)
+        return f"matrix({1000 / self.last:.9g} 0 0 {down:.9g} 0 {950 - low * down:.9g})"
+
+    @property
+    def curves(self) -> dict[int, str]:
+        """SVG paths by the number of the run."""
+        return {index: path(run.series(self.metric.name), self.unit) for index, run in self.runs}
+
+    @property
+    def description(self) -> str:
+        """The chart in words."""
+        ends = (
+            f"{run.name} ends at {formatted(run.last(self.metric.name), self.unit)}" for _, run in self.runs
+        )
+        return f"{self.metric.title} over {number(self.last)} steps. {'; '.join(ends)}."
+
+    @property
+    def table(self) -> list[list[str]]:
+        """Values at a few steps: at each, a run's last so far, unless it has ended before."""
+        all_series = [run.series(self.metric.name) for _, run in self.runs]
+        steps = sorted({step for series in all_series for step in series})
+
+        def value(series: Series, step: int) -> str:
+            before = bisect_right(known := list(series), step)
+            return formatted(series[known[before - 1]], self.unit) if before and step <= known[-1] else ""
+
+        return [
+            [number(step), *(value(series, step) for series in all_series)]
+            for step in evenly(steps, TABLE_ROWS)
+        ]
 
 
 def charts(runs: Runs, metrics: Iterable[Metric]) -> list[Chart]:
@@ -79,30 +111,7 @@ def charts(runs: Runs, metrics: Iterable[Metric]) -> list[Chart]:
     drawn = {metric: [(k, run) for k, run in runs if run.last(metric.name) is not None] for metric in metrics}
     steps = (step for metric, some in drawn.items() for _, run in some for step in run.series(metric.name))
     last = max(steps, default=0)
-    return [_chart(metric, some, max(last, 1)) for metric, some in drawn.items() if some]
-
-
-def _chart(metric: Metric, runs: Runs, last: int) -> Chart:
-    all_series = [run.series(metric.name) for _, run in runs]
-    values = [value for series in all_series for value in series.values() if value is not None]
-    values += [] if metric.real is None else [metric.real]
-    unit = "" if metric.unit == "log" and min(values) <= 0 else metric.unit
-    low, high = height(min(values), unit), height(max(values), unit)
-    if high - low < FLAT:
-        low, high = low - 1, high + 1
-    ends = [f"{run.name} ends at {formatted(run.last(metric.name), unit)}" for _, run in runs]
-    return Chart(
-        metric=metric,
-        unit=unit,
-        last=last,
-        low=low,
-        high=high,
-        curves={index: path(run.series(metric.name), unit) for index, run in runs},
-        restarts={index: lines(run.starts, low, high) for index, run in runs},
-        description=f"{metric.title} over {number(last)} steps. {'; '.join(ends)}.",
-        header=["Step", *(run.name for _, run in runs)],
-        table=_table(all_series, unit),
-    )
+    return [Chart(metric, some, max(last, 1)) for metric, some in drawn.items() if some]
 
 
 def height(value: float, unit: str) -> float:
@@ -121,10 +130,10 @@ def path(series: Series, unit: str) -> str:
     return "".join(f"M{'L'.join(points)}h0" for points in strokes if points)  # h0: a lone point is a dot
 
 
-def lines(steps: Iterable[int], low: float, high: float) -> str:
-    """Vertical lines at these steps, except 0. They end far outside the axis, which the script may extend."""
-    far = 1000 * (high - low)
-    return "".join(f"M{step} {low - far:.5g}V{high + far:.5g}" for step in steps if step)
+def evenly(steps: Sequence[int], most: int) -> list[int]:
+    """At most so many of the steps, among them the first and the last."""
+    count = min(len(steps), most)
+    return [steps[round(k * (len(steps) - 1) / max(1, count - 1))] for k in range(count)]
 
 
 def thinned(series: Series) -> Iterable[tuple[int, float | None]]:
@@ -157,16 +166,3 @@ def formatted(value: float | None, unit: str = "") -> str:
     percent = 100 * value
     percent = math.floor(percent * 100) / 100 if 99 < percent < 100 else round(percent, 1)
     return f"{percent:g}\N{NO-BREAK SPACE}%"
-
-
-def _table(all_series: list[Series], unit: str) -> list[list[str]]:
-    """Values at a few steps: at each, a run's last so far, unless it has ended before."""
-    steps = sorted({step for series in all_series for step in series})
-    rows = sorted({steps[round(k * (len(steps) - 1) / (TABLE_ROWS - 1))] for k in range(TABLE_ROWS)})
-
-    def value(series: Series, step: int) -> str:
-        known = list(series)
-        before = bisect_right(known, step)
-        return formatted(series[known[before - 1]], unit) if before and step <= known[-1] else ""
-
-    return [[number(step), *(value(series, step) for series in all_series)] for step in rows]

@@ -9,19 +9,20 @@ from datetime import datetime
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cs324dist.errors import UserError
 from cs324dist.report import provenance
-from cs324dist.report.charts import Chart, Metric, Runs, charts, formatted, number
-from cs324dist.report.pictures import Film, Walk, film, walk
+from cs324dist.report.charts import Metric, Runs, charts, formatted, number
+from cs324dist.report.pictures import Frame, Walk, film, walk
 from cs324dist.report.reading import Run, plain, read_runs
 from cs324dist.runs.files import replaced
 
 ASSETS = files("cs324dist.report") / "page"
-MOST_FRAMES, MOST_FRAMES_OF_A_RUN = 160, 60  # of the films of a page
+MOST_FRAMES = 160  # of the films of a page
 # What real digits score with the package's own classifier; tests/report/test_floor.py measures it again.
 FRECHET_FLOOR = 3.46  # the first 10 000 training images; other tens of thousands: 2.10 to 3.85
 SURE_OF_REAL = 0.974  # of the test images
@@ -42,6 +43,8 @@ DIGITS = (
     Metric("train/discriminator_class_loss", "Discriminator's class loss",
            "cross-entropy of the real images' labels"),
 )  # fmt: skip
+METRICS = {"lstm": PALINDROMES, "gan": DIGITS}
+TITLES = {"lstm": ("Palindromes", "palindromes"), "gan": ("Digits", "digits")}
 TEMPLATES = Environment(
     loader=PackageLoader("cs324dist.report", "page"),
     autoescape=True,
@@ -71,35 +74,41 @@ def write_report(paths: tuple[Path, ...], out: Path) -> list[str]:
 def render(runs: Sequence[Run]) -> str:
     """The page."""
     runs = sorted(runs, key=_place)
-    of_task = {task: list(enumerate(some)) for task, some in groupby(runs, key=lambda run: run.task)}
-    lstms, gans = of_task.pop("lstm", []), of_task.pop("gan", [])
-    digits = all(run.setting("dataset") == "mnist" for _, run in gans)
+    most = MOST_FRAMES // max(3, sum(bool(run.samples) for run in runs))
+    tasks = [(task, list(enumerate(some))) for task, some in groupby(runs, key=lambda run: run.task)]
     script = "".join(ASSETS.joinpath(name).read_text() for name in ("axes.js", "script.js"))
     return TEMPLATES.get_template("page.html").render(
         headline=headline(runs),
         written=datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
         runs=runs,
-        lstms=lstms,
-        lstm_charts=charts(lstms, PALINDROMES),
-        lstm_rows=[(run, *_first_perfect(run)) for _, run in lstms],
-        gans=gans,
-        gan_charts=charts(gans, DIGITS if digits else [replace(metric, real=None) for metric in DIGITS]),
-        gan_pictures=[(run, *_pictures(run, MOST_FRAMES // len(gans))) for _, run in gans],
-        others=[(task, some, _every_metric(some)) for task, some in of_task.items()],
+        sections=[_section(f"task-{k}", task, some, most) for k, (task, some) in enumerate(tasks, 1)],
+        first_perfect=_first_perfect,
         style=Markup(ASSETS.joinpath("style.css").read_text()),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
+def _section(place: str, task: str, runs: Runs, most_frames: int) -> dict[str, Any]:
+    """What the page shows of a task."""
+    found = (name for _, run in runs for name in run.metrics)
+    names = dict.fromkeys(name for name in found if not name.startswith("throughput/"))
+    metrics = METRICS.get(task) or [Metric(name, name, unit="%" * ("accuracy" in name)) for name in names]
+    if any(run.setting("dataset") != "mnist" for _, run in runs):
+        metrics = [replace(metric, real=None) for metric in metrics]
+    title, anchor = TITLES.get(task, (task, place))
+    pictures = [_pictures(run, most_frames) for _, run in runs if run.samples or task == "gan"]
+    drawn = charts(runs, metrics)
+    return {"id": anchor, "title": title, "task": task, "runs": runs, "charts": drawn, "pictures": pictures}
+
+
 def headline(runs: Sequence[Run]) -> str:
     """How many runs there are, and in what state."""
-    total = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    total, several = f"{len(runs)} run", len(runs) > 1
     states = Counter(run.state_shown for run in runs).most_common()
     if len(states) == 1:
-        return f"{total}, {'all ' if len(runs) > 1 else ''}{states[0][0]}"
-    parts = [f"{count}\N{NO-BREAK SPACE}{state}" for state, count in states]
-    return f"{total}: {', '.join(parts)}"
+        return f"{total}{'s, all' if several else ','} {states[0][0]}"
+    return f"{total}s: " + ", ".join(f"{count}\N{NO-BREAK SPACE}{state}" for state, count in states)
 
 
 def _place(run: Run) -> tuple[int, str, int, str, str, str]:
@@ -117,16 +126,10 @@ def _first_perfect(run: Run) -> tuple[int | None, int | None]:
     return batch if run.record.config.get("curriculum") == 1 else None, test
 
 
-def _every_metric(runs: Runs) -> list[Chart]:
-    found = (name for _, run in runs for name in run.metrics)
-    names = dict.fromkeys(name for name in found if not name.startswith("throughput/"))
-    return charts(runs, [Metric(name, name, unit="%" if "accuracy" in name else "") for name in names])
-
-
-def _pictures(run: Run, most_frames: int) -> tuple[Film, Walk | None, str]:
-    """The film, and the walk or why there is none."""
-    shown = film(run, max(3, min(most_frames, MOST_FRAMES_OF_A_RUN)))
+def _pictures(run: Run, most_frames: int) -> tuple[Run, list[Frame], Walk | None, str]:
+    """The run's film, and of a GAN the walk or why there is none."""
+    shown = film(run, max(3, most_frames))
     try:
-        return shown, walk(run), ""
+        return run, shown, walk(run) if run.task == "gan" else None, ""
     except (UserError, OSError) as error:
-        return shown, None, plain(str(error))
+        return run, shown, None, plain(str(error))

@@ -10,12 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from cs324dist.pictures import grid
-from cs324dist.report.charts import number
+from cs324dist.report.charts import evenly, number
 from cs324dist.report.reading import Run
 from cs324dist.tasks.gan.interpolation import STRIP_IMAGES, Method, interpolate, strip, walk_ends
 from cs324dist.tasks.gan.sampling import generate, load_generator
 
 WALK_FRAMES = 48
+LARGEST = 640  # pixels of a sample's longer side on the page
 METHODS: tuple[Method, ...] = ("linear", "spherical")
 
 
@@ -29,21 +30,6 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Film:
-    """The grids of samples, step by step."""
-
-    frames: list[Frame]
-    problems: list[str]
-
-    @property
-    def stills(self) -> list[tuple[str, Frame]]:
-        """Beginning, middle and end, as far as they are different pictures."""
-        count = len(self.frames)
-        places = {"Beginning": 0, "Middle": count // 2, "End": count - 1}
-        return [(name, self.frames[k]) for name, k in places.items()] if count > 2 else []
-
-
-@dataclass(frozen=True)
 class Walk:
     """From one image to another, by each method."""
 
@@ -52,20 +38,22 @@ class Walk:
     strips: dict[Method, str]
 
 
-def film(run: Run, most_frames: int) -> Film:
-    """The run's samples, evenly thinned; the first and the last are kept."""
-    steps, problems, frames = list(run.samples), [], []
-    gap = max(1, (len(steps) - 1) / (most_frames - 1))
-    for step in sorted({steps[round(k * gap)] for k in range(min(len(steps), most_frames))}):
+def film(run: Run, most_frames: int) -> list[Frame]:
+    """The run's samples, evenly thinned; those that cannot be read become a problem of the run."""
+    frames, damaged = [], []
+    for step in evenly(list(run.samples), most_frames):
         shares = [run.series(f"eval/share_of_{digit}").get(step) for digit in range(10)]
         valid = [share for share in shares if share is not None and 0 <= share <= 1]
         try:
             source = read_picture(run.samples[step])
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            problems.append(f"samples/{run.samples[step].name} cannot be read")
+            damaged.append(f"samples/{run.samples[step].name}")
         else:
             frames.append(Frame(f"step {number(step)}", [source], valid if len(valid) == 10 else None))
-    return Film(frames, problems)
+    if damaged:
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        run.problems.append(f"{damaged[0]}{more} cannot be read: the film goes on without")
+    return frames
 
 
 def read_picture(path: Path) -> str:
@@ -75,6 +63,7 @@ def read_picture(path: Path) -> str:
         OSError, ValueError, SyntaxError, Image.DecompressionBombError: the file is damaged.
     """
     with Image.open(path, formats=["PNG"]) as picture:
+        picture.thumbnail((LARGEST, LARGEST))
         return encoded(picture.convert("L" if picture.mode == "L" else "RGB"), "WEBP", quality=60, method=4)
 
 

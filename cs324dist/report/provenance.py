@@ -3,10 +3,12 @@
 import json
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from cs324dist.config import option
 from cs324dist.report.reading import Run, plain
+from cs324dist.runs.records import LOOP
 
 WITHOUT_EFFECT = {"preset", "run_dir", "dry_run", "wandb", "tensorboard"}  # on the result
 MINUTE = 60
@@ -17,14 +19,14 @@ def settings(run: Run) -> list[tuple[str, str, str | None]]:
 
     A flag has no value, and is there only if it differs; what is empty too.
     """
-    changed = run.record.changed
-    found = []
+    changed, found = run.record.changed, []
     for name, value in run.record.config.items():
         is_flag = isinstance(value, bool)
         if name not in WITHOUT_EFFECT and (name in changed or not (is_flag or value in (None, ""))):
-            shown, *words = [option(plain(name)), plain(_text(value))] if not is_flag else _words(name, value)
-            usual = plain(_text(changed[name])) if name in changed else None
-            found.append((plain(shown), plain(" ".join(words)), usual))
+            shown, text = (_words(name, value)[0], "") if is_flag else (option(name), _text(value))
+            found.append(
+                (plain(shown), plain(text), plain(_text(changed[name])) if name in changed else None)
+            )
     return sorted(found, key=lambda setting: setting[2] is None)
 
 
@@ -41,20 +43,16 @@ def command(run: Run) -> str | None:
     config, script, made_in = run.record.config, run.record.script, run.environment
     names = ["preset", *(name for name in run.record.changed if name not in WITHOUT_EFFECT)]
     given = {name: config[name] for name in names if name in config}
+    if run.record.task != LOOP:  # which has options of its own
+        given["run_dir"] = f"{run.path}-again"
     several = run.processes is not None and run.processes > 1
     launcher = ["torchrun", "--nproc_per_node", str(run.processes)] if several else ["python"]
     started = [script, run.record.task_given] if run.record.task_given else [script]
     options = [word for name, value in given.items() for word in _words(name, value)]
     words = [*launcher, *started, *options]
-    if (
-        not script
-        or any(word.startswith("-") for word in started)
-        or any(plain(word) != word for word in words)
-    ):
+    if any(word[:1] in ("", "-") for word in started) or any(plain(word) != word for word in words):
         return None
-    variables = ""
-    if made_in:
-        variables += f"ACCELERATE_MIXED_PRECISION={made_in.precision} "
+    variables = f"ACCELERATE_MIXED_PRECISION={made_in.precision} " if made_in else ""
     if made_in and made_in.compiled:
         variables += f"ACCELERATE_DYNAMO_BACKEND={shlex.quote(plain(made_in.compiled))} "
     return variables + shlex.join(words)
@@ -79,14 +77,10 @@ def _text(value: Any) -> str:
 
 def training_time(run: Run) -> float | None:
     """Seconds of training without evaluations, computed from the logged rates."""
-    rates = run.series("throughput/samples_per_second")
-    if run.options is None or not rates:
-        return None
-    seconds, before = 0.0, 0
-    for step, rate in rates.items():
-        seconds += (step - before) * run.options.batch_size / rate if rate and rate > 0 else 0.0
-        before = step
-    return seconds
+    rates = run.series("throughput/steps_per_second")
+    found = zip(pairwise([0, *rates]), rates.values(), strict=True)
+    seconds = [(step - before) / rate for (before, step), rate in found if rate and rate > 0]
+    return sum(seconds) if rates else None
 
 
 def duration(seconds: float | None) -> str:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -101,6 +102,11 @@ class Run:
         """A metric's last value that is a number."""
         return next((v for v in reversed(self.series(name).values()) if v is not None), None)
 
+    def extremes(self, name: str) -> list[tuple[int, float]]:
+        """The steps at which a metric is lowest, highest and last, and its values there."""
+        points = [(step, value) for step, value in self.series(name).items() if value is not None]
+        return [min(points, key=itemgetter(1)), max(points, key=itemgetter(1)), points[-1]]
+
 
 def plain(value: Any) -> str:
     """Any JSON value as one line of printable text."""
@@ -126,8 +132,9 @@ def read_runs(paths: tuple[Path, ...]) -> tuple[list[Run], list[str]]:
         except OSError as error:
             others.append(f"{plain(str(path))} cannot be read ({error.strerror})")
     if not found:
-        given = "; ".join(others) or "no run was named"
-        raise UserError(f"{given}: give run folders, such as runs/gan-fast-0")
+        raise UserError(
+            f"{'; '.join(others) or 'no run was named'}: give run folders, such as runs/gan-fast-0"
+        )
     names = Counter(place.name for place in found)
     named = ((path, place.name if names[place.name] == 1 else str(path)) for place, path in found.items())
     return [read_run(path, name) for path, name in named], others

@@ -35,9 +35,14 @@ class RunRecord:
     """The task as it was given to the script; empty for a script of one task."""
 
     made_of: dict[str, str] = field(default_factory=dict)
-    """Of a loop of one's own: how gradients are made, and the kinds of optimizers and states."""
+    """Of a loop of one's own: how gradients are made, the kinds of optimizers and states, its `keep_best`."""
 
     format: Literal[4] = 4
+
+    @property
+    def keep_best(self) -> str:
+        """Its --keep-best, or of a loop of one's own its `keep_best`."""
+        return str({**self.config, **self.made_of}.get("keep_best") or "")
 
 
 @dataclass(frozen=True)

@@ -255,16 +255,19 @@ class RunDir(MetricsFile):
             best: the metric that is largest at the best one; `METRIC:min`: smallest.
         """
         try:
-            keep_newest(self.checkpoints, count, self.generation, best=self._best_step(best))
+            found = self.best(best)
+            keep_newest(self.checkpoints, count, self.generation, best=found and step_of(found[0]))
         except OSError as error:  # somebody reads it over a network file system, perhaps
             warn(f"an old checkpoint stays for now: {error}")
 
-    def _best_step(self, best: str) -> int | None:
-        metric, _, smallest = best.partition(":")
-        saved = set(map(step_of, history_of(self.checkpoints))) if best else set()
+    def best(self, wanted: str) -> tuple[Path, float] | None:
+        """The checkpoint where the metric `wanted` is largest (`METRIC:min`: smallest), and that value."""
+        metric, _, smallest = wanted.partition(":")
+        saved = {step_of(path): path for path in history_of(self.checkpoints)} if wanted else {}
         rows = ((row["step"], row.get(metric)) for row in self.read_metrics()) if saved else ()
         values = {step: value for step, value in rows if step in saved and value is not None}
-        return (min if smallest else max)(values, key=values.__getitem__, default=None)
+        step = (min if smallest else max)(values, key=values.__getitem__, default=None)
+        return None if step is None else (saved[step], values[step])
 
     def newest(self) -> Path | None:
         """The newest checkpoint, valid or not."""

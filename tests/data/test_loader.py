@@ -229,3 +229,12 @@ class TestRuns:
         (line,) = [line for line in started.said.splitlines() if not line.startswith(("step", str(run)))]
         assert line.startswith("error: a worker that loads data was killed")
         assert status(run)["state"] == "failed"
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+def test_memory_is_pinned_in_runs_that_use_cuda_alone(monkeypatch):
+    """torch.cuda.set_device starts CUDA (torch 2.13, csrc/cuda/Module.cpp, THCPModule_setDevice_wrap)."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for in_use in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda in_use=in_use: in_use)
+        assert loader([0.5], 0, "tests")._loader.pin_memory == in_use

@@ -36,7 +36,12 @@ def test_accelerate_itself_reads_the_config(config):
     assert parsed.use_cpu == config.stem.startswith("cpu")
     processes = {"cpu": 1, "cpu_ddp": 2, "gpu": 1, "gpu_compiled": 1, "multi_gpu": 2, "multi_node": 4}
     assert parsed.num_processes == processes[config.stem]
-    assert parsed.mixed_precision == (None if parsed.use_cpu else "bf16")
+    shares_a_machine = config.stem in ("cpu_ddp", "multi_gpu")  # Accelerate then takes a free port itself
+    assert (
+        parsed.main_process_port
+        == {True: 0, False: 29500 if config.stem == "multi_node" else None}[shares_a_machine]
+    )
+    assert parsed.mixed_precision is None  # the run's own option says it
 
 
 def test_accelerate_with_two_processes_has_the_loss_curve_of_one(launch, tmp_path, one_process):
@@ -80,7 +85,7 @@ ACCUMULATED = "--gradient_accumulation_steps 4 of accelerate launch would change
         (("--cpu", "--num_processes", "2"), "2 processes were asked for, and accelerate launch started 1"),
         (
             (*CPU, "--mixed_precision", "fp16"),
-            "--mixed_precision fp16 would silently run as float32 on a CPU",
+            "fp16 would silently run as float32 on a CPU",
         ),
         ((*CPU, "--use_fsdp"), "accelerate launch was asked for FSDP, and this toolkit trains with DDP"),
         ((*CPU, "--gradient_accumulation_steps", "4"), ACCUMULATED),
@@ -161,7 +166,7 @@ def test_compiled_models_train_alike_and_may_be_continued_uncompiled(launch, tmp
     smoke = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--schedule", "constant")
     smoke += ("--log-every", "1", "--wandb", "disabled")
     compiled, plain = tmp_path / "compiled", tmp_path / "plain"
-    options = ("--config_file", "accelerate_configs/cpu.yaml", "--mixed_precision", "no")
+    options = ("--config_file", "accelerate_configs/cpu.yaml")
     options += ("--dynamo_backend", "inductor")
     launch(*smoke, "--steps", "10", "--run-dir", compiled, launcher="accelerate", options=options)
     launch(*smoke, "--steps", "10", "--run-dir", plain)

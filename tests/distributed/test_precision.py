@@ -11,7 +11,6 @@ from cs324dist.errors import UserError
 
 LAUNCH = ["python", "/somewhere/bin/accelerate", "launch"]
 CPU = ["--config_file", "accelerate_configs/cpu.yaml"]
-NODE = ["--config_file", "accelerate_configs/multi_node.yaml"]
 
 
 @pytest.mark.parametrize(
@@ -23,18 +22,10 @@ NODE = ["--config_file", "accelerate_configs/multi_node.yaml"]
         (["bash"], "bf16", "bf16"),
         (LAUNCH, "no", None),  # accelerate's own default
         ([*LAUNCH, *CPU], "no", None),
-        ([*LAUNCH, *CPU, "--mixed_precision", "no"], "no", "no"),
-        ([*LAUNCH, *CPU, "--mixed-precision=no"], "no", "no"),
         ([*LAUNCH, *CPU, "--mixed_precision", "bf16"], "bf16", "bf16"),
-        ([*LAUNCH, *NODE, "--mixed_precision", "no"], "no", "no"),
-        ([*LAUNCH, "--config_file", "float32.yaml"], "no", "no"),
     ],
 )
 def test_what_was_asked_for(monkeypatch, tmp_path, command, environment, asked):
-    (tmp_path / "float32.yaml").write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nuse_cpu: true\nmixed_precision: 'no'\n"
-    )
-    command = [str(tmp_path / word) if word == "float32.yaml" else word for word in command]
     parent = SimpleNamespace(cmdline=lambda: command)
     monkeypatch.setattr(launcher, "default_config_file", tmp_path / "none.yaml")
     monkeypatch.setattr(launcher.psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
@@ -77,13 +68,21 @@ def test_machines_that_may_differ_choose_nothing_themselves(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert not process.is_faster_in_bf16()
+    monkeypatch.setattr(process, "has_gpu", lambda: True)  # nodes of a job have the same GPUs
+    assert process.is_faster_in_bf16()
 
 
 def test_a_run_goes_on_in_its_own_precision_where_nothing_else_is_asked_for(launch, tmp_path):
     run = (*GAN[:-3], "1", "--schedule", "constant", "--wandb", "disabled", "--run-dir", tmp_path / "run")
     launch(*run, environment={"ACCELERATE_MIXED_PRECISION": "bf16"})
-    for steps, asked, taken in (("2", "", "bf16"), ("3", "no", "float32"), ("4", "", "float32")):
-        done = launch(*run, "--steps", steps, environment={"ACCELERATE_MIXED_PRECISION": asked})
+    for steps, asked, option, taken in (
+        ("2", "", (), "bf16"),
+        ("3", "no", (), "float32"),
+        ("4", "", (), "float32"),
+        ("5", "no", ("--precision", "bf16"), "bf16"),  # an option wins over the launcher
+        ("6", "", (), "bf16"),
+    ):
+        done = launch(*run, "--steps", steps, *option, environment={"ACCELERATE_MIXED_PRECISION": asked})
         assert f"precision: {taken}\n" in done.stderr
 
 
@@ -92,24 +91,26 @@ class Reached(Exception):
 
 
 @pytest.mark.parametrize(
-    ("asked", "preferred", "taken"),
+    ("option", "asked", "preferred", "taken"),
     [
-        (None, "bf16", "bf16"),
-        (None, "no", "no"),
-        (None, "fp16", "no"),  # an audit of a run that was made on a GPU
-        (None, "fp8", "no"),  # as a folder may say
-        ("no", "bf16", "no"),
-        ("bf16", "no", "bf16"),
+        (None, None, "bf16", "bf16"),
+        (None, None, "no", "no"),
+        (None, None, "fp16", "no"),  # an audit of a run that was made on a GPU
+        (None, None, "fp8", "no"),  # as a folder may say
+        (None, "no", "bf16", "no"),
+        (None, "bf16", "no", "bf16"),
+        ("no", "bf16", "bf16", "no"),
+        ("bf16", "no", "no", "bf16"),
     ],
 )
-def test_what_is_taken(monkeypatch, asked, preferred, taken):
+def test_what_is_taken(monkeypatch, option, asked, preferred, taken):
     def reached(*, mixed_precision, **_):
         raise Reached(mixed_precision)
 
     monkeypatch.setattr(process, "asked_precision", lambda: asked)
     monkeypatch.setattr(process, "Accelerator", reached)
     with pytest.raises(Reached, match=f"^{taken}$"):
-        process.start_accelerator(precision=preferred)
+        process.start_accelerator(precision=option, preferred=preferred)
 
 
 @pytest.mark.parametrize(
@@ -132,9 +133,23 @@ def test_which_processors_are_faster_in_bf16(monkeypatch, name, avx512_bf16, amx
 GAN = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--steps", "1", "--wandb", "disabled")
 
 
-@pytest.mark.parametrize("options", [(), (*CPU, "--mixed_precision", "no")], ids=["none", "float32"])
-def test_the_gan_takes_bf16_where_there_is_bf16_and_nothing_else_was_asked_for(launch, tmp_path, options):
-    how = {"launcher": "accelerate", "options": options, "environment": {"ACCELERATE_MIXED_PRECISION": ""}}
-    done = launch(*GAN, "--run-dir", tmp_path / "run", **how)
-    taken = "bf16" if process.is_faster_in_bf16() and not options else "float32"
+@pytest.mark.parametrize(
+    ("script", "launcher", "options"),
+    [
+        (GAN, "python", ()),
+        (GAN, "accelerate", ()),
+        ((*GAN, "--precision", "no"), "accelerate", CPU),
+        (("launch/lstm.py", *GAN[1:3], *GAN[5:]), "python", ()),
+    ],
+    ids=["gan", "gan, accelerate", "gan, float32", "lstm"],
+)
+def test_the_gan_takes_bf16_where_there_is_bf16_and_nothing_else_was_asked_for(
+    launch, tmp_path, script, launcher, options
+):
+    environment = {"ACCELERATE_MIXED_PRECISION": ""}
+    done = launch(
+        *script, "--run-dir", tmp_path / "run", launcher=launcher, options=options, environment=environment
+    )
+    prefers = script is GAN
+    taken = "bf16" if prefers and process.is_faster_in_bf16() else "float32"
     assert f"precision: {taken}\n" in done.stderr

@@ -1,10 +1,17 @@
-"""A signal sets a flag, and what follows from it, in one process; test_signals.py has the real runs."""
+"""A signal sets a flag, and what follows from it, in one process; test_signals.py has the real runs.
+
+Lost processes in real runs of two: the main thread of rank 0 waits in C for what never comes. So it does for
+NCCL, whose watchdog ends the process after its timeout (torch 2.13, ProcessGroupNCCL.hpp, ErrorHandlingMode).
+"""
 
 import os
 import signal
+from contextlib import suppress
 
+import psutil
 import pytest
-from launched import wait_until
+from chaos import processes_of
+from launched import Launched, status, wait_until
 
 from cs324dist.distributed import stop as module
 from cs324dist.distributed.stop import StopRequest
@@ -76,3 +83,33 @@ def test_signals_of_another_meaning_are_no_requests(monkeypatch):
             assert stop._signals == 1
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+FAULTY = ("launch/train.py", "tests/faulty.py:LSTM", "--length", "10", "--checkpoint-every", "1")
+
+
+@pytest.mark.parametrize(
+    ("rank_1", "said"),
+    [
+        ("SIGKILL", "another process of the run has ended: see what it said"),
+        ("SIGSTOP", "another process did not answer within 5 s (--peer-timeout): find out what holds it up"),
+        ("waits", "rank 1 kept others waiting for 5 s (--peer-timeout): find out what holds it up"),
+    ],
+)
+def test_a_process_ends_with_a_line_and_a_status_although_it_waits_in_c(
+    launch_environment, tmp_path, rank_1, said
+):
+    command = (*FAULTY, "--peer-timeout", "5", "--wandb", "disabled")
+    environment = {**launch_environment, "FAULT": f"waits in C: {rank_1}"}
+    with Launched(command, tmp_path / "run", environment, "torchrun with two") as launched:
+        launched.wait_for_line("error on rank 0")
+        last = launched.said.splitlines()[-1]
+        for process in processes_of(launched.run):  # for rank 1, the launcher would wait half a minute
+            with suppress(psutil.Error):  # it has ended
+                if process.environ().get("RANK") == "1":
+                    process.kill()
+        assert launched.end() == 1
+    assert last.startswith(f"error on rank 0: {said}")
+    state = status(launched.run)
+    assert (state["state"], state["step"]) == ("failed", 2)
+    assert f"error on rank 0: {state['why']}" == last

@@ -1,21 +1,24 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from cs324dist import Run
 from cs324dist.errors import UserError
 from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
 from cs324dist.runs.files import write_record
 from cs324dist.runs.records import RunRecord
 from cs324dist.runs.run_dir import RunDir
-from cs324dist.runs.trained import load_network
+from cs324dist.runs.trained import find_network, load_network
 from cs324dist.tasks.gan import interpolation, sampling
 from cs324dist.tasks.gan.images import load_images, to_unit_range
 from cs324dist.tasks.gan.networks import Generator
-from cs324dist.tasks.gan.sampling import latents, surest
+from cs324dist.tasks.gan.sampling import latents, load_generator, surest
 from cs324dist.tasks.lstm.networks import LSTM
 
 
@@ -100,6 +103,62 @@ def empty_run(path: Path, task: str, **config: object) -> RunDir:
     path.mkdir(exist_ok=True)
     write_record(path / "config.json", RunRecord(task, f"launch/{task}.py", config, {}))
     return RunDir(path)
+
+
+class TestBest:
+    @staticmethod
+    def run(path: Path, **config: object) -> tuple[RunDir, Generator]:
+        """A run of two checkpoints, and the generator of the first, which is the better one."""
+        generators = torch.nn.ModuleList(Generator(7) for _ in range(2))
+        run = empty_run(path, "gan", **config)
+        for step, generator, distance in ((900, generators[0], 3.0), (1000, generators[1], 4.0)):
+            write(run.checkpoint(step), step, generator=generator)
+            row = {"step": step, "eval/distance": distance, "eval/sure": 1 / distance}
+            with (path / "metrics.jsonl").open("a") as file:
+                file.write(f"{json.dumps(row)}\n")
+        return run, generators[0].eval()
+
+    @pytest.mark.parametrize("metric", ["eval/distance:min", "eval/sure"])
+    def test_the_best_is_what_the_run_keeps_as_its_best(self, tmp_path: Path, metric: str) -> None:
+        run, best = self.run(tmp_path / "run", keep_best=metric)
+        z = torch.ones(1, 7)
+        assert torch.equal(load_generator(run.path, best=True)(z), best(z))
+        assert torch.equal(load_generator(str(run.path), "raw", best=True)(z), best(z))
+        assert torch.equal(load_network(run.path, "generator", Generator, best=True)(z), best(z))
+        assert not torch.equal(load_generator(run.path)(z), best(z))
+
+    @pytest.mark.parametrize(
+        ("config", "said"),
+        [
+            ({}, "run was trained without --keep-best: train it with, such as --keep-best eval/accuracy"),
+            ({"keep_best": ""}, "run was trained without --keep-best"),
+            ({"keep_best": ["no word"]}, "^no checkpoint of .* has a value of"),
+            ({"keep_best": "eval/other"}, "^no checkpoint of .* has a value of eval/other: train it until"),
+        ],
+    )
+    def test_a_run_without_one_is_refused(self, tmp_path: Path, config: dict[str, object], said: str) -> None:
+        run, _ = self.run(tmp_path / "run", **config)
+        with pytest.raises(UserError, match=said):
+            load_generator(run.path, best=True)
+
+    def test_a_checkpoint_has_no_best(self, tmp_path: Path) -> None:
+        run, _ = self.run(tmp_path / "run", keep_best="eval/sure")
+        for path in (run.checkpoint(900), run.checkpoint(900) / "generator"):
+            with pytest.raises(UserError, match="is no run, of which the best checkpoint can be taken"):
+                load_generator(path, best=True)
+
+    def test_a_loop_of_ones_own_has_one_too(self, tmp_path: Path) -> None:
+        network = torch.nn.Linear(1, 1)
+        optimizers = {"net": torch.optim.SGD(network.parameters(), 1.0)}
+        with Run(
+            tmp_path / "run", networks={"net": network}, optimizers=optimizers, keep_last=1,
+            keep_best="score", accelerator=Accelerator(cpu=True),
+        ) as run:  # fmt: skip
+            for step in run.steps(4, save_every=1):
+                network.bias.data.fill_(step)
+                run.log(score=-abs(step - 1.0))
+        found = find_network(tmp_path / "run", ("net",), best=True)
+        assert found.parent.name == "000000002-1"
 
 
 def test_only_a_generator_of_digits_walks_from_a_4_to_a_1(four_or_one: Stub) -> None:

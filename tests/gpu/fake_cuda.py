@@ -2,8 +2,9 @@
 
     python tests/gpu/fake_cuda.py LIBRARY no|bf16|fp16|faults [CASE ...]
 
-Tensors are torch's fake ones, on `cuda:0`. It prints a JSON object: what is wrong in each case. LIBRARY is
-guard.cpp, compiled: what torch without CUDA lacks.
+Tensors are torch's fake ones, on `cuda:0`. With WORLD_SIZE in the environment, this is the first of so many
+processes, and its backend sends nothing. It prints a JSON object: what is wrong in each case;
+LIBRARY is guard.cpp, compiled: what torch without CUDA lacks.
 """
 
 import ctypes
@@ -24,8 +25,10 @@ _, LIBRARY, PRECISION, *WANTED = sys.argv
 os.environ.update(CS324DIST_THREADS="1", ACCELERATE_MIXED_PRECISION=PRECISION.replace("faults", "no"))
 ctypes.CDLL(LIBRARY, ctypes.RTLD_GLOBAL)  # before torch, which asks once whether there is CUDA
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_pre_hook  # noqa: E402
+from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
@@ -47,7 +50,20 @@ from cs324dist.trainer import Trainer  # noqa: E402
 
 aten = torch.ops.aten
 COPIES = (aten.copy_.default, aten._to_copy.default)
-MLP = REPOSITORY / "examples" / "mlp.py"
+# Without a deterministic kernel (torch 2.13, __init__.py:1436, of `use_deterministic_algorithms`).
+NOT_DETERMINISTIC = {
+    *("avg_pool3d_backward", "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward"),
+    *("adaptive_max_pool2d_backward", "fractional_max_pool2d_backward", "fractional_max_pool3d_backward"),
+    *("max_unpool2d", "max_unpool3d", "upsample_linear1d_backward", "upsample_bilinear2d_backward"),
+    *("upsample_bicubic2d_backward", "upsample_trilinear3d_backward", "reflection_pad1d_backward"),
+    *("reflection_pad2d_backward", "reflection_pad3d_backward", "nll_loss2d_forward", "nll_loss2d_backward"),
+    *("_ctc_loss_backward", "_embedding_bag_dense_backward", "put_", "histc", "kthvalue"),
+    *("grid_sampler_2d_backward", "grid_sampler_3d_backward"),
+}
+EXAMPLES = REPOSITORY / "examples"
+MLP = (f"{EXAMPLES}/mlp.py:MLPTask", "fast", {"data": EXAMPLES / "spirals.csv"})
+GPT = (f"{EXAMPLES}/gpt.py:GPTTask", "fast", {"text": (Path(__file__),), "context": 9})
+CLASSIFIER = (f"{EXAMPLES}/classifier.py:ClassifierTask", "fast", {"dataset": "fake"})
 FAKE_DATA = {"dataset": "fake"}
 CASES = {
     "lstm": ("lstm", "smoke", {"curriculum": 1.0}),
@@ -64,8 +80,11 @@ CASES = {
     "gan epochs": ("gan", "course", {**FAKE_DATA, "discriminator_unit": "epoch"}),
     "gan exact": ("gan", "fast", {**FAKE_DATA, "micro_batches": 2}),
     "gan whole": ("gan", "fast", {**FAKE_DATA, "micro_batches": 1}),
-    "mlp": (f"{MLP}:MLPTask", "fast", {"data": MLP.with_name("spirals.csv")}),
+    "mlp": MLP,
 }
+MORE = {**{name: CASES[name] for name in ("lstm equations", "rnn", "mlp")}, "gpt": GPT}
+for name, (task, preset, changes) in {**MORE, "classifier": CLASSIFIER}.items():
+    CASES[f"{name} exact"] = task, preset, {**changes, "micro_batches": 2}
 
 
 # torch without CUDA, made to take fake tensors of it
@@ -125,6 +144,10 @@ honest_read = models.read_tensors
 checkpoints.read_tensors = optimizers.read_tensors = statistics.read_tensors = read_tensors
 palindromes.TRIALS, palindromes.DIGITS_AT_ONCE = 100, 1000
 sys.modules[LSTM.__module__].WHOLE = sys.modules[LSTM.__module__].PART = 12 * 128  # 13 digits are long
+if processes := int(os.environ.get("WORLD_SIZE", "0")):
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    Trainer._check_that_all_have = lambda *_: None
+    dist.all_gather_object = lambda found, own: found.__setitem__(slice(None), [own] * len(found))
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)  # one, as permutations and the classifier are kept
 
 
@@ -135,7 +158,9 @@ def place():
     """The line of torch or of whoever asked it, and the innermost of the project."""
     inner = (__file__, "_python_dispatch", "_dynamo", "_compile", "_stats", "fake_tensor", "_ops")
     stack = [f for f in traceback.extract_stack() if not any(part in f.filename for part in inner)]
-    ours = [f for f in stack if f.filename.startswith((f"{REPOSITORY}/cs324dist", str(MLP)))]
+    ours = [f for f in stack if f.filename.startswith((f"{REPOSITORY}/cs324dist", str(EXAMPLES)))]
+    if not ours:
+        return "in the backward pass"
     outer = f"{Path(stack[-1].filename).name}: " if stack[-1] is not ours[-1] else ""
     return f"{outer}{Path(ours[-1].filename).relative_to(REPOSITORY)}, {ours[-1].name}: {ours[-1].line}"
 
@@ -145,7 +170,7 @@ class Host(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.waits, self.wrong = [], []
+        self.waits, self.wrong, self.is_exact = [], [], False
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -156,6 +181,11 @@ class Host(TorchDispatchMode):
             with unset_fake_temporarily():  # a generator's state, or what a file holds
                 return op(*args, **kwargs)
         on_gpu = any(tensor.is_cuda for tensor in given)
+        name = op._schema.name.removeprefix("aten::")
+        summed = name == "cumsum" and given[0].is_floating_point()
+        not_exact = name in NOT_DETERMINISTIC or op is aten.median.dim or summed
+        if self.is_exact and on_gpu and not_exact:
+            self.wrong.append(f"{name} has no deterministic kernel: {place()}")
         if op is aten._local_scalar_dense.default:
             self.wait("a value is read", on_gpu)
             if "_finish: kinds" in place():  # losses are means, and use all parameters
@@ -223,7 +253,10 @@ def run(case):
         try:
             task_type = find_task(name)
             config = replace(task_type.presets[preset], **changes)
+            if processes:  # the other's gradients, to compare with, are not there
+                config = replace(config, check_every=0)
             accelerator = start_accelerator(config.batch_size, config.micro_batches)
+            host.is_exact = config.micro_batches is not None
             if config.micro_batches and not torch.are_deterministic_algorithms_enabled():
                 host.wrong.append("--micro-batches promises bits that these kernels do not keep")
             task = task_type(config, accelerator.device)
@@ -251,6 +284,11 @@ def run(case):
             hook.remove()
 
 
+def spatial_loss(logits, following, honest=torch.nn.functional.cross_entropy, **options):
+    """Of rows and columns, as of images."""
+    return honest(logits.T[None], following[None], **options)
+
+
 FAULTS = {  # where it is planted, and the case that it is seen in
     "indices without a device": (
         "lstm", MicroBatch, "samples", property(lambda batch: torch.arange(batch.batch_size))
@@ -275,6 +313,7 @@ FAULTS = {  # where it is planted, and the case that it is seen in
         "gan", Stream, "normals", lambda self, indices, components: torch.randn(
             len(indices), components, device=indices.device, generator=torch.Generator())
     ),
+    "no deterministic kernel": ("gpt exact", torch.nn.functional, "cross_entropy", spatial_loss),
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """What sample.py draws from a run is what the run's generator makes of the seed's latents."""
 
+import json
 import os
 import runpy
 import shutil
@@ -117,6 +118,21 @@ class TestGrid:
         raw, averaged = (images_of(newest / name, 0, 3) for name in ("generator", "generator_ema"))
         assert_shows(tiles(out, 1, 3), raw)
         assert (raw - averaged).abs().max() > 0.01  # more than `assert_shows` overlooks
+
+    def test_of_a_run_that_keeps_its_best_that_is_taken_if_it_is_wanted(self, draw, gan_run, older, tmp_path):
+        run, out = tmp_path / "run", tmp_path / "grid.png"
+        shutil.copytree(gan_run, run)
+        size = ("--rows", 1, "--columns", 2, "--best", "--out", out)
+        answer = draw("grid", run, *size)
+        assert (answer.code, out.exists()) == (2, False)
+        (line,) = answer.errors
+        assert line.startswith(f"error: {run} was trained without --keep-best: ")
+        config = (run / "config.json").read_text()
+        (run / "config.json").write_text(config.replace('"keep_best": ""', '"keep_best": "score:min"'))
+        rows = ({"step": 3, "score": 0.5}, {"step": 6, "score": 0.7})
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        assert draw("grid", run, *size).code == 0
+        assert_shows(tiles(out, 1, 2), images_of(older / "generator_ema", 0, 2))
 
 
 class TestTensor:

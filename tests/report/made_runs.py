@@ -65,6 +65,7 @@ def make_lstm(path: Path, length: int = 5, steps: int = 300, state: str = "finis
             value = accuracy(step, length)
             loss = 2.3 * math.exp(-step / 100)
             row = {"train/loss": loss, "train/accuracy": value, "throughput/samples_per_second": 1000.0}
+            row["throughput/steps_per_second"] = 1000 / 128
             run.append_metrics(step, row)
             if step % 100 == 0:
                 run.append_metrics(step, {"eval/accuracy": value})

@@ -3,6 +3,7 @@
 No test waits for time to pass: the page's clock is the test's.
 """
 
+import io
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageStat
 
 from cs324dist.report.charts import formatted
 from cs324dist.report.page import ASSETS, write_report
@@ -25,6 +27,7 @@ pytestmark = [
 ]
 PATIENCE = 100_000  # milliseconds
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+PHONE = {"width": 390, "height": 844}
 VALUES = st.floats(-1e15, 1e15).filter(lambda v: v == 0 or abs(v) > 1e-9)
 CURVES = st.lists(st.lists(VALUES, min_size=1, max_size=5), min_size=1, max_size=5)
 Open = Callable[..., "sync_api.Page"]
@@ -219,8 +222,10 @@ class TestCurves:
         box = section.get_by_role("checkbox", name=name)
         run = box.get_attribute("data-run")
         lines = section.locator(f".restart[data-run='{run}']")
-        assert [line.is_visible() for line in lines.all()] == [True, True]
-        assert section.locator(".restart").count() == 2  # the other runs were never continued
+        assert [line.text_content().strip() for line in lines.all()] == ["1", "3", "1"] * 2
+        assert section.locator(".restart").count() == 6  # the other runs were never continued
+        places = [line.evaluate("line => parseFloat(line.style.left)") for line in lines.all()]
+        assert places == [0, 20, 40] * 2
         plot = section.locator(".plot").first
         plot.focus()
         said = []
@@ -232,8 +237,12 @@ class TestCurves:
         assert said == [
             f" ({n}" for n in ("1 process", "1 process", "3 processes", "3 processes", "1 process")
         ]
+        page.keyboard.press("Escape")
+        section.get_by_role("button", name="Zoom in").click()  # steps 125 to 375
+        assert [line.is_visible() for line in lines.all()] == [False, False, True] * 2
+        assert lines.nth(2).evaluate("line => parseFloat(line.style.left)") == 30
         box.uncheck()
-        assert [line.is_visible() for line in lines.all()] == [False, False]
+        assert not any(line.is_visible() for line in lines.all())
 
     def test_all_charts_of_a_section_share_cursor_and_zoom(self, page):
         section = page.locator("#palindromes")
@@ -338,6 +347,23 @@ def test_text_is_text(page):
     page.locator(".plot").first.hover(position={"x": 50, "y": 50})
     assert page.evaluate("window.hacked") is None
     assert page.locator("img:not([src^='data:'])").count() == 0
+
+
+def test_on_a_phone_a_table_that_is_cut_off_has_a_shadow_until_its_end_is_reached(open_page):
+    table = open_page(viewport=PHONE).locator("#palindromes .wide[aria-label=Results]")
+    table.scroll_into_view_if_needed()
+
+    def right_edge() -> float:
+        """How bright it is; 0 is black."""
+        with Image.open(io.BytesIO(table.screenshot())) as picture:
+            grey = picture.convert("L").crop((picture.width - 4, 0, picture.width, picture.height))
+            return ImageStat.Stat(grey).mean[0]
+
+    cut = table.evaluate("table => table.scrollWidth - table.clientWidth")
+    assert cut > 100
+    assert right_edge() < 225
+    table.evaluate("table => table.scrollTo(table.scrollWidth, 0)")
+    assert right_edge() > 235
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

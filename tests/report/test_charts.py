@@ -2,7 +2,7 @@ import math
 import re
 
 import pytest
-from made_runs import add_owner, make_gan, make_lstm
+from made_runs import make_gan, make_lstm
 
 from cs324dist.report.charts import MOST_POINTS, Chart, Metric, charts, formatted, number, path, thinned
 from cs324dist.report.reading import read_run
@@ -51,15 +51,6 @@ def test_a_flat_curve_lies_in_the_middle(tmp_path) -> None:
     run = read_run(make_gan(tmp_path / "run", checkpoint=False), "run")
     (drawn,) = charts([(0, run)], [Metric("train/generator_loss", "Loss")])
     assert (drawn.ends, heights(drawn, 1)) == (["0", "2"], [pytest.approx(50)])
-
-
-def test_a_line_marks_where_a_run_was_continued(tmp_path) -> None:
-    run = make_lstm(tmp_path / "run")
-    add_owner(run, 2, from_step=120)
-    add_owner(run, 3, from_step=None)  # killed before it began
-    (drawn,) = charts([(0, read_run(run, "run"))], [Metric("train/loss", "Loss")])
-    step, bottom, top = map(float, re.fullmatch(r"M(.+) (.+)V(.+)", drawn.restarts[0]).groups())
-    assert (step, bottom < drawn.low, top > drawn.high) == (120, True, True)
 
 
 def test_a_logarithmic_axis_needs_positive_values(tmp_path) -> None:

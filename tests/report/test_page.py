@@ -4,7 +4,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from made_runs import ENDS_SCRIPT, HOSTILE, make_gan, make_lstm
+from made_runs import ENDS_SCRIPT, HOSTILE, edit, make_gan, make_lstm
+from PIL import Image
 
 from cs324dist.report.page import write_report
 from cs324dist.report.reading import read_run
@@ -89,15 +90,22 @@ def test_a_gan_without_a_checkpoint_says_why_there_is_no_walk(page: Page) -> Non
     assert "no checkpoint yet" in text
 
 
-def test_a_task_of_ones_own_has_its_metrics_drawn(tmp_path: Path) -> None:
-    path = make_lstm(tmp_path / "run")
-    config = (path / "config.json").read_text()
-    (path / "config.json").write_text(config.replace('"task": "lstm"', '"task": "mine <b>"'))
+def test_a_task_of_ones_own_has_curves_a_table_and_pictures(tmp_path: Path) -> None:
+    path = make_lstm(tmp_path / "run", keep_best="eval/accuracy")
+    edit(path / "config.json", task="mine <b>")
+    for step in (100, 200, 300):
+        Image.new("RGB", (40, 30), (step - 100, 0, 0)).save(path / "samples" / f"{step:09d}.png")
     write_report((path,), tmp_path / "report.html")
-    text = " ".join(Page((tmp_path / "report.html").read_text()).texts)
+    page = Page((tmp_path / "report.html").read_text())
+    text = re.sub(r"\s+", " ", " ".join(page.texts))
     assert "mine <b>" in text
-    assert "train/accuracy" in text
     assert "throughput/" not in text  # it is not what one compares by curves
+    table = text[text.index("Metric Lowest Highest Final") :]
+    assert "train/loss 0.115 step 300 2.08 step 10 0.115 step 300 train/accuracy 15 % step 10" in table
+    assert "eval/accuracy 60 % step 100 100 % best, step 200 100 % step 300" in table
+    pictures = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert pictures == [f"Samples at step {step}" for step in (300, 100, 200, 300)]
+    assert "Beginning step 100 Middle step 200 End step 300" in text
 
 
 def test_the_options_that_differ_between_runs_are_a_table(tmp_path: Path) -> None:

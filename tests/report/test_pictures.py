@@ -9,7 +9,7 @@ from made_runs import make_gan, make_lstm
 from PIL import Image
 
 from cs324dist.errors import UserError
-from cs324dist.report.pictures import METHODS, WALK_FRAMES, film, walk
+from cs324dist.report.pictures import LARGEST, METHODS, WALK_FRAMES, film, walk
 from cs324dist.report.reading import read_run
 from cs324dist.tasks.gan.interpolation import STRIP_IMAGES, interpolate
 from cs324dist.tasks.gan.sampling import generate, latents, load_generator
@@ -23,10 +23,9 @@ def decoded(source: str) -> np.ndarray:
 def test_a_film_shows_the_samples_in_their_order(runs: Path) -> None:
     run = read_run(runs / "gan-fast-0", "gan")
     shown = film(run, 60)
-    assert [frame.label for frame in shown.frames] == [f"step {step}" for step in (100, 200, 300, 400)]
-    assert [name for name, _ in shown.stills] == ["Beginning", "Middle", "End"]
-    assert shown.frames[3].shares == pytest.approx([0.104, 0.096, *[0.1] * 8])
-    for frame, path in zip(shown.frames, run.samples.values(), strict=True):
+    assert [frame.label for frame in shown] == [f"step {step}" for step in (100, 200, 300, 400)]
+    assert shown[3].shares == pytest.approx([0.104, 0.096, *[0.1] * 8])
+    for frame, path in zip(shown, run.samples.values(), strict=True):
         with Image.open(path) as stored:
             original = np.asarray(stored).astype(int)
         assert np.abs(decoded(frame.sources[0]) - original).mean() < 20  # noise, which compresses worst
@@ -34,7 +33,7 @@ def test_a_film_shows_the_samples_in_their_order(runs: Path) -> None:
 
 def test_a_long_film_is_thinned_from_first_to_last(tmp_path: Path) -> None:
     run = read_run(make_gan(tmp_path / "run", frames=20, checkpoint=False), "run")
-    labels = [frame.label for frame in film(run, 5).frames]
+    labels = [frame.label for frame in film(run, 5)]
     assert len(labels) == 5
     assert (labels[0], labels[-1]) == ("step 100", "step\u00202\u202f000")
 
@@ -44,9 +43,17 @@ def test_pictures_that_are_none_are_named(tmp_path: Path) -> None:
     (path / "samples" / "000000100.png").write_bytes(b"<script>")
     (path / "samples" / "000000200.png").write_bytes((path / "samples" / "000000300.png").read_bytes()[:5000])
     (path / "samples" / "000000500.png").mkdir()
-    shown = film(read_run(path, "run"), 60)
-    assert [frame.label for frame in shown.frames] == ["step 300", "step 400"]
-    assert shown.problems == [f"samples/000000{step}00.png cannot be read" for step in (1, 2, 5)]
+    run = read_run(path, "run")
+    assert [frame.label for frame in film(run, 60)] == ["step 300", "step 400"]
+    assert run.problems == ["samples/000000100.png and 2 more cannot be read: the film goes on without"]
+
+
+def test_a_large_picture_of_any_task_is_made_smaller(tmp_path: Path) -> None:
+    path = make_lstm(tmp_path / "run")
+    (path / "samples").mkdir(exist_ok=True)
+    Image.new("RGB", (1600, 800), "red").save(path / "samples" / "000000100.png")
+    (frame,) = film(read_run(path, "run"), 60)
+    assert decoded(frame.sources[0]).shape == (LARGEST // 2, LARGEST)
 
 
 def test_a_walk_goes_from_one_end_to_the_other_by_both_methods(runs: Path) -> None:

@@ -16,6 +16,7 @@ from cs324dist.report.page import TEMPLATES
 from cs324dist.report.reading import Run, read_run
 from cs324dist.runs.checkpoints import TrainerState
 from cs324dist.runs.lease import this_process
+from cs324dist.runs.records import LOOP, RunRecord
 from cs324dist.tasks.base import Task
 from cs324dist.tasks.gan.task import GANTask
 from cs324dist.tasks.lstm.task import LSTMTask
@@ -113,7 +114,7 @@ def test_the_command_asks_for_the_same_settings(
     precision, python, script, *arguments = shlex.split(provenance.command(run) or "")
     assert (precision, python, script) == (FLOAT32.strip(), "python", "some where/train.py")
     asked = from_command_line(task.presets, "", task.run_name, arguments)
-    assert replace(asked, run_dir=None) == config
+    assert asked == replace(config, run_dir=tmp_path / "run-again")
 
 
 def test_a_task_that_was_given_to_a_script_is_given_again(tmp_path: Path) -> None:
@@ -126,7 +127,14 @@ def test_a_task_that_was_given_to_a_script_is_given_again(tmp_path: Path) -> Non
 
 def test_a_run_of_several_processes_is_repeated_by_as_many(tmp_path: Path) -> None:
     command = provenance.command(read(make_gan(tmp_path / "run")))
-    assert command == f"{FLOAT32}torchrun --nproc_per_node 2 launch/gan.py --preset fast --steps 400"
+    options = f"--preset fast --steps 400 --run-dir {tmp_path}/run-again"
+    assert command == f"{FLOAT32}torchrun --nproc_per_node 2 launch/gan.py {options}"
+
+
+def test_a_loop_of_ones_own_has_a_command_without_options(tmp_path: Path) -> None:
+    run = read(make_lstm(tmp_path / "run"))
+    record = RunRecord(LOOP, "mine.py", {"steps": 3}, {})
+    assert provenance.command(replace(run, record=record)) == f"{FLOAT32}python mine.py"
 
 
 def test_after_a_takeover_it_is_repeated_by_as_many_as_the_new_owner_has(tmp_path: Path) -> None:
@@ -160,7 +168,7 @@ def test_a_command_from_a_stranger_s_folder_is_quoted(tmp_path: Path) -> None:
     changed = dict.fromkeys(("b; c", "e", "h", "z"))
     record = replace(run.record, script="x.py | y", config=config, changed=changed)
     words = [FLOAT32.strip(), "python", "x.py | y", "--preset", "$(a)"]
-    words += ["--b; c", "`d`", "--e", "&&", "f g", "--h", '{"i": "\'"}']
+    words += ["--b; c", "`d`", "--e", "&&", "f g", "--h", '{"i": "\'"}', "--run-dir", f"{tmp_path}/run-again"]
     assert shlex.split(provenance.command(replace(run, record=record)) or "") == words
 
 
@@ -190,7 +198,7 @@ def test_the_environment(tmp_path: Path) -> None:
 def test_training_time_follows_from_the_rates(tmp_path: Path) -> None:
     run = read(make_lstm(tmp_path / "run"))
     assert provenance.training_time(run) == pytest.approx(300 * 128 / 1000)
-    assert provenance.training_time(replace(run, options=None)) is None
+    assert provenance.training_time(replace(run, metrics={})) is None
 
 
 @pytest.mark.parametrize(

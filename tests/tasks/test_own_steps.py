@@ -178,6 +178,20 @@ def test_a_buffer_that_measuring_replaces_is_put_back() -> None:
     assert trainer.task.networks["net"].count == 2
 
 
+def test_an_evaluation_is_in_float32_where_training_takes_tf32(monkeypatch) -> None:
+    """ "high" has cuBLAS take TF32, and cuDNN does by itself (torch 2.13, backends/cudnn/__init__.py:195)."""
+
+    def settings() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = settings()
+    torch.set_float32_matmul_precision("high")
+    with trainer_of(Partly, None).evaluating():
+        assert settings() == ("highest", False)
+    assert settings() == ("high", True)
+    torch.set_float32_matmul_precision(before[0])
+
+
 class SomeMetrics(Partly):
     of: ClassVar[dict[int, dict[str, Any]]]
 

@@ -18,8 +18,11 @@ def test_the_best_checkpoint_is_kept_and_the_run_goes_on_from_the_newest(launch,
     run = tmp_path / "run"
     values = tuple(map(str, VALUES))
     command = (*STOPPING, "--keep-best", best, "--run-dir", run, "--values", *values)
-    launch(*command)
+    end = launch(*command).stderr.splitlines()[-1]
     assert checkpoints(run) == kept
+    value = {30: 8, 20: 3}[kept[0]]
+    named = f"the best eval/score, {value}, is that of {run}/checkpoints/0000000{kept[0]}-1"
+    assert end == f"{run}: finished after 50 steps; {named}"
     assert {row["step"]: row["eval/score"] for row in metrics(run) if "eval/score" in row}[kept[0]] in (8, 3)
     said = launch(*command, "9" if best.endswith("score") else "1", "--steps", "60").stderr
     assert "continuing from step 50 of 60" in said

@@ -168,9 +168,7 @@ def calls(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(Accelerator, "end_training", lambda self: calls.append("training ended"))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("process group destroyed"))
-    monkeypatch.setattr(
-        trackers, "open_wandb", lambda accelerator, *_: accelerator.trackers.append(Tracker(calls))
-    )
+    monkeypatch.setattr(trackers, "open_wandb", lambda *_: Tracker(calls))
     command = ["train.py", "--preset", "smoke", "--steps", "1", "--run-dir", str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", command)
     return calls

@@ -2,10 +2,11 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
-import torch
 from accelerate import Accelerator
 from launched import metrics
 
@@ -23,17 +24,18 @@ class Writer:
         self.folder, self.purge_step, self._pending, self.written = folder, purge_step, [], []
         self.opened.append(self)
 
-    def add_scalar(self, name, value, step):
-        self._pending.append((step, name, value))
+    def add_scalar(self, name, value, global_step):
+        self._pending.append((global_step, name, value))
 
-    def add_image(self, name, image, step):
-        assert image.dtype is torch.uint8
-        assert image.shape[0] in (1, 3)  # channels first
-        self._pending.append((step, name, tuple(image.shape)))
+    def add_images(self, name, images, global_step, dataformats):
+        assert (images.dtype, dataformats) == (np.uint8, "NHWC")
+        self._pending.append((global_step, name, images.shape))
 
     def flush(self):
         self.written += self._pending
         self._pending.clear()
+
+    close = flush
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_it_gets_what_the_metrics_file_gets(opened, tmp_path):
     train(LSTMTask, tmp_path / "run", steps=20)
     train(LSTMTask, tmp_path / "run", steps=30)
     assert [writer.purge_step for writer in opened] == [1, 21]
-    assert {writer.folder for writer in opened} == {tmp_path / "run" / "tensorboard"}
+    assert {Path(writer.folder) for writer in opened} == {tmp_path / "run" / "tensorboard"}
     rows: dict[int, dict[str, float]] = {}
     for step, name, value in (event for writer in opened for event in writer.written):
         rows.setdefault(step, {})[name] = value
@@ -67,7 +69,8 @@ def test_it_gets_what_the_metrics_file_gets(opened, tmp_path):
 def test_it_gets_the_pictures(opened, tmp_path):
     train(GANTask, tmp_path / "run", dataset="fake", steps=2, batch_size=4)
     (writer,) = opened
-    assert [name for _, name, _ in writer.written if "/" not in name] == ["samples", "strip"]
+    pictures = {name: shape for _, name, shape in writer.written if "/" not in name}
+    assert pictures == {"samples": (1, 152, 152, 1), "strip": (1, 32, 302, 1)}
 
 
 @pytest.mark.parametrize("when", ["opened", "written to"])

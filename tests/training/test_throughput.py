@@ -65,7 +65,7 @@ def test_on_a_gpu_a_line_has_the_most_memory_that_was_held(tmp_path, monkeypatch
     logged = {}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**29)
     monkeypatch.setattr(Accelerator, "device", torch.device("cuda"))
-    monkeypatch.setattr(Accelerator, "log", lambda _, row, step: logged.update(row))
+    monkeypatch.setattr(RunDir, "append_metrics", lambda _, step, row: logged.update(row))
     tracking = {"config": {}, "wandb": "disabled", "tensorboard": False}
     Trackers(RunDir(tmp_path), Accelerator(cpu=True), start=0, until=20, **tracking).log_step(10, {})
     assert logged["throughput/peak_memory_gib"] == 1.5

@@ -1,21 +1,35 @@
-"""What reaches Weights & Biases, and what happens where it cannot be reached."""
+"""What reaches the terminal and Weights & Biases, and what happens where that cannot be reached."""
 
 import http.server
+import io
 import json
+import re
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import redirect_stderr
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import psutil
 import pytest
+import torch
 import wandb
+from accelerate import Accelerator
+from accelerate.tracking import WandBTracker
 from launched import Launched
 from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
-from cs324dist.trackers import _set_up
+from cs324dist import Evaluation, trackers
+from cs324dist.distributed.stop import StopRequest
+from cs324dist.errors import say, warn
+from cs324dist.loop import run_task
+from cs324dist.tasks.lstm.task import LSTMTask
 
+LSTM_SMOKE = ("launch/lstm.py", "--preset", "smoke")
 SMOKE = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--steps", "10")
 BLOCK, HEADER = 32_768, 7
 
@@ -70,7 +84,7 @@ def test_the_settings_in_a_run_folder_name_no_server(tmp_path, monkeypatch, plac
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "none"))
     wandb.teardown()
     try:
-        found = _set_up().settings.base_url
+        found = trackers._set_up().settings.base_url
     finally:
         wandb.teardown()
     assert (found == "http://stranger.example") == (place == "mine")
@@ -101,6 +115,95 @@ def test_the_same_values_and_pictures_go_there_as_to_the_metrics_file(recorded):
         (picture,) = run.glob(f"wandb/offline-run-*/files/media/images/{name}_10_*.png")
     with Image.open(picture) as strip:
         assert strip.size == (302, 32)  # ten images of 28 pixels, two pixels apart
+
+
+def project_and_name(run: Path) -> tuple[str, str]:
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    (found,) = {
+        (r.run.project, r.run.display_name) for r in records(file) if r.WhichOneof("record_type") == "run"
+    }
+    return found
+
+
+def test_the_runs_of_a_task_are_in_a_project_of_its_name(launch, tmp_path):
+    launch(*LSTM_SMOKE, "--run-dir", tmp_path / "run")
+    assert project_and_name(tmp_path / "run") == ("lstm", "run")
+    launch(*LSTM_SMOKE, "--run-dir", tmp_path / "mine", environment={"WANDB_NAME": "first"})
+    assert project_and_name(tmp_path / "mine") == ("lstm", "first")
+
+
+def test_an_upload_is_announced_with_its_address_and_how_to_stop_it(monkeypatch, tmp_path, capsys):
+    def start(tracker: WandBTracker) -> None:
+        assert (tracker.run_name, tracker.init_kwargs["mode"]) == ("lstm", "online")
+        tracker.run = MagicMock(url="https://me:secret@wandb.ai/me/lstm/runs/1")
+
+    monkeypatch.setattr(WandBTracker, "start", start)
+    monkeypatch.setattr(WandBTracker, "store_init_configuration", lambda *_: None)
+    monkeypatch.setattr(trackers, "_possible_mode", lambda: ("online", ""))
+    train(tmp_path / "run", wandb="online")
+    assert capsys.readouterr().err.splitlines()[1] == (
+        "Weights & Biases: uploading to https://wandb.ai/me/lstm/runs/1; "
+        "to stop this: --wandb disabled, or WANDB_MODE=disabled"
+    )
+
+
+class Terminal(io.StringIO):
+    """What is on the screen in the end, if it is wide enough."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def lines(self) -> list[str]:
+        return [line.rpartition("\r")[2] for line in self.getvalue().split("\n")[:-1]]
+
+
+def train(folder: Path, **changed: object) -> None:
+    preset = LSTMTask.presets["smoke"]
+    config = replace(preset, preset="smoke", run_dir=folder, wandb="disabled", tensorboard=False)
+    run_task(LSTMTask, replace(config, **changed), Accelerator(cpu=True))
+
+
+def train_in_terminal(folder: Path, **changed: object) -> Terminal:
+    with redirect_stderr(Terminal()) as terminal:
+        train(folder, **changed)
+    return terminal
+
+
+def test_the_bar_moves_at_every_step_whatever_is_logged(monkeypatch, tmp_path):
+    monkeypatch.setattr(trackers, "tqdm", partial(trackers.tqdm, mininterval=0))
+    terminal = train_in_terminal(tmp_path / "run", steps=8, log_every=1000, evaluate_every=1000)
+    found = dict.fromkeys(re.findall(r"(\d+)/8 \[", terminal.getvalue()))
+    assert list(found) == [str(step) for step in range(9)]
+
+
+def test_lines_and_the_bar_keep_out_of_each_other(monkeypatch, tmp_path):
+    monkeypatch.setattr(trackers, "open_wandb", lambda *_: say("Weights & Biases: something"))
+    monkeypatch.setattr(trackers, "save_png", lambda *_: warn("amid the steps"))
+    monkeypatch.setattr(
+        LSTMTask, "evaluate", lambda *_: Evaluation({}, torch.zeros(1, 2, 2, dtype=torch.uint8))
+    )
+    terminal = train_in_terminal(tmp_path / "run", steps=4, log_every=2, evaluate_every=2, wandb="offline")
+    bar = terminal.lines()[-2]
+    assert bar.startswith("100%")
+    assert "4/4" in bar
+    assert [line for line in terminal.lines() if line != bar] == [
+        f"{tmp_path}/run: starting at step 0 of 4, processes: 1, device: cpu, precision: float32",
+        "Weights & Biases: something",
+        *["evaluation after 2 steps", "warning: amid the steps"],
+        *["evaluation after 4 steps", "warning: amid the steps"],
+        f"{tmp_path}/run: finished after 4 steps",
+    ]
+    assert "step/s" not in terminal.getvalue().partition("something")[0]
+
+
+def test_where_a_stopped_run_is_and_how_it_goes_on_is_the_last_line(monkeypatch, tmp_path):
+    closing = MagicMock(finish=lambda: say("the last of its trackers"))
+    monkeypatch.setattr(trackers, "open_wandb", lambda *_: closing)
+    monkeypatch.setattr(StopRequest, "agreed", lambda _: True)
+    *_, bar, tracker, last = train_in_terminal(tmp_path / "run").lines()
+    assert "1/20" in bar
+    assert tracker == "the last of its trackers"
+    assert last == f"{tmp_path}/run: stopped after 1 steps; run the same command to go on"
 
 
 @pytest.mark.parametrize("login", ["WANDB_API_KEY", "NETRC"])

@@ -13,6 +13,7 @@
       unit: figure.dataset.unit,
       reference: "reference" in figure.dataset ? [[+figure.dataset.reference]] : [],
       marks: [],
+      restarts: all(figure, ".restart"),
       curves: all(figure, ".curve").map((path) => ({
         run: path.dataset.run,
         look: path.getAttribute("class"),
@@ -54,6 +55,11 @@
           label.style.left = chart.left(step);
           return label;
         }));
+        for (const restart of chart.restarts) {
+          const step = +restart.dataset.step;
+          restart.style.left = chart.left(step);
+          restart.hidden = step < view[0] || step > view[1];
+        }
         const reference = plot.querySelector("span.reference");
         if (reference) {
           reference.style.bottom = chart.bottom(chart.reference[0][0]);

@@ -19,19 +19,23 @@ CANDIDATES = 1000
 Weights = Literal["averaged", "raw"]
 
 
-def load_generator(run_or_checkpoint: str | Path, weights: Weights = "averaged") -> Generator:
+def load_generator(
+    run_or_checkpoint: str | Path, weights: Weights = "averaged", *, best: bool = False
+) -> Generator:
     """The generator of a GAN; see `load_network`.
 
     Args:
         run_or_checkpoint: a run folder, one of its `checkpoints/STEP-OWNER`, or a network's folder.
         weights: `averaged` takes the averaged generator if there is one; `raw` the one being trained.
+        best: take the run's best checkpoint, as its --keep-best says, in place of the newest.
     """
-    return load_model(find_generator(run_or_checkpoint, weights), Generator)
+    return load_model(find_generator(run_or_checkpoint, weights, best=best), Generator)
 
 
-def find_generator(run_or_checkpoint: str | Path, weights: Weights) -> Path:
+def find_generator(run_or_checkpoint: str | Path, weights: Weights, *, best: bool = False) -> Path:
     """The folder of the generator that `load_generator` loads; raises as it does."""
-    return find_network(run_or_checkpoint, ("generator_ema", "generator")[weights == "raw" :])
+    names = ("generator_ema", "generator")[weights == "raw" :]
+    return find_network(run_or_checkpoint, names, best=best)
 
 
 def latents(generator: Generator, seed: int, count: int) -> Float[Tensor, "count latent"]:
