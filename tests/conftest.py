@@ -42,14 +42,13 @@ def process_as_it_was() -> Iterator[None]:
     yield
     torch.set_flush_denormal(False)
     torch.set_num_threads(cores)
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
-def float64() -> Iterator[None]:
+def float64() -> None:
     """Models and inputs that the test makes are in double precision."""
     torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="session")
@@ -146,11 +145,3 @@ LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
     "accelerate": [sys.executable, "-m", "accelerate.commands.launch"],
 }
-
-
-@pytest.fixture
-def set_default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
-    """torch.set_default_dtype, undone after the test."""
-    before = torch.get_default_dtype()
-    yield torch.set_default_dtype
-    torch.set_default_dtype(before)

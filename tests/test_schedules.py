@@ -44,11 +44,7 @@ def test_linear_and_cosine_are_torchs_after_a_warm_up_that_is_torchs(steps, warm
         assert factors(schedule, steps, warmup) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-@given(
-    schedule=st.sampled_from(sorted(SCHEDULES)),
-    steps=st.integers(1, 300),
-    warmup=st.integers(0, 400),
-)
+@given(schedule=st.sampled_from(sorted(SCHEDULES)), steps=st.integers(1, 300), warmup=st.integers(0, 400))
 def test_every_step_trains_and_only_the_warm_up_rises(schedule, steps, warmup):
     """Also where the warm-up is as long as the run, or longer."""
     found = factors(schedule, steps, warmup)

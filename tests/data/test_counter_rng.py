@@ -8,13 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cs324dist.data import counter_rng
-from cs324dist.data.counter_rng import (
-    random_bits,
-    random_integers,
-    random_normals,
-    random_signs,
-    stream_keys,
-)
+from cs324dist.data.counter_rng import random_bits, random_integers, random_normals, random_signs, stream_keys
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15

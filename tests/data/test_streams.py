@@ -1,5 +1,4 @@
 import random
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -56,13 +55,11 @@ class TestStream:
         whole = draws(stream, torch.arange(100))
         assert equal(draws(stream, chosen), [numbers[chosen] for numbers in whole])
 
-    def test_numbers_come_in_the_default_dtype(
-        self, set_default_dtype: Callable[[torch.dtype], None]
-    ) -> None:
+    def test_numbers_come_in_the_default_dtype(self):
         stream, indices = Stream(0, "x"), torch.arange(10)
         exact = random_normals(stream_keys(0, "x"), indices, 3)
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            set_default_dtype(dtype)
+            torch.set_default_dtype(dtype)
             assert torch.equal(stream.normals(indices, 3), exact.to(dtype))
             assert stream.signs(indices, 3).dtype == dtype
 
@@ -80,9 +77,7 @@ class TestShuffledEpochs:
     @given(SEEDS, st.integers(1, 12), st.integers(0, 100), st.integers(1, 5), st.integers(1, 10))
     @example(0, 10, 3, 1, 25)
     @example(0, 10, 0, 3, 12)
-    def test_a_batch_may_cross_the_borders_of_any_number_of_epochs(
-        self, seed: int, size: int, step: int, count: int, each: int
-    ) -> None:
+    def test_a_batch_may_cross_the_borders_of_any_number_of_epochs(self, seed, size, step, count, each):
         shuffle, batch = ShuffledEpochs(seed, "x", size), count * each
         items = torch.cat([shuffle.items(part) for part in parts(step, batch, count)])
         expected = [one_by_one(shuffle, index) for index in range(step * batch, (step + 1) * batch)]

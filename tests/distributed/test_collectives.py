@@ -79,11 +79,7 @@ def test_each_process_measures_its_share_without_gradients():
         return asked
 
     # Seven pieces in three rounds; those who have none in the last round measure the last piece in vain.
-    assert on_ranks(3, work) == [
-        [[0, 1], [6, 7], [12]],
-        [[2, 3], [8, 9], [12]],
-        [[4, 5], [10, 11], [12]],
-    ]
+    assert on_ranks(3, work) == [[[0, 1], [6, 7], [12]], [[2, 3], [8, 9], [12]], [[4, 5], [10, 11], [12]]]
 
 
 def test_a_process_that_is_stopped_measures_no_more_and_keeps_the_others_waiting_for_nothing():

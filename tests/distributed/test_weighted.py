@@ -35,10 +35,7 @@ def plain_loop() -> dict:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-    return {
-        "weights": {name: p.tolist() for name, p in network.state_dict().items()},
-        "metrics": metrics,
-    }
+    return {"weights": {name: p.tolist() for name, p in network.state_dict().items()}, "metrics": metrics}
 
 
 @pytest.mark.slow

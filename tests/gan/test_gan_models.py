@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -70,9 +68,7 @@ def with_history(generator: nn.Module, latent: int) -> nn.Module:
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
 @pytest.mark.parametrize("latent", [100, 7])
-def test_the_course_report_s_generator_and_ours_read_each_other_s_weights(
-    latent: int, training: bool
-) -> None:
+def test_the_course_report_s_generator_and_ours_read_each_other_s_weights(latent, training):
     torch.manual_seed(0)
     for source, target in (
         (Generator(latent), gan.Generator(latent)),
@@ -113,9 +109,7 @@ def test_pooling_before_the_leaky_relu_changes_no_bit_of_logits_and_gradients() 
         assert torch.equal(mine, theirs)
 
 
-def test_a_saved_generator_loads_into_the_course_report_s_with_nothing_but_safetensors(
-    tmp_path: Path,
-) -> None:
+def test_a_saved_generator_loads_into_the_course_report_s_with_nothing_but_safetensors(tmp_path):
     torch.manual_seed(0)
     ours, z = with_history(gan.Generator(7), 7).eval(), normals(4, 7)
     save_model(tmp_path, ours)

@@ -56,11 +56,6 @@ def gan_run(launch, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def older(gan_run) -> Path:
-    return gan_run / "checkpoints" / "000000003-1"
-
-
-@pytest.fixture
 def newest(gan_run) -> Path:
     return gan_run / "checkpoints" / "000000006-1"
 

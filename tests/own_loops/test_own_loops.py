@@ -122,14 +122,8 @@ def test_a_mistake_of_the_first_hour_is_one_line(mistake, tmp_path):
     ("variant", "said"),
     [
         ("other networks", r"error: .*model.safetensors.*"),
-        (
-            "other optimizer",
-            r"error: optimizer net = Adam of 6 param.* differs from the run's AdamW of",
-        ),
-        (
-            "other rate",
-            r"error: optimizer net = AdamW of 6 parameters, lr 0.5, .* differs from .* lr 0.01",
-        ),
+        ("other optimizer", r"error: optimizer net = Adam of 6 param.* differs from the run's AdamW of"),
+        ("other rate", r"error: optimizer net = AdamW of 6 parameters, lr 0.5, .* differs from .* lr 0.01"),
         ("other parts", r"error: gradients = 8 parts, seed 0 differs from the run's 4 parts, seed 0"),
         ("other setting", r"error: lr = 0.02 differs from the run's 0.01: give the run's value"),
     ],

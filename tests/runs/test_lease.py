@@ -430,14 +430,3 @@ class TestAClaimThatIsStillEmpty:
         mine.release()
         assert owner_of(run, 1).ended
         assert [path.name for path in (run / "owners").glob(".*")] == []
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["", "{", "[]", '{"pid": "\\u001b[31m\\n"}', '{"machine": [1], "slurm_restarts": {}}'],
-)
-def test_what_an_earlier_owner_left_may_be_damaged(run, monkeypatch, capsys, content):
-    waits(monkeypatch, SILENCE=0.1)
-    left_by(run).write_text(content)
-    assert Lease(run).generation == 2
-    assert all(line.isprintable() for line in capsys.readouterr().err.splitlines())

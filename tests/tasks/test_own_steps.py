@@ -93,15 +93,26 @@ class Partly(Own):
         return loss, {"loss": loss}
 
 
-def test_after_an_evaluation_each_part_is_in_the_mode_it_had() -> None:
-    backbone = nn.Sequential(linear(2, 2), nn.Dropout()).requires_grad_(False).eval()
-    net = nn.Sequential(backbone, nn.Dropout(), linear(2, 1))
-    trainer = trainer_of(Partly, None, net=net)
+class Merging(nn.Linear):
+    """As an adapter that is merged into its layer for an evaluation."""
+
+    merged = False
+
+    def train(self, mode: bool = True) -> "Merging":
+        self.merged = not mode
+        return super().train(mode)
+
+
+def test_after_an_evaluation_each_part_is_in_the_mode_it_had_and_was_told_of_it() -> None:
+    backbone = nn.Sequential(Merging(2, 2), nn.Dropout()).requires_grad_(False).eval()
+    net = nn.Sequential(backbone, nn.Dropout(), Merging(2, 1))
     before = {module: module.training for module in net.modules()}
     assert set(before.values()) == {True, False}
-    with trainer.evaluating():
+    with trainer_of(Partly, None, net=net).evaluating():
         assert not any(module.training for module in net.modules())
+        assert [net[0][0].merged, net[2].merged] == [True, True]
     assert {module: module.training for module in net.modules()} == before
+    assert [net[0][0].merged, net[2].merged] == [True, False]
 
 
 class Measures(Partly):
@@ -148,21 +159,6 @@ def test_a_network_may_be_part_of_another(micro_batches: int | None) -> None:
         ends.append([parameter - old for parameter, old in zip(net.parameters(), before, strict=True)])
     for moved, expected in zip(*ends, strict=True):
         torch.testing.assert_close(moved, expected)
-
-
-class Merging(nn.Linear):
-    merged = False
-
-    def train(self, mode: bool = True) -> "Merging":
-        self.merged = not mode
-        return super().train(mode)
-
-
-def test_after_an_evaluation_a_module_is_told_of_its_mode() -> None:
-    net = nn.Sequential(Merging(2, 2), nn.Sequential(Merging(2, 1)).eval())
-    with trainer_of(Partly, None, net=net).evaluating():
-        assert [net[0].merged, net[1][0].merged] == [True, True]
-    assert [net[0].merged, net[1][0].merged] == [False, True]
 
 
 class Counting(nn.Linear):
@@ -288,28 +284,25 @@ def test_what_an_evaluation_gives_can_be_read_again(train, evaluation):
 
 
 @pytest.mark.parametrize(
-    ("evaluation", "said"),
+    ("broken", "code", "said"),
     [
-        ("{'a': 'high'}", "the metric a = 'high' is no number: give one"),
-        ("{'a': torch.ones(2)}", "the metric a = tensor([1., 1.]) is no number: give one"),
+        ({"evaluation": "{'a': 'high'}"}, 2, "the metric a = 'high' is no number: give one"),
+        ({"evaluation": "{'a': torch.ones(2)}"}, 2, "the metric a = tensor([1., 1.]) is no number: give one"),
+        (
+            {"case": "a tensor that appears"},
+            1,
+            "after step 2, best of the task's state is torch.float32 of shape (), and was no tensor",
+        ),
+        (
+            {"case": "a buffer that grows"},
+            1,
+            "after step 2, net.0.history is torch.float32 of shape (1,), and was",
+        ),
     ],
 )
-def test_what_could_not_be_read_again_is_refused(train, evaluation, said):
-    done = train(evaluation=evaluation)
-    assert (done.returncode, said in error(done)) == (2, True), done.stderr
-
-
-def test_a_tensor_that_appears_in_the_state_ends_the_run_before_it_is_saved(train):
-    done = train(case="a tensor that appears")
-    assert done.returncode == 1
-    was, is_now = "no tensor at the start", "torch.float32 of shape ()"
-    assert f"after step 2, best of the task's state is {is_now}, and was {was}" in error(done)
-
-
-def test_a_buffer_that_grows_ends_the_run_before_it_is_saved(train):
-    done = train(case="a buffer that grows")
-    assert done.returncode == 1
-    assert "after step 2, net.0.history is torch.float32 of shape (1,), and was" in error(done)
+def test_what_could_not_be_read_again_ends_the_run_before_it_is_saved(train, broken, code, said):
+    done = train(**broken)
+    assert (done.returncode, said in error(done)) == (code, True), done.stderr
 
 
 @pytest.mark.parametrize("processes", ["2", "3"])
