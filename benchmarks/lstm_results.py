@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from cs324dist.data.streams import Stream
 from cs324dist.report.reading import read_run
+from cs324dist.tasks.lstm.networks import LSTM
 from cs324dist.tasks.lstm.palindromes import DIGITS, all_palindromes, free_digits, palindromes
 from cs324dist.tasks.lstm.task import LSTMTask
 from cs324dist.trainer import Trainer

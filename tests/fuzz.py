@@ -357,7 +357,7 @@ MUTATIONS = {put_something: 20, change_bytes: 12, change_json: 20, change_tensor
 # Readers. Each reads a copy, and notes what it found in it.
 
 
-class Enough(Exception):
+class Enough(BaseException):
     """All that was to be read has been."""
 
 

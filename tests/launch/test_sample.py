@@ -119,7 +119,7 @@ class TestGrid:
         assert_shows(tiles(out, 1, 3), raw)
         assert (raw - averaged).abs().max() > 0.01  # more than `assert_shows` overlooks
 
-    def test_of_a_run_that_keeps_its_best_that_is_taken_if_it_is_wanted(self, draw, gan_run, older, tmp_path):
+    def test_of_a_run_that_keeps_its_best_that_is_taken_if_it_is_wanted(self, draw, gan_run, tmp_path):
         run, out = tmp_path / "run", tmp_path / "grid.png"
         shutil.copytree(gan_run, run)
         size = ("--rows", 1, "--columns", 2, "--best", "--out", out)
@@ -132,7 +132,9 @@ class TestGrid:
         rows = ({"step": 3, "score": 0.5}, {"step": 6, "score": 0.7})
         (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         assert draw("grid", run, *size).code == 0
-        assert_shows(tiles(out, 1, 2), images_of(older / "generator_ema", 0, 2))
+        assert_shows(
+            tiles(out, 1, 2), images_of(gan_run / "checkpoints" / "000000003-1" / "generator_ema", 0, 2)
+        )
 
 
 class TestTensor:
