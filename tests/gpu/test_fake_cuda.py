@@ -19,7 +19,7 @@ EXACT = ("lstm exact", "lstm equations exact", "rnn exact", "gan exact", "gan wh
          "gpt exact", "classifier exact")  # fmt: skip
 NOT_FUSED = ("lstm course", "lstm equations, rmsprop", "rnn", "mlp")
 MEETINGS = "a value is read: cs324dist/distributed/parts.py, _exchange: headers ="  # at the end of all parts
-USED = "a value is read: cs324dist/distributed/gradients.py, _finish: kinds, used ="
+USED = "a value is read: cs324dist/distributed/exact.py, _finish: kinds, used ="
 
 
 def waits(case: str, precision: str) -> list[str]:

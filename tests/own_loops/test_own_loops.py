@@ -78,7 +78,11 @@ def test_an_error_of_the_loop_is_a_traceback_and_the_status_says_it(tmp_path):
     done = run("own error", tmp_path / "run")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
-    assert status(tmp_path / "run") == {"state": "failed", "step": 5, "why": "ValueError: of the loop itself"}
+    found = status(tmp_path / "run")
+    assert (found["state"], found["step"]) == ("failed", 5)
+    where = re.escape(str(SCRIPT))
+    assert re.fullmatch(rf"ValueError in {where}, line \d+ \(in step \d+\): of the loop itself", found["why"])
+    assert done.stderr.splitlines()[-1] == f"error: {found['why']}"
 
 
 def test_a_scheduler_and_its_rate_come_back(finished):
