@@ -36,7 +36,7 @@ train: .venv/installed  ## train both models on real data, draw from the GAN, an
 	@echo "  runs/strip.png   from a 4 to a 1; as a film: runs/walk.gif"
 	@echo "  runs/gan/samples how they came about, step by step"
 
-test: .venv/installed  ## what a change is checked with (under 6 minutes on 2 cores)
+test: .venv/installed  ## what a change is checked with (5 to 8.5 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-all: .venv/installed  ## everything (about half an hour on 2 cores)
