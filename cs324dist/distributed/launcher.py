@@ -52,7 +52,7 @@ def check_gpus(gpus: int) -> None:
 
 
 def asked_precision() -> str | None:
-    """The precision that the launcher was asked for; accelerate launch asks for "no" where it was not.
+    """The precision that the launcher was asked for; None if it was not: accelerate launch says "no" then.
 
     Raises:
         UserError: it is not one that this toolkit trains in.
@@ -63,7 +63,10 @@ def asked_precision() -> str | None:
             f"{asked} as --mixed_precision or ACCELERATE_MIXED_PRECISION is not allowed: "
             f"give one of no, bf16, fp16"
         )
-    return None if asked == "no" and _accelerate_launch() else asked or None
+    if asked == "no" and (launched := _accelerate_launch()):
+        options, config = launched
+        return asked if options.mixed_precision or (config and config.mixed_precision) else None
+    return asked or None
 
 
 def check_launcher(world_size: int, is_main_process: bool) -> None:
@@ -99,7 +102,7 @@ def _accelerate_launch() -> tuple[argparse.Namespace, Any] | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int)
     parser.add_argument("--cpu", action="store_true")
-    for name in ("config_file", "gradient_accumulation_steps"):
+    for name in ("config_file", "mixed_precision", "gradient_accumulation_steps"):
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     asked, _ = parser.parse_known_args(command)
     file = asked.config_file
