@@ -164,7 +164,7 @@ def test_the_gan_trains_in_bf16_on_a_cpu(launch, tmp_path, mnist_root):
 @pytest.mark.slow
 def test_compiled_models_train_alike_and_may_be_continued_uncompiled(launch, tmp_path):
     smoke = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--schedule", "constant")
-    smoke += ("--log-every", "1", "--wandb", "disabled")
+    smoke += ("--log-every", "1", "--wandb", "disabled", "--precision", "no")
     compiled, plain = tmp_path / "compiled", tmp_path / "plain"
     options = ("--config_file", "accelerate_configs/cpu.yaml")
     options += ("--dynamo_backend", "inductor")
