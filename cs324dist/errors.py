@@ -118,7 +118,8 @@ def show_errors_as_lines() -> None:
             sys.stderr = sys.__stderr__  # torch's own hook around this one collects what is said in a string
             end_with(error)
         before(kind, error, trace)
-        say(f"error: {in_words(error)}")
+        if sys.excepthook is hook:  # once, and not in the string
+            say(f"error: {in_words(error)}")
 
     if getattr(before, "__name__", "") != hook.__name__ or before.__module__ != __name__:
         sys.excepthook = hook

@@ -220,7 +220,9 @@ def accelerator_of_script(
     end_with_the_launcher()
     atexit.register(_leave_groups)
     if given is None and not AcceleratorState._shared_state:
-        return start_accelerator(None, micro_batches, peer_timeout)
+        accelerator = start_accelerator(None, micro_batches, peer_timeout)
+        show_errors_as_lines()  # around the hook that torch sets with the process group
+        return accelerator
     accelerator = given or Accelerator()
     if accelerator.num_processes < WORLD_SIZE:
         raise UserError(
