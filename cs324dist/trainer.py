@@ -18,7 +18,7 @@ from cs324dist.distributed.checks import gather_objects
 from cs324dist.distributed.exact import ExactGradients
 from cs324dist.distributed.gradients import DDPGradients
 from cs324dist.distributed.parts import add_in_order, gather_rows
-from cs324dist.distributed.process import compiled_by, full_float32
+from cs324dist.distributed.process import compiled_by
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import UserError
 from cs324dist.runs.optimizers import each, optimizers_of
@@ -226,6 +226,19 @@ class Trainer:
                     module.train(was_training)
             for network, own in zip(networks, held, strict=True):
                 vars(network).update(own)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Inside, a GPU computes float32 as such, not as TF32."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn
 
 
 def checked(found: tuple[Mean, Metrics]) -> tuple[Mean, Metrics]:

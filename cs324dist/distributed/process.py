@@ -9,8 +9,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
@@ -180,19 +179,6 @@ def prepare_process(
     if keep_memory:
         keep_large_memory()
     end_with_the_launcher()
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Inside, a GPU computes float32 as such, not as TF32."""
-    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = cudnn
 
 
 def end_with_the_launcher() -> None:
