@@ -235,7 +235,7 @@ class RunDir(MetricsFile):
             warn(f"{self}/status.json cannot be written: {error.strerror}")
 
     def finish(self, step: int, keep_last: int, keep_best: str = "") -> None:
-        """Mark a complete run finished if a crash prevented it."""
+        """Mark a complete run finished, unless it is already."""
         if self._is_finished():
             return
         self._started = True
