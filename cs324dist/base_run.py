@@ -136,10 +136,10 @@ class BaseRun:
         self.step, self._metrics_lines, self.is_over = state.step, state.metrics_lines, state.is_over
 
     def steps(self, until: int, save_every: int) -> Iterator[int]:
-        """The steps that are left, counted from 0: for each, the loop's body takes it.
+        """The steps that are left, counted from 0; the body of the loop takes each.
 
-        Generators of torch, numpy and random are seeded before each from what they were seeded with, and the
-        step. At the end of a step, a checkpoint is written where one is due.
+        Before each step, the generators of torch, numpy and random are seeded from the seed of the run and
+        the step. After it, a checkpoint is written if one is due.
 
         Args:
             until: steps in total.
@@ -176,7 +176,7 @@ class BaseRun:
                 self._end_stopped()
 
     def _start(self, until: int) -> None:
-        """Write down what is about to run, and listen to signals; `steps` does it."""
+        """Before the first step: record what runs, and listen to signals."""
         if self._is_started:
             return
         self._until = until
@@ -201,17 +201,17 @@ class BaseRun:
 
     @property
     def completed(self) -> int:
-        """The steps that are completed, with the one that the loop's body takes."""
+        """The completed steps, with the one that the loop's body takes now."""
         return self.step + self._in_step
 
     def log(self, metrics: Mapping[str, float | Tensor] | None = None, /, **more: float | Tensor) -> None:
-        """Log what this step has measured: in the terminal, in `metrics.jsonl`, to other trackers.
+        """Log metrics of this step: in the terminal, in `metrics.jsonl`, to other trackers.
 
-        The main process writes what it is given; every process may call it. To read a tensor waits for the
+        Every process may call it; the main process writes its own values. Reading a tensor waits for the
         device.
 
         Raises:
-            UserError: no step is being taken, or something is no number.
+            UserError: before the first step, or a value is no number.
         """
         if not self._is_started:
             raise UserError("log was called before the first step: call it in the loop over run.steps(…)")
@@ -220,7 +220,7 @@ class BaseRun:
             self.trackers.log_step(self.completed, values)
 
     def save(self) -> None:
-        """Have a checkpoint written at the end of this step, too."""
+        """Ask for a checkpoint at the end of this step."""
         self._save_asked = True
 
     def _end_stopped(self) -> None:
@@ -229,9 +229,9 @@ class BaseRun:
         raise Stopped
 
     def compare(self, found: Mapping[str, Any] | None = None) -> None:
-        """Check that all processes have found the same; by default that they hold the same.
+        """Check that `found` is the same on all processes; by default, all that a checkpoint would hold.
 
-        Without `ExactGradients`, buffers come from the first process before, as in torch's DDP.
+        Without `ExactGradients`, buffers are first copied from rank 0, as in torch's DDP.
 
         Raises:
             RunFailed: naming what differs, and the ranks.
@@ -247,10 +247,10 @@ class BaseRun:
             )
 
     def _write(self) -> None:
-        """Write a checkpoint: every process enters, the main process writes, all wait.
+        """Write a checkpoint; called on every process, and the main process writes.
 
         Raises:
-            RunFailed: something is not finite, or it is the last checkpoint and cannot be written.
+            RunFailed: a value is not finite, or the last checkpoint cannot be written.
         """
         with self.trackers.paused():
             self.compare()
@@ -301,7 +301,8 @@ class BaseRun:
             raise
         except BaseException as error:
             with suppress(ValueError):  # not the main thread
-                # torch's handler raises once more for a worker that has died, wherever this process is then.
+                # torch's handler would raise a second time for a worker that has died, while the status is
+                # written.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             if self._in_step and not isinstance(error, ReportedError):
                 error.add_note(f"in step {self.completed}")
@@ -310,8 +311,9 @@ class BaseRun:
             raise
 
     def _record_end(self, error: BaseException) -> bool:
-        """Write down how the run has ended; returns whether a signal has stopped it."""
-        # A signal to stop all, which others obeyed sooner; not the launcher's, that follows a failure.
+        """Record how the run has ended; returns whether a signal has stopped it."""
+        # Other processes may have obeyed a signal sooner. The launcher's own signal, after a failure, is no
+        # stop.
         stopped = self._stop.received_before_the_last_vote and isinstance(error, ProcessLost)
         if self._is_started and self.accelerator.is_main_process:
             why = str(error) if isinstance(error, ReportedError) else in_words(error)
@@ -319,7 +321,7 @@ class BaseRun:
         return stopped
 
     def _end_alone(self, error: ProcessLost) -> None:
-        """End the process, in a thread, as the main one waits for a process that is lost."""
+        """End the process from another thread, while the main one waits for a lost process."""
         if self._record_end(error):
             error.exit_code = EXIT_STOPPED
         end_with(error)
@@ -333,7 +335,7 @@ class BaseRun:
         return f"; the best {metric}, {best[1]:.6g}, is that of {best[0]}" if best else ""
 
     def _say_last(self, text: str) -> None:
-        """Print a line below the progress bar, and below what trackers say at their end."""
+        """Print a line after the progress bar and the trackers have ended."""
         self._stack.close()
         self._say(text)
 

@@ -23,6 +23,7 @@ LIBRARIES = (
     *(os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")),
     *(os.path.realpath(Path(__file__).parent / folder) for folder in (".", "launch")),
 )
+COLOURS = {"error": 31, "warning": 33}  # red and yellow, of a terminal
 FIRST_RANK_SECONDS = 10  # that other ranks leave the first to print an error
 
 
@@ -60,7 +61,15 @@ def printable(value: object, length: int | None = 200) -> str:
 def say(text: str) -> None:
     """Print a line to stderr; paths in it may hold anything."""
     with tqdm.external_write_mode(file=sys.stderr):  # a progress bar makes room for it
-        print(printable(text, None), file=sys.stderr, flush=True)
+        print(_coloured(printable(text, None)), file=sys.stderr, flush=True)
+
+
+def _coloured(line: str) -> str:
+    """A line with its first word in colour, if a person reads it at a terminal; see https://no-color.org."""
+    word = line.partition(":")[0].partition(" ")[0]
+    if word not in COLOURS or not sys.stderr.isatty() or os.environ.get("NO_COLOR"):
+        return line
+    return f"\033[1;{COLOURS[word]}m{word}\033[0m{line.removeprefix(word)}"
 
 
 def warn(text: str) -> None:
@@ -132,7 +141,7 @@ def end_with(error: ReportedError) -> NoReturn:
         place = "" if RANK == "0" else f" on rank {RANK}"
     else:
         place = f" on rank {RANK}" if WORLD_SIZE > 1 else ""
-    sys.stderr.writelines(f"error{place}: {printable(line, None)}\n" for line in error.lines)
+    sys.stderr.writelines(_coloured(f"error{place}: {printable(line, None)}") + "\n" for line in error.lines)
     exit_process(error.exit_code)
 
 

@@ -152,7 +152,7 @@ class _Loop:
 
 
 def _settings_of(optimizer: Any) -> str:
-    """Its class, and of each group how many parameters there are, and the numbers that it was given."""
+    """The class and, for each group, the number of parameters and the settings."""
     groups = [
         ", ".join(
             [

@@ -1,5 +1,7 @@
 """Who says why a run of several processes ends, and what happens when nobody listens."""
 
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -91,3 +93,27 @@ def test_a_reader_that_has_enough_ends_it_quietly():
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "\033[1;33mwarning\033[0m: a\r\n\033[1;31merror\033[0m on rank 1: b\r\n"),
+        ({"NO_COLOR": "1"}, "warning: a\r\nerror on rank 1: b\r\n"),
+    ],
+)
+def test_a_terminal_shows_the_first_word_in_colour(variables, expected):
+    script = (
+        "from cs324dist.errors import RunFailed, end_with, warn\n"
+        "RunFailed.same_on_all_ranks = False\n"
+        "warn('a'), end_with(RunFailed('b'))"
+    )
+    terminal, its_end = pty.openpty()
+    subprocess.run(
+        [sys.executable, "-c", script],
+        stderr=its_end,
+        env={"PATH": os.environ["PATH"], "RANK": "1", "WORLD_SIZE": "2", **variables},
+        timeout=60,
+    )
+    os.close(its_end)
+    assert os.read(terminal, 1000).decode() == expected

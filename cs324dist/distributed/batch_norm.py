@@ -53,7 +53,8 @@ def freeze_cancelled_biases(model: nn.Module) -> None:
         if isinstance(chain, nn.Sequential):
             for layer, following in pairwise(chain):
                 bias = getattr(layer, "bias", None)
-                # In eval mode it subtracts another mean; a bias of another size is not one for each channel.
+                # In eval mode BatchNorm subtracts the running mean, which leaves the bias; sizes differ where
+                # it is not per channel.
                 if (
                     isinstance(bias, nn.Parameter)
                     and isinstance(following, _BatchNorm)
@@ -65,7 +66,7 @@ def freeze_cancelled_biases(model: nn.Module) -> None:
 
 class _BatchNormOverBatch(_BatchNorm):
     number: int
-    """Of the layer, among those that span the batch."""
+    """The index of the layer, among those that span the batch."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass  # of the class that this layer had before
@@ -90,7 +91,7 @@ class _BatchNormOverBatch(_BatchNorm):
 
 
 class _NormaliseOverBatch(torch.autograd.Function):
-    """One gathering each way: every part's mean and variance forward, two sums per channel backward.
+    """One all-gather in each pass: mean and variance of every part forward, two sums per channel backward.
 
     Variances are put together from centred squares, as E[x²] - E[x]² would lose the digits of a small
     variance beside a large mean. The passes over `x` are those of torch's own kernels.

@@ -1,8 +1,8 @@
 """What belongs to one part of the batch while parts take turns: generators, and attributes that a loss sets.
 
 A loss that says `self.y = y` means the `y` of its part. So attributes of the task and of modules are put away
-when another part goes on, and taken out again when the part does. After the update they have their old
-values: nothing depends on which part came last.
+when another part goes on, and brought back when this part does. After the update they have the values of
+before: nothing depends on which part came last.
 """
 
 import copy
@@ -21,7 +21,7 @@ from cs324dist.errors import RANK, UserError, warn
 
 CONTAINERS = (dict, list, set, deque)
 Attributes = dict[str, tuple[Any, Any]]
-"""By name: a value and, if it is a container, what is in it."""
+"""By name: the value, and the content of a container."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PartBelongings:
 
     @contextmanager
     def restored(self) -> Iterator[Kept]:
-        """At the end, they are as they are now."""
+        """At the end, bring back the state of the beginning."""
         values = (value for owner in self.owners.values() for value in vars(owner).values())
         self._by_part = {
             id(value) for value in values if isinstance(value, list) and len(value) == self._parts
@@ -57,7 +57,7 @@ class PartBelongings:
             self.take_out(kept)
 
     def put_away(self) -> Kept:
-        """What they are now."""
+        """Their present state."""
         attributes = [
             {name: (value, self._content(value)) for name, value in vars(owner).items()}
             for owner in self.owners.values()
@@ -65,7 +65,7 @@ class PartBelongings:
         return Kept(generators(self._device), attributes)
 
     def take_out(self, kept: Kept) -> None:
-        """Have them as they were when `put_away` gave `kept`."""
+        """Bring back the state `kept` of `put_away`."""
         set_generators(self._device, kept.generators)
         for (owner_name, owner), attributes in zip(self.owners.items(), kept.attributes, strict=True):
             now = vars(owner)
@@ -94,7 +94,7 @@ class PartBelongings:
             value.update(numbered)
 
     def _say(self, owner: str, name: str) -> None:
-        """The first time, a line."""
+        """Warn once about an attribute."""
         if name not in self.said:
             of = f"{owner}.{name}"
             self.said[name] = (

@@ -1,4 +1,4 @@
-"""Comparisons while a run goes on: of what should be the same on every process, or a second time."""
+"""Checks while a run goes on: that processes hold the same, and that a second computation gives the same."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ def checksum(tensor: Tensor) -> Int64[Tensor, ""]:
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The checksum of each; waits for the device once."""
+    """The checksum of each tensor; waits for the device once."""
     found = [checksum(tensor) for tensor in tensors.values()]
     sums = torch.stack(found).tolist() if found else []
     return dict(zip(tensors, sums, strict=True))

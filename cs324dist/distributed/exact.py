@@ -84,7 +84,7 @@ class ExactGradients(Gradients):
         self._check_every, self._anywhere = check_every, anywhere
         self._checked: set[str] = set()
         self._sums: dict[tuple[int, ...], OrderedSum] = {}
-        self._given: dict[Tensor, tuple[Tensor, int]] = {}  # a gradient, and the parameter's version then
+        self._given: dict[Tensor, tuple[Tensor, int]] = {}  # see `Given`
         self._has_warned = False
         self.belongings = PartBelongings({}, self._device, micro_batches)
 
@@ -124,7 +124,7 @@ class ExactGradients(Gradients):
         return self.belongings.said.get(attribute or "", "")
 
     def map(self, work: Callable[[MicroBatch], object], step: int, batch_size: int) -> None:
-        """Do something with each part of this process; layers that span the batch meet."""
+        """Do something with each part of this process; its BatchNorm layers span the batch."""
 
         def seeded(index: int) -> None:
             self.seed(step, "map", index)
@@ -170,7 +170,7 @@ class ExactGradients(Gradients):
 
         def gradients_of(index: int, is_check: bool = False) -> Sequence[Tensor | None]:
             self.seed(step, name, index)
-            # In this thread, where the parts of this process meet.
+            # Backward passes stay in the thread of their part, where they wait at barriers.
             with torch.autograd.set_multithreading_enabled(not self.parts.layers):
                 value, weight = pair(loss_of(self.batch(index, step, batch_size, is_check=is_check)))
                 unused: Sequence[Tensor | None] = [None] * len(parameters)
@@ -199,7 +199,7 @@ class ExactGradients(Gradients):
         return self._finish(rows, parameters, names, networks)
 
     def _row(self, value: Tensor, weight: Tensor | float | None, found: Sequence[Tensor | None]) -> Tensor:
-        """Of a part, what all have to know: its loss, the weight, whether it is a pair, what it used."""
+        """What every process has to know of a part: loss, weight, whether it is a pair, what it used."""
         numbers: tuple[Any, ...] = (value, 1.0 if weight is None else weight, float(weight is not None))
         row = torch.ones(len(numbers) + len(found), dtype=torch.float64, device=self._device)
         for place, number in enumerate(numbers):  # filled in place: a copy to the device would wait for it
@@ -298,7 +298,7 @@ class ExactGradients(Gradients):
 
 
 Sums = dict[int, dict[str, int]]
-"""Of some parts, by index: checksums of the loss and of each gradient."""
+"""By the index of a part: checksums of its loss and of each gradient."""
 
 
 def _sums_of(names: Sequence[str], gradients: Sequence[Tensor | None], row: Tensor) -> dict[str, int]:

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from cs324dist.errors import RunFailed
 
-BETWEEN_MEETINGS = 1.0  # seconds
-TO_SAY_IT_ITSELF = 5.0  # seconds that the main thread has, which may have found the same
+HEARTBEAT = 1.0  # seconds
+TO_SAY_IT_ITSELF = 5.0  # seconds in which the main thread may report the same error
 
 
 class OneProcessFailed(RunFailed):
@@ -70,9 +70,9 @@ def translate_errors(peer_timeout: int) -> Iterator[None]:
 class PeerWatch:
     """Ends this process when another has ended or is silent, even while the main thread waits in C.
 
-    It would wait on for NCCL, whose watchdog then aborts it without a word. So a thread of each process meets
-    those of the others every second, over gloo, and says how many collectives its process has begun. Where
-    the numbers differ, some wait for the others. What all do at the same time may take as long as it likes.
+    Otherwise NCCL's watchdog would abort it without a word. So a thread of each process sends a heartbeat to
+    the others every second, over gloo: how many collectives its process has begun. Where the numbers differ,
+    some processes wait for others. What all processes do at the same time may take as long as it likes.
     """
 
     def __init__(self, peer_timeout: int, lost: Callable[[ProcessLost], None]) -> None:
@@ -84,10 +84,10 @@ class PeerWatch:
         self._thread.start()
 
     def leave(self, *, together: bool) -> None:
-        """Watch no more; `together`: all processes do, and meet once more."""
+        """Watch no more; `together`: all processes stop watching, after one more heartbeat."""
         self._together = together
         self._leaving.set()
-        self._thread.join(None if together else 2 * BETWEEN_MEETINGS)
+        self._thread.join(None if together else 2 * HEARTBEAT)
         if together:
             with suppress(RuntimeError):  # of a process that has ended
                 dist.destroy_process_group(self._group)
@@ -95,16 +95,16 @@ class PeerWatch:
     def _watch(self) -> None:
         try:
             with translate_errors(self._peer_timeout):
-                self._meet()
+                self._compare_progress()
         except ProcessLost as lost:
             if not self._leaving.wait(TO_SAY_IT_ITSELF):
                 self._lost(lost)
 
-    def _meet(self) -> None:
-        """Meet until all leave, or until some have waited for the others for too long."""
+    def _compare_progress(self) -> None:
+        """Exchange heartbeats until all leave, or some have waited for the others for too long."""
         world: Any = dist.group.WORLD
-        before, unchanged = [0], 0  # the latter in meetings, which all count alike
-        while not (leaving := self._leaving.wait(BETWEEN_MEETINGS)) or self._together:
+        before, unchanged = [0], 0  # heartbeats, which all processes count alike
+        while not (leaving := self._leaving.wait(HEARTBEAT)) or self._together:
             own = torch.tensor([world._get_sequence_number_for_group(), leaving])
             rows = [torch.empty_like(own) for _ in range(self._group.size())]
             dist.all_gather(rows, own, group=self._group)
@@ -112,7 +112,7 @@ class PeerWatch:
                 return
             counts = [int(row[0]) for row in rows]
             unchanged, before = unchanged + 1 if counts == before else 0, counts
-            if min(counts) < max(counts) and unchanged * BETWEEN_MEETINGS > self._peer_timeout:
+            if min(counts) < max(counts) and unchanged * HEARTBEAT > self._peer_timeout:
                 raise ProcessLost(
                     f"rank {counts.index(min(counts))} kept others waiting for {self._peer_timeout} s "
                     f"(--peer-timeout): {FIND_OUT}"

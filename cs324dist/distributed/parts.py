@@ -1,8 +1,9 @@
 """The parts of the global batch that a process computes, one at a time.
 
-Part `i` of `count` belongs to process `i mod N`. A layer that spans the batch, such as BatchNorm, makes the
-parts meet. Each part of a process then has a thread, of which only one runs: it runs until its next meeting,
-and hands on. So no two parts run at once, and what a loss does between two meetings is not interrupted.
+Part `i` of `count` belongs to process `i mod N`. A layer that spans the batch, such as BatchNorm, is a
+barrier: it needs a row of numbers from every part. Each part of a process then has a thread, of which only
+one runs. It runs to its next barrier, then the next part's thread runs. So no two parts run at once, and
+nothing interrupts what a loss does between two barriers.
 """
 
 import contextvars
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 FORWARD, BACKWARD, END = "forward", "backward", "end"
-HEADER = 4  # numbers before a row: the layer, the pass, how many meetings there were, and a hash of them
+HEADER = 4  # numbers before a row: the layer, the pass, the number of barriers so far, and their hash
 _here = threading.local()
 
 
@@ -69,7 +70,7 @@ class Place:
     is_first: bool
     """Whether it is the first of its process."""
 
-    meeting: "_Meeting"
+    barrier: "_Barrier"
 
     def gather(self, layer: int, passed: str, row: Shaped[Tensor, "*row"]) -> Shaped[Tensor, "count *row"]:
         """The rows of all parts in order; all of them take part.
@@ -77,7 +78,7 @@ class Place:
         Raises:
             UserError: they came to different layers.
         """
-        return self.meeting.gather(self.index, layer, passed, row)
+        return self.barrier.gather(self.index, layer, passed, row)
 
 
 def current_place() -> Place | None:
@@ -86,7 +87,7 @@ def current_place() -> Place | None:
 
 
 class Parts:
-    """The parts of all processes."""
+    """Which process computes which part, and what the parts of a process have in common."""
 
     def __init__(self, count: int, device: torch.device, patience: float | int = 600) -> None:
         """Of `count` parts; one that keeps others waiting for more than `patience` seconds is an error."""
@@ -123,22 +124,22 @@ class Parts:
             UserError: parts came to different layers that span the batch.
             RunFailed: a part waits for too long.
         """
-        meeting = _Meeting(self, work, list(indices), shift, belongings)
+        barrier = _Barrier(self, work, list(indices), shift, belongings)
         restored = belongings.restored if belongings else nullcontext
         if not self.layers:
             for index in indices:
                 with restored():
-                    answer = meeting.compute(index)
+                    answer = barrier.compute(index)
                 yield answer
             return
         with restored() as kept:
-            answers = meeting.compute_all(kept)
+            answers = barrier.compute_all(kept)
         for index in indices:
             yield answers.pop(index)
 
 
-class _Meeting:
-    """The parts of one pass, which put together a row of each where they meet."""
+class _Barrier:
+    """Where the parts of one pass wait for each other, and each gets a row of numbers from all."""
 
     def __init__(
         self,
@@ -160,7 +161,7 @@ class _Meeting:
         self._last_switch = time.monotonic()
 
     def compute(self, index: int) -> Any:
-        """Compute a part, which meets no other of this process."""
+        """Compute a part to its end."""
         _here.place = Place(index, index == self._indices[0], self)
         try:
             return self._work(index)
@@ -168,7 +169,7 @@ class _Meeting:
             _here.place = None
 
     def compute_all(self, kept: Any) -> dict[int, Any]:
-        """Compute all parts from meeting to meeting; each begins with the belongings `kept`."""
+        """Compute all parts in turn, from barrier to barrier; each begins with the belongings `kept`."""
         if len(self._indices) == 1:
             self._compute_to_the_end(self._indices[0])
             return self._answers
@@ -208,8 +209,8 @@ class _Meeting:
     def gather(self, index: int, layer: int, passed: str, row: Tensor) -> Tensor:
         """See `Place`."""
         number = (FORWARD, BACKWARD, END).index(passed)
-        *_, meetings, known = self._headers[index]
-        self._headers[index] = layer, number, meetings + 1, (31 * known + 3 * layer + number) % (1 << 40)
+        *_, barriers, known = self._headers[index]
+        self._headers[index] = layer, number, barriers + 1, (31 * known + 3 * layer + number) % (1 << 40)
         self._rows[index] = row
         if index == self._indices[-1]:
             self._exchange(passed)
@@ -246,10 +247,10 @@ class _Meeting:
                     )
 
     def _at(self, header: Sequence[int]) -> str:
-        layer, number, meetings, _ = header
+        layer, number, barriers, _ = header
         passed = (FORWARD, BACKWARD, END)[number]
         at = "its end" if passed == END else f"{self._parts.layers[layer]} in the {passed} pass"
-        return f"to {at} (meeting {meetings})"
+        return f"to {at} (barrier {barriers})"
 
     def _hand_on(self, index: int) -> None:
         place = self._indices.index(index) + 1

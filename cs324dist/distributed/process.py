@@ -45,7 +45,7 @@ from cs324dist.errors import (
 from cs324dist.runs.environment import Environment, Precision, has_gpu, processor
 
 Answer = TypeVar("Answer")
-FEW_SAMPLES = 32  # for which the launches of a step take longer than its sums, we believe
+FEW_SAMPLES = 32  # samples for which launching kernels takes longer than computing (believed, not measured)
 
 
 def start_accelerator(
@@ -78,7 +78,7 @@ def start_accelerator(
     asked = precision or asked_precision()
     if not on_gpu and asked == "fp16":
         raise UserError("fp16 would silently run as float32 on a CPU: give --precision bf16, or no")
-    # The vote to stop, over gloo, must time out first: when NCCL does, its watchdog aborts without a word.
+    # The vote to stop, over gloo, must time out first: NCCL's watchdog would abort without a word.
     timeout = timedelta(seconds=peer_timeout + (60 if on_gpu else 0))
     choose_interface()
     rejoin_after_restart("nccl" if on_gpu else "gloo", timeout)
@@ -153,8 +153,8 @@ def is_faster_in_bf16() -> bool:
 def rejoin_after_restart(backend: str, timeout: timedelta) -> None:
     """Form the process group under a name of its own, if `--max_restarts` has restarted the workers.
 
-    A store that the launcher keeps has the addresses of the dead processes: half of the restarts fail
-    (pytorch #135712). A new store needs no other name, and launchers may have counted different restarts.
+    The launcher's store still has the addresses of the dead processes, and half of the restarts fail (pytorch
+    #135712). A new store needs no new name, and launchers may have counted different restarts.
     """
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -166,7 +166,7 @@ def rejoin_after_restart(backend: str, timeout: timedelta) -> None:
 def prepare_process(
     on_cpu: bool, *, one_core: bool = False, flush_denormal: bool = True, keep_memory: bool = True
 ) -> None:
-    """Settings of the process that must stand before its first tensor operation; see docs/performance.md."""
+    """Settings that must precede the first tensor operation; see docs/performance.md."""
     # A long backward pass makes denormal numbers, ten times slower; threads started earlier would keep them.
     torch.set_flush_denormal(flush_denormal)
     if on_cpu:
@@ -254,8 +254,8 @@ def _launcher_has_died() -> bool:
         return True
     try:
         parent = psutil.Process(PARENT)
-        # It may have died before Python came to ask, and an init process adopted this one. In a container the
-        # launcher can be the first process itself.
+        # The launcher may have died before Python started, and an init process adopted this one. In a
+        # container the launcher itself can be process 1.
         adopted_by_first = PARENT == 1 and parent.exe() != psutil.Process().exe()
         return adopted_by_first or parent.name() == "systemd"
     except psutil.Error:  # of another user

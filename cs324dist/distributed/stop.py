@@ -17,7 +17,7 @@ from cs324dist.distributed.failures import PeerWatch, ProcessLost
 from cs324dist.errors import EXIT_STOPPED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last: of Slurm, with --signal
-SIGNALS_TO_END = 3  # signals; a user who asks this often wants out at once
+SIGNALS_TO_END = 3  # then the process ends at once
 TOGETHER = 1.0  # seconds in which signals count as one: a launcher passes on what Slurm has sent to all
 Part = TypeVar("Part")
 
@@ -52,7 +52,7 @@ class StopRequest:
     def listen(self) -> None:
         """From now on, until the context ends, signals set the flag; every rank calls it.
 
-        Before, while there is nothing to lose yet, they end the process at once, whatever it waits for.
+        Before that, there is nothing to lose, and a signal ends the process at once.
         """
         self._previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         arrivals, wakeup = os.pipe()
@@ -86,7 +86,7 @@ class StopRequest:
             self._group = self._ballot = None
 
     def _count(self, arrivals: int) -> None:
-        """In a thread: a handler would have to wait for the end of whatever torch is doing."""
+        """Count signals in a thread: a handler would wait until torch returns to Python."""
         while number := os.read(arrivals, 1):
             if number[0] in self._previous:  # others, such as SIGCHLD, arrive here too
                 self._note(number[0])
@@ -123,7 +123,7 @@ class StopRequest:
     def until_stopped(self, parts: Iterable[Part]) -> Iterator[Part]:
         """The parts of a long piece of work, until a signal arrives; the first is always given.
 
-        A result that was interrupted on any rank must be thrown away on all: see `interrupted`.
+        If any rank was interrupted, all ranks must discard the result: see `interrupted`.
         """
         for number, part in enumerate(parts):
             if number and self.received:

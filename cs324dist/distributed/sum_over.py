@@ -62,7 +62,8 @@ class SumOver:
             return torch.cat([value.double().flatten() for value in sums.values()])
 
         rounds = range(0, len(pieces), self._processes)
-        # All join each round: a process without a piece in the last one measures another's, and adds zeros.
+        # All join each collective: in the last round, a process without a piece measures another's, and adds
+        # zeros.
         own = [pieces[min(first + self._rank, len(pieces) - 1)] for first in rounds]
         rows = map(row_of, self._until_stopped(own))
         row = total = next(rows)

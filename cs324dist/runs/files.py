@@ -72,7 +72,7 @@ def check_writable(path: Path) -> None:
 
 @runtime_checkable
 class Writer(Protocol):
-    """One of several that may write here, of which the latest counts."""
+    """One of several processes that may write here: only the latest may go on."""
 
     @property
     def generation(self) -> int:
@@ -105,7 +105,7 @@ def replaced(path: Path, writer: Writer | None = None) -> Iterator[Path]:
 
 
 def clear_temporaries(folder: Path, name: str, generation: int) -> None:
-    """Remove what writers before `generation` left: they were killed, or have nothing to rename any more."""
+    """Remove temporary files of writers before `generation`, so that a paused one cannot rename them."""
     for match in matches(folder, rf"\.{re.escape(name)}.*\.tmp"):
         by = re.search(r"\.([0-9]+)-[0-9a-f]{8}\.tmp", match[0])
         if not by or int(by[1]) < generation:

@@ -28,7 +28,7 @@ class HiddenState:
         self._said: set[tuple[str, str]] = set()
 
     def changed(self) -> Hidden:
-        """What differs from the start; a line for what no checkpoint can hold."""
+        """What differs from the start; a warning for what no checkpoint can hold."""
         found: Hidden = {}
         for (owner, name), value in self._values():
             if (text := _as_text(value)) != self._first.get((owner, name)):
@@ -49,7 +49,7 @@ class HiddenState:
                     yield (owner_name, name), value
 
     def _say(self, owner: str, name: str, value: object) -> None:
-        """The first time, a line about what would be state, and not a cache."""
+        """Warn once about a value that looks like state, not like a cache."""
         if (owner, name) not in self._said and isinstance(value, Tensor | list | dict | set):
             self._said.add((owner, name))
             warn(

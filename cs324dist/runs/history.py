@@ -43,7 +43,7 @@ def history_of(folder: Path) -> list[Path]:
 
 
 def keep_newest(folder: Path, count: int, generation: int, *, best: int | None = None) -> None:
-    """Delete all but the newest `count` checkpoints and that of step `best`, and a killed writer's leavings.
+    """Delete all but the newest `count` checkpoints and that of step `best`, and what a killed writer left.
 
     What owners after `generation` wrote stays.
     """
@@ -66,7 +66,7 @@ def clear_unfinished(folder: Path, generation: int) -> None:
 
 
 def _delete(path: Path, name: str) -> None:
-    """Under another name: a kill leaves no half of it, and who still writes there writes to nothing."""
+    """Rename, then delete: a kill leaves no half of it, and an earlier owner cannot write into it."""
     doomed = path.with_name(f".{name}.deleted.tmp")
     if path != doomed:
         clear(doomed)

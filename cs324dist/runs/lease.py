@@ -3,11 +3,11 @@
 owners/2.json         the second process that ran it, where, with which options, and from which step
 owners/2-NONCE.lock   locked while it lives
 
-Each owner has a generation. Its checkpoints carry it in their names; its metrics go to a file that the next
-owner replaces; any other file is written under a temporary name and renamed once `check_owned` has passed.
-A successor claims the run, then removes the temporary files of those before it. So an owner that was cut off
-and still runs can replace nothing that its successor wrote, however late it wakes up: either it finds that it
-was superseded, or nothing that it could rename.
+Each owner has a number, its generation: a fencing token. The names of its checkpoints have it. Its metrics go
+to a file that the next owner replaces. Every other file is written under a temporary name, and renamed after
+`check_owned`. A new owner claims the run, then removes the temporary files of earlier owners. So an earlier
+owner that still runs cannot replace what a later one wrote: it finds that it was superseded, or its temporary
+file is gone.
 """
 
 import errno
@@ -32,9 +32,9 @@ from cs324dist.runs.environment import Environment
 from cs324dist.runs.files import clear, matches, read_record, sync, write_record
 
 PATIENCE = 10  # seconds that a new owner waits for one that is about to end
-HEARTBEAT = 5  # seconds between signs of life
+HEARTBEAT = 5  # seconds between heartbeats: the file of the owner gets a new time
 POLL = 0.1  # seconds between looks at a lock
-SILENCE = 20  # seconds without a sign of life after which an owner on another machine counts as dead
+SILENCE = 20  # seconds without a heartbeat after which an owner on another machine counts as dead
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -54,7 +54,7 @@ class Owner:
     slurm_job: str | None = None
     slurm_restarts: int = 0
     seconds_since_previous: Annotated[float, Interval(ge=0, le=1e15)] | None = None
-    """From the last sign of life of the owner before."""
+    """From the last heartbeat of the owner before."""
 
     from_step: Number | None = None
     """The step that it went on from."""
@@ -93,24 +93,24 @@ class Lease:
         before = newest_generation(self._folder)
         if before:
             _wait_for_the_end_of(before, run)
-        self._folder.mkdir(parents=True, exist_ok=True)  # who withdraws while it is watched, may take it away
-        last_sign = _last_sign(self._folder / f"{before}.json")
+        self._folder.mkdir(parents=True, exist_ok=True)  # a withdrawing owner may have removed the folder
+        last_heartbeat = _last_heartbeat(self._folder / f"{before}.json")
         self.generation = max(before, after) + 1
         self._path = self._folder / f"{self.generation}.json"
         self._owner = this_process()
         self._lock_path = _lock_of(self._path, self._owner.nonce)
         try:
             self._claim()
-        except (FileExistsError, FileNotFoundError):  # the latter: it has withdrawn, and the folder with it
+        except (FileExistsError, FileNotFoundError):  # the folder has gone with an owner that withdrew
             raise UserError(f"{run} was just taken by another process: wait for it, or stop it") from None
-        if last_sign and (now := _last_sign(self._path)):
-            self.note(seconds_since_previous=round(max(now - last_sign, 0) / 1e9, 1))
+        if last_heartbeat and (now := _last_heartbeat(self._path)):
+            self.note(seconds_since_previous=round(max(now - last_heartbeat, 0) / 1e9, 1))
         sync(self._folder)
         for left in matches(self._folder, r"\.*([1-9][0-9]*)\W.*\.(lock|tmp)"):
             if int(left[1]) <= self.generation and self._owner.nonce not in left[0]:
                 clear(self._folder / left[0])
         self._released = threading.Event()
-        threading.Thread(target=self._give_signs_of_life, daemon=True).start()
+        threading.Thread(target=self._send_heartbeats, daemon=True).start()
 
     def _claim(self) -> None:
         """Create the file of this owner, whole, unless there is one."""
@@ -146,7 +146,7 @@ class Lease:
             raise Superseded(f"{self._run} was moved or replaced: this process writes nothing more")
 
     def _is_there(self) -> bool:
-        """Whether what it wrote at its claim is there, and not that of another run's owner."""
+        """Whether the file of this owner is there; another run's owner may have one of the same name."""
         with suppress(FileNotFoundError):
             return self._owner.nonce in self._path.read_text()
         return False
@@ -182,7 +182,7 @@ class Lease:
             with suppress(OSError):  # another process has come
                 self._folder.rmdir()
 
-    def _give_signs_of_life(self) -> None:
+    def _send_heartbeats(self) -> None:
         while not self._released.wait(HEARTBEAT):
             with suppress(OSError):
                 os.utime(self._path)
@@ -228,12 +228,12 @@ def _wait_for_the_end_of(generation: int, run: Path) -> None:
             found = _look_at(lock)
     if owner and (owner.ended or (found == "free" and owner.machine == me.machine)):
         return
-    # Locks may not reach from one machine to another, and clocks may differ: watch for a sign of life.
+    # Locks may not reach from one machine to another, and clocks may differ: watch for a heartbeat.
     say(f"{run} was left by {name}; watching it for {SILENCE} s")
-    seen, until = _last_sign(path), time.monotonic() + SILENCE
+    seen, until = _last_heartbeat(path), time.monotonic() + SILENCE
     while time.monotonic() < until:
         time.sleep(HEARTBEAT / 5)
-        if not (now := _last_sign(path)):
+        if not (now := _last_heartbeat(path)):
             return  # it has withdrawn
         if now != seen:
             raise in_use
@@ -290,8 +290,8 @@ def this_process() -> Owner:
     )
 
 
-def _last_sign(owner: Path) -> int | None:
-    """Its last sign of life, in nanoseconds by the clock of the file system; None if it is not there."""
+def _last_heartbeat(owner: Path) -> int | None:
+    """Its last heartbeat, in nanoseconds by the clock of the file system; None without its file."""
     # Opened, because network file systems only then look anew.
     with suppress(FileNotFoundError), owner.open() as file:
         return os.fstat(file.fileno()).st_mtime_ns

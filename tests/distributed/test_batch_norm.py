@@ -187,10 +187,10 @@ def path(net: nn.ModuleList, x: Tensor, index: int, case: str) -> Tensor:
 
 OTHER = {"none": [], "ends early": [0], "skips one": [1], "another order": [1, 0]}
 SAID = {
-    "none": "to Net.0 in the forward pass (meeting 1), part 2 to its end (meeting 1)",
-    "ends early": "to Net.1 in the forward pass (meeting 2), part 2 to Net.0 in the backward pass",
-    "skips one": "to Net.0 in the forward pass (meeting 1), part 2 to Net.1 in the forward pass (meeting 1)",
-    "another order": "to Net.0 in the forward pass (meeting 1), part 2 to Net.1 in the forward pass",
+    "none": "to Net.0 in the forward pass (barrier 1), part 2 to its end (barrier 1)",
+    "ends early": "to Net.1 in the forward pass (barrier 2), part 2 to Net.0 in the backward pass",
+    "skips one": "to Net.0 in the forward pass (barrier 1), part 2 to Net.1 in the forward pass (barrier 1)",
+    "another order": "to Net.0 in the forward pass (barrier 1), part 2 to Net.1 in the forward pass",
 }
 
 

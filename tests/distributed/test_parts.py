@@ -20,7 +20,7 @@ COUNT = 5
 
 
 def spanned(count: int = COUNT, patience: float = 60) -> Parts:
-    """Parts that meet in two layers."""
+    """Parts with barriers in two layers."""
     parts = Parts(count, CPU, patience)
     parts.layers, parts.widest = ["first", "second"], 2
     return parts
@@ -46,7 +46,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 class TestTurns:
-    def test_a_part_runs_to_its_next_meeting_and_hands_on(self):
+    def test_a_part_runs_to_its_next_barrier_and_hands_on(self):
         events, running = [], threading.Lock()
 
         def work(index: int) -> int:
@@ -79,7 +79,7 @@ class TestTurns:
             for found in as_ranks(processes, lambda rank: all_of(spanned(), work, shift=shift)):  # noqa: B023
                 assert all(of_part == expected for of_part in found)
 
-    @pytest.mark.parametrize("parts", [Parts(COUNT, CPU), spanned()], ids=["alone", "meeting"])
+    @pytest.mark.parametrize("parts", [Parts(COUNT, CPU), spanned()], ids=["alone", "barrier"])
     def test_a_part_knows_its_place(self, parts):
         def work(index: int) -> tuple[int, bool]:
             return current_place().index, current_place().is_first
@@ -114,12 +114,12 @@ class TestTurns:
 
 class TestErrors:
     @pytest.mark.parametrize("failing", [0, 2, 4])
-    @pytest.mark.parametrize("meetings", [0, 1])
-    def test_an_error_in_one_part_ends_all(self, failing, meetings):
+    @pytest.mark.parametrize("barriers", [0, 1])
+    def test_an_error_in_one_part_ends_all(self, failing, barriers):
         parts, ended = spanned(), []
 
         def work(index: int) -> None:
-            meet(0) if meetings else None
+            meet(0) if barriers else None
             if index == failing:
                 raise ZeroDivisionError("of this part")
             meet(1)

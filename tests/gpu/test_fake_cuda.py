@@ -18,14 +18,14 @@ CASES = ("lstm", "lstm curriculum", "lstm equations", "lstm course", "lstm long"
 EXACT = ("lstm exact", "lstm equations exact", "rnn exact", "gan exact", "gan whole", "mlp exact",
          "gpt exact", "classifier exact")  # fmt: skip
 NOT_FUSED = ("lstm course", "lstm equations, rmsprop", "rnn", "mlp")
-MEETINGS = "a value is read: cs324dist/distributed/parts.py, _exchange: headers ="  # at the end of all parts
+BARRIERS = "a value is read: cs324dist/distributed/parts.py, _exchange: headers ="  # at the end of all parts
 USED = "a value is read: cs324dist/distributed/exact.py, _finish: kinds, used ="
 
 
 def waits(case: str, precision: str) -> list[str]:
     """How the lines begin that say what a step waits for: all of them."""
     if case in EXACT:
-        return [MEETINGS, USED] if case.startswith(("gan", "classifier")) else [USED]
+        return [BARRIERS, USED] if case.startswith(("gan", "classifier")) else [USED]
     found = []
     if case == "lstm curriculum":
         found.append("a value is read: cs324dist/tasks/lstm/task.py, step: if decides")
