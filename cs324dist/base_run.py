@@ -1,6 +1,7 @@
 """What every run does: own its folder, go on from a checkpoint, log, save, compare, and stop."""
 
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -37,6 +38,7 @@ from cs324dist.runs.run_dir import RunDir
 from cs324dist.trackers import Trackers
 
 STOPPED = "a signal asked for it"
+MUCH_SAVING = 10  # seconds, and percent of a run's time, that checkpoints may take without a word
 RunT = TypeVar("RunT", bound="BaseRun")
 
 
@@ -81,6 +83,7 @@ class BaseRun:
         self._session: Any = None
         self._is_started = self._in_step = self._save_asked = self._stop_asked = False
         self._until = self._metrics_lines = 0
+        self._began, self._seconds_saving = time.monotonic(), 0.0
 
     def __enter__(self: RunT) -> RunT:
         self._session = self._opened()
@@ -252,10 +255,12 @@ class BaseRun:
         Raises:
             RunFailed: a value is not finite, or the last checkpoint cannot be written.
         """
+        began = time.monotonic()
         with self.trackers.paused():
             self.compare()
             self._on_main(self._write_on_main)
         self._save_asked = False
+        self._seconds_saving += time.monotonic() - began
 
     def _write_on_main(self) -> None:
         scaler = self.accelerator.scaler
@@ -337,6 +342,12 @@ class BaseRun:
     def _say_last(self, text: str) -> None:
         """Print a line after the progress bar and the trackers have ended."""
         self._stack.close()
+        took = time.monotonic() - self._began
+        if self._seconds_saving > max(MUCH_SAVING, took * MUCH_SAVING / 100):
+            self._say(
+                f"checkpoints took {self._seconds_saving:.0f} of {took:.0f} s: fewer of them cost less "
+                f"(--checkpoint-every, in a loop of your own save_every)"
+            )
         self._say(text)
 
     def _say(self, text: str) -> None:

@@ -69,3 +69,12 @@ def test_on_a_gpu_a_line_has_the_most_memory_that_was_held(tmp_path, monkeypatch
     tracking = {"config": {}, "wandb": "disabled", "tensorboard": False}
     Trackers(RunDir(tmp_path), Accelerator(cpu=True), start=0, until=20, **tracking).log_step(10, {})
     assert logged["throughput/peak_memory_gib"] == 1.5
+
+
+@pytest.mark.parametrize("seconds", [0, 20])
+def test_checkpoints_that_take_long_are_named_at_the_end(tmp_path, monkeypatch, capsys, seconds):
+    clock = iter(range(0, 10**6, seconds)) if seconds else None
+    if clock:
+        monkeypatch.setattr("cs324dist.base_run.time.monotonic", lambda: next(clock))
+    lines(Waiting, tmp_path / "run")
+    assert ("checkpoints took 20 of " in capsys.readouterr().err) == bool(seconds)
