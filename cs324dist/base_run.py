@@ -18,23 +18,14 @@ from cs324dist.distributed.exact import exact_of
 from cs324dist.distributed.failures import ProcessLost, translate_errors
 from cs324dist.distributed.process import compare_environments, compiled_by, on_main_process
 from cs324dist.distributed.stop import Stopped, StopRequest
-from cs324dist.errors import EXIT_STOPPED, ReportedError, RunFailed, UserError, end_with, in_words, say, warn
+from cs324dist.errors import EXIT_STOPPED, ReportedError, RunFailed, UserError, end_with, in_words, say
 from cs324dist.metrics import as_numbers
-from cs324dist.runs.checkpoints import (
-    Trained,
-    TrainerState,
-    check_names,
-    check_that_it_can_be_saved,
-    difference,
-    layout,
-    read_checkpoint,
-    write_checkpoint,
-)
+from cs324dist.runs.checkpoints import Trained, check_names
 from cs324dist.runs.environment import environment
-from cs324dist.runs.hidden_state import HiddenState
 from cs324dist.runs.lease import Superseded
 from cs324dist.runs.records import RunRecord
 from cs324dist.runs.run_dir import RunDir
+from cs324dist.runs.saving import Saving
 from cs324dist.trackers import Trackers
 
 STOPPED = "a signal asked for it"
@@ -104,7 +95,7 @@ class BaseRun:
         ):
             if self._seed is None:
                 self._seed = torch.initial_seed()
-            self.hidden = HiddenState(self.trained)
+            self.saving = Saving(self.dir, self.trained, self.accelerator, self.keep_last, self.keep_best)
             self._restore()
             with self._ending_recorded(), translate_errors(self.peer_timeout):
                 yield
@@ -129,13 +120,12 @@ class BaseRun:
 
     def _restore(self) -> None:
         """Read the newest valid checkpoint, if there is one."""
-        self._layout = layout(self.trained)
         newest = self._on_main(self.dir.newest_checkpoint)
         if newest is None:
-            self._on_main(lambda: check_that_it_can_be_saved(self.dir.scratch, self.trained))
+            self._on_main(self.saving.check)
             self.compare()
             return
-        state = read_checkpoint(newest, self.trained, self.hidden, self.accelerator.scaler)
+        state = self.saving.read(newest)
         self.step, self._metrics_lines, self.is_over = state.step, state.metrics_lines, state.is_over
 
     def steps(self, until: int, save_every: int) -> Iterator[int]:
@@ -258,44 +248,10 @@ class BaseRun:
         began = time.monotonic()
         with self.trackers.paused():
             self.compare()
-            self._on_main(self._write_on_main)
+            is_last = self.is_over or self.completed >= self._until
+            self._on_main(lambda: self.saving.write(self.completed, is_over=self.is_over, is_last=is_last))
         self._save_asked = False
         self._seconds_saving += time.monotonic() - began
-
-    def _write_on_main(self) -> None:
-        scaler = self.accelerator.scaler
-        if line := difference(self._layout, layout(self.trained)):
-            raise RunFailed(f"after step {self.completed}, {line}; {self._last_good()}")
-        try:
-            state = TrainerState(
-                step=self.completed,
-                processes=self.accelerator.num_processes,
-                loss_scale=scaler.state_dict() if scaler is not None and scaler.is_enabled() else {},
-                metrics_lines=self.dir.write_metrics(sync=True),
-                hidden=self.hidden.changed(),
-                is_over=self.is_over,
-            )
-            write_checkpoint(self.dir.checkpoint(self.completed), self.trained, state, self.dir)
-        except OSError as error:
-            text = f"no checkpoint of step {self.completed}: {error.strerror}; {self._last_good()}"
-            if self.is_over or self.completed >= self._until:
-                raise RunFailed(f"{text}; make room, then run the same command again") from None
-            warn(text)
-        except RunFailed as failure:
-            raise self._diverged(str(failure)) from None
-        else:
-            self.dir.write_status("running", self.completed)
-            self.dir.keep_newest(self.keep_last, self.keep_best)
-
-    def _diverged(self, what: str) -> RunFailed:
-        """The error for values that are not finite."""
-        advice = "for another outcome, lower the learning rate in a new run folder"
-        return RunFailed(f"{what}; {self._last_good()}", advice)
-
-    def _last_good(self) -> str:
-        """What to say of the newest checkpoint."""
-        newest = self.dir.newest()
-        return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
     @contextmanager
     def _ending_recorded(self) -> Iterator[None]:

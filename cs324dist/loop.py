@@ -120,7 +120,7 @@ class TaskRun(BaseRun):
     def _check_finite(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             if not math.isfinite(value):
-                raise self._diverged(f"{name} is {value} after step {self.completed}")
+                raise self.saving.diverged(f"{name} is {value} after step {self.completed}")
 
     def _evaluate(self) -> None:
         """Evaluate and log; a signal that interrupts it stops the run."""
@@ -145,7 +145,7 @@ class TaskRun(BaseRun):
                     f"give one of {', '.join(found)}" if found else "the task measures nothing, leave it out"
                 )
                 text = f"--keep-best {best} is no metric of an evaluation: {todo}"
-                raise RunFailed(f"{text}; {self._last_good()}")
+                raise RunFailed(f"{text}; {self.saving.last_good()}")
 
 
 def main(task: str | type[Task[Any]], description: str | None) -> None:

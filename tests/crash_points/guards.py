@@ -9,8 +9,7 @@ from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 
-from cs324dist import base_run
-from cs324dist.runs import checkpoints, files, lease, metrics_file
+from cs324dist.runs import checkpoints, files, lease, metrics_file, saving
 from cs324dist.runs.run_dir import RunDir
 
 
@@ -43,7 +42,7 @@ def checkpoints_written_in_place() -> None:
         files.clear(folder)
         checkpoints._write_files(folder, trained, state)
 
-    base_run.write_checkpoint = write
+    saving.write_checkpoint = write
 
 
 def checkpoints_deleted_in_place() -> None:

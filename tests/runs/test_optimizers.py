@@ -155,11 +155,12 @@ def build(request) -> Build:
 
 def test_a_run_is_plain_torch_from_its_first_step_and_across_a_restart(build, tmp_path):
     task, trainer = start(build, tmp_path / "run")
-    with TaskRun(trainer) as run:
+    hidden = HiddenState(task)
+    with TaskRun(trainer):
         for step in range(3):
             trainer.step(step, is_logged=False)
         assert bits(task.networks) == plain_torch(build, 3)
-        write_checkpoint(tmp_path / "3", task, TrainerState(3, hidden=run.hidden.changed()))
+        write_checkpoint(tmp_path / "3", task, TrainerState(3, hidden=hidden.changed()))
 
     task, trainer = start(build)
     read_checkpoint(tmp_path / "3", task, HiddenState(task), trainer.accelerator.scaler)

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from cs324dist import base_run, trackers
+from cs324dist import trackers
 from cs324dist.errors import RunFailed, UserError
 from cs324dist.loop import main, run_task
+from cs324dist.runs import saving
 from cs324dist.runs.checkpoints import TrainerState
 from cs324dist.runs.run_dir import RunDir
 from cs324dist.tasks.lstm.task import LSTMTask
@@ -78,14 +79,14 @@ def test_a_disk_without_room_is_seen_before_the_first_step(tmp_path, monkeypatch
 def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_the_last_one_an_error(
     tmp_path, monkeypatch, capsys
 ):
-    honest = base_run.write_checkpoint
+    honest = saving.write_checkpoint
 
     def full(folder: Path, trained: object, state: TrainerState, *owner: object) -> None:
         if owner:  # none has what is written before the first step, to see whether it can be
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         honest(folder, trained, state)
 
-    monkeypatch.setattr(base_run, "write_checkpoint", full)
+    monkeypatch.setattr(saving, "write_checkpoint", full)
     with pytest.raises(RunFailed, match=r"^no checkpoint of step 4: No space left on device; there is no"):
         run_in(tmp_path / "run", steps=4, checkpoint_every=2)
     assert "warning: no checkpoint of step 2: No space left on device" in capsys.readouterr().err

@@ -180,6 +180,7 @@ def test_the_bar_moves_at_every_step_whatever_is_logged(monkeypatch, tmp_path):
 def test_lines_and_the_bar_keep_out_of_each_other(monkeypatch, tmp_path):
     monkeypatch.setattr(trackers, "open_wandb", lambda *_: say("Weights & Biases: something"))
     monkeypatch.setattr(trackers, "save_png", lambda *_: warn("amid the steps"))
+    monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(
         LSTMTask, "evaluate", lambda *_: Evaluation({}, torch.zeros(1, 2, 2, dtype=torch.uint8))
     )

@@ -1,0 +1,78 @@
+"""What a run saves: its state after a step, and which checkpoints stay."""
+
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from cs324dist.errors import RunFailed, warn
+from cs324dist.runs.checkpoints import (
+    Trained,
+    TrainerState,
+    check_that_it_can_be_saved,
+    difference,
+    layout,
+    read_checkpoint,
+    write_checkpoint,
+)
+from cs324dist.runs.hidden_state import HiddenState
+from cs324dist.runs.run_dir import RunDir
+
+
+class Saving:
+    """Reads and writes the checkpoints of a run."""
+
+    def __init__(
+        self, run: RunDir, trained: Trained, accelerator: Accelerator, keep_last: int, keep_best: str
+    ) -> None:
+        """Of what is trained, as it is before the first step; for the last two see `RunDir.keep_newest`."""
+        self._run, self._trained, self._accelerator = run, trained, accelerator
+        self._keep = keep_last, keep_best
+        self._hidden, self._layout = HiddenState(trained), layout(trained)
+
+    def check(self) -> None:
+        """Check that the state of the run can be saved; raises as `check_that_it_can_be_saved` does."""
+        check_that_it_can_be_saved(self._run.scratch, self._trained)
+
+    def read(self, checkpoint: Path) -> TrainerState:
+        """Go on from a checkpoint; raises as `read_checkpoint` does."""
+        return read_checkpoint(checkpoint, self._trained, self._hidden, self._accelerator.scaler)
+
+    def write(self, step: int, *, is_over: bool, is_last: bool) -> None:
+        """Write the checkpoint after `step`, and delete the ones that are not kept.
+
+        Raises:
+            RunFailed: a value is not finite, or the last checkpoint cannot be written.
+        """
+        if line := difference(self._layout, layout(self._trained)):
+            raise RunFailed(f"after step {step}, {line}; {self.last_good()}")
+        scaler = self._accelerator.scaler
+        try:
+            state = TrainerState(
+                step=step,
+                processes=self._accelerator.num_processes,
+                loss_scale=scaler.state_dict() if scaler is not None and scaler.is_enabled() else {},
+                metrics_lines=self._run.write_metrics(sync=True),
+                hidden=self._hidden.changed(),
+                is_over=is_over,
+            )
+            write_checkpoint(self._run.checkpoint(step), self._trained, state, self._run)
+        except OSError as error:
+            text = f"no checkpoint of step {step}: {error.strerror}; {self.last_good()}"
+            if is_last:
+                raise RunFailed(f"{text}; make room, then run the same command again") from None
+            warn(text)
+        except RunFailed as failure:
+            raise self.diverged(str(failure)) from None
+        else:
+            self._run.write_status("running", step)
+            self._run.keep_newest(*self._keep)
+
+    def diverged(self, what: str) -> RunFailed:
+        """The error for values that are not finite."""
+        advice = "for another outcome, lower the learning rate in a new run folder"
+        return RunFailed(f"{what}; {self.last_good()}", advice)
+
+    def last_good(self) -> str:
+        """What to say of the newest checkpoint."""
+        newest = self._run.newest()
+        return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
