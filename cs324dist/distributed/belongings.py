@@ -7,9 +7,11 @@ before: nothing depends on which part came last.
 
 import copy
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -20,8 +22,31 @@ from cs324dist.distributed.batch_norm import tensors_over_batch
 from cs324dist.errors import RANK, UserError, warn
 
 CONTAINERS = (dict, list, set, deque)
-Attributes = dict[str, tuple[Any, Any]]
-"""By name: the value, and the content of a container."""
+
+
+class Attributes:
+    """The attributes of an object at one time, and the content of its containers."""
+
+    def __init__(self, owner: object, shared: Collection[int]) -> None:
+        """The content of containers whose id is in `shared` does not count."""
+        self.values = dict(vars(owner))
+        containers = {
+            n: v for n, v in self.values.items() if isinstance(v, CONTAINERS) and id(v) not in shared
+        }
+        self.contents = {name: _copy(value) for name, value in containers.items()}
+        # Most containers of a module are empty, and stay so.
+        self._empty = [value for value in containers.values() if not value]
+        filled = [value for value in containers.values() if value]
+        self._views = [view for v in filled for view in ((v, v.values()) if isinstance(v, dict) else (v,))]
+        self._seen = list(self._all(owner))
+
+    def _all(self, owner: object) -> Iterator[object]:
+        """All names, values and entries, and a mark at the end."""
+        return chain(vars(owner), vars(owner).values(), *self._views, (Attributes,))
+
+    def are_those_of(self, owner: object) -> bool:
+        """Whether nothing has changed; a quick look, which may say no for another order."""
+        return not any(self._empty) and all(map(is_, self._all(owner), self._seen))
 
 
 @dataclass(frozen=True)
@@ -29,7 +54,7 @@ class Kept:
     """What `PartBelongings.put_away` gives."""
 
     generators: tuple[Any, ...]
-    attributes: Sequence[Attributes]
+    attributes: dict[str, Attributes]
 
 
 class PartBelongings:
@@ -39,6 +64,7 @@ class PartBelongings:
         """`owners` of attributes by name; containers with a place for each of `parts` are shared by all."""
         self.owners, self._device, self._parts = owners, device, parts
         self._by_part: set[int] = set()  # lists that have a place for each part
+        self._last: dict[str, Attributes] = {}  # that were put away or taken out
         self.said: dict[str, str] = {}
         """Lines about attributes that were put away, by the attribute's name."""
 
@@ -46,9 +72,9 @@ class PartBelongings:
     def restored(self) -> Iterator[Kept]:
         """At the end, bring back the state of the beginning."""
         values = (value for owner in self.owners.values() for value in vars(owner).values())
-        self._by_part = {
-            id(value) for value in values if isinstance(value, list) and len(value) == self._parts
-        }
+        by_part = {id(value) for value in values if isinstance(value, list) and len(value) == self._parts}
+        if by_part != self._by_part:
+            self._by_part, self._last = by_part, {}
         unchanged, kept = Unchanged(self.owners), self.put_away()
         try:
             yield kept
@@ -58,33 +84,36 @@ class PartBelongings:
 
     def put_away(self) -> Kept:
         """Their present state."""
-        attributes = [
-            {name: (value, self._content(value)) for name, value in vars(owner).items()}
-            for owner in self.owners.values()
-        ]
-        return Kept(generators(self._device), attributes)
+        self._last = {
+            name: last
+            if (last := self._last.get(name)) and last.are_those_of(owner)
+            else Attributes(owner, self._by_part)
+            for name, owner in self.owners.items()
+        }
+        return Kept(generators(self._device), self._last)
 
-    def take_out(self, kept: Kept) -> None:
-        """Bring back the state `kept` of `put_away`."""
+    def take_out(self, kept: Kept, *, none_changed: bool = False) -> None:
+        """Bring back the state `kept`; `none_changed`: attributes have not, since the last were put away."""
         set_generators(self._device, kept.generators)
-        for (owner_name, owner), attributes in zip(self.owners.items(), kept.attributes, strict=True):
-            now = vars(owner)
-            for name in [name for name in now if name not in attributes]:
-                self._say(owner_name, name)
-                del now[name]
-            for name, (value, content) in attributes.items():
-                if now.get(name) is not value or name not in now:
-                    self._say(owner_name, name)
-                    now[name] = value
-                if content is not None and not _same(content, _copy(value)):
-                    self._say(owner_name, name)
-                    self._refill(value, content)
+        for name, owner in self.owners.items():
+            attributes = kept.attributes[name]
+            is_last = attributes is self._last.get(name)
+            if not (is_last and (none_changed or attributes.are_those_of(owner))):
+                self._restore(name, vars(owner), attributes)
+        self._last = kept.attributes
 
-    def _content(self, value: Any) -> Any:
-        """A shallow copy of a container; entries of a dict under a number belong to a part of this number."""
-        if not isinstance(value, CONTAINERS) or id(value) in self._by_part:
-            return None
-        return _copy(value)
+    def _restore(self, owner: str, now: dict[str, Any], attributes: Attributes) -> None:
+        for name in [name for name in now if name not in attributes.values]:
+            self._say(owner, name)
+            del now[name]
+        for name, value in attributes.values.items():
+            if now.get(name) is not value or name not in now:
+                self._say(owner, name)
+                now[name] = value
+            content = attributes.contents.get(name)
+            if content is not None and not _same(content, _copy(value)):
+                self._say(owner, name)
+                self._refill(value, content)
 
     def _refill(self, value: Any, content: Any) -> None:
         numbered = {k: v for k, v in value.items() if type(k) is int} if isinstance(value, dict) else {}

@@ -268,7 +268,7 @@ class _Barrier:
         if self._error is not None:
             raise _Abandoned
         assert self._belongings is not None
-        self._belongings.take_out(self._kept[index])
+        self._belongings.take_out(self._kept[index], none_changed=True)
 
 
 class _Abandoned(Exception):
