@@ -4,6 +4,7 @@ Step `s` trains on the samples [s·B, (s+1)·B), where B is the size of the glob
 equal micro-batches, shared by all processes: 1, 2 or 64 of them see the same data in the same order.
 """
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cs324dist.data import counter_rng as rng
-from cs324dist.data.counter_rng import Indices
+from cs324dist.data.counter_rng import Indices, random_bits, shift_right, stream_keys
 
 CPU = torch.device("cpu")
 
@@ -58,18 +58,21 @@ class Stream:
     name: str
 
     def integers(self, indices: Indices, components: int, below: int) -> Int64[Tensor, "samples components"]:
-        """Uniform integers in [0, below)."""
-        return rng.random_integers(rng.stream_keys(self.seed, self.name), indices, components, below)
+        """Uniform integers in [0, below), as remainders: their bias is at most below / 2^63."""
+        return shift_right(random_bits(self.seed, self.name, indices, components), 1) % below
 
     def normals(self, indices: Indices, components: int) -> Float[Tensor, "samples components"]:
-        """Standard normals, in torch's default dtype."""
-        normals = rng.random_normals(rng.stream_keys(self.seed, self.name), indices, components)
-        return normals.to(torch.get_default_dtype())
+        """Standard normals (Box and Muller 1958), in torch's default dtype."""
+        bits = random_bits(self.seed, self.name, indices, components)
+        uniform = (shift_right(bits, 32).double() + 0.5) / 2**32  # in (0, 1), so that the logarithm is finite
+        angle = (bits & 0xFFFFFFFF).double() * (2 * math.pi / 2**32)
+        return ((-2 * uniform.log()).sqrt() * angle.cos()).to(torch.get_default_dtype())
 
     def signs(self, indices: Indices, components: int) -> Float[Tensor, "samples components"]:
-        """-1 or 1, each with probability 1/2, in torch's default dtype."""
-        signs = rng.random_signs(rng.stream_keys(self.seed, self.name), indices, components)
-        return signs.to(torch.get_default_dtype())
+        """-1 or 1, each with probability 1/2, in torch's default dtype; a hash gives 64 of them."""
+        words = random_bits(self.seed, self.name, indices, -(-components // 64))
+        bits = (words[:, :, None] >> torch.arange(64, device=indices.device)) & 1
+        return (bits.flatten(1)[:, :components] * 2 - 1).to(torch.get_default_dtype())
 
 
 @dataclass(frozen=True)
@@ -94,25 +97,17 @@ class ShuffledEpochs:
 
 @lru_cache(maxsize=4)
 def _permutation(shuffle: ShuffledEpochs, epoch: int, device: torch.device) -> Int64[Tensor, " size"]:
-    keys = rng.stream_keys(shuffle.seed, shuffle.name)
-    bits = rng.random_bits(keys, torch.full((1,), epoch, device=device), shuffle.size)[0]
-    return bits.argsort(stable=True)
-
-
-def seed_torch(seed: int, device: torch.device) -> None:
-    """Seed torch's generators of the CPU and of `device`.
-
-    `torch.manual_seed` also notes its caller for each kind of device that is not there: 130 us in place of 1.
-    """
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
+    address = torch.full((1,), epoch, device=device)
+    return random_bits(shuffle.seed, shuffle.name, address, shuffle.size)[0].argsort(stable=True)
 
 
 def seed_everything(seed: int, name: str, device: torch.device) -> None:
-    """Seed the generators of torch, numpy and random from (seed, name)."""
-    key = rng.stream_keys(seed, name)[0]
-    seed_torch(key, device)
+    """Seed the generators of torch (of the CPU and of `device`), numpy and random from (seed, name)."""
+    key = stream_keys(seed, name)[0]
+    # Not torch.manual_seed, which notes its caller for each kind of device that is not there: 130 us for 1.
+    torch.default_generator.manual_seed(key)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(key)
     np.random.seed(key % 2**32)
     random.seed(key)
 
@@ -136,5 +131,5 @@ def set_generators(device: torch.device, states: tuple[Any, ...]) -> None:
 def seeded(seed: int, name: str) -> Iterator[None]:
     """Seed torch's CPU generator from (seed, name), as for initial weights, and restore it at the end."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(rng.stream_keys(seed, name)[0])
+        torch.default_generator.manual_seed(stream_keys(seed, name)[0])
         yield
