@@ -1,9 +1,8 @@
 """Options and records: frozen dataclasses whose annotations say what is allowed, read from JSON strictly."""
 
 import dataclasses
-import enum
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,18 +15,13 @@ from cs324dist.errors import UserError, printable
 from cs324dist.schedules import ScheduleName, learning_rate_factor
 
 Record = TypeVar("Record")
+_adapter: Any = cache(TypeAdapter)
 
-
-class Marker(enum.Enum):
-    """What an annotation can say of an option beside its type and range."""
-
-    MUTABLE = "may have another value when a run is continued: the steps already taken do not depend on it"
-    POSITIONAL = "stands on the command line without a name"
-
-
-POSITIONAL = Marker.POSITIONAL
-MUTABLE = Marker.MUTABLE
+MUTABLE = object()
 """For an option's annotation: it may have another value when a run is continued."""
+
+POSITIONAL = object()
+"""For an option's annotation: it stands on the command line without a name."""
 
 Count = Annotated[int, Interval(ge=1, le=10**9)]
 Positive = Annotated[float, Interval(gt=0, le=1e9)]
@@ -142,12 +136,12 @@ def option(field: str) -> str:
 
 def conflicts(config: Config, stored: Config) -> list[str]:
     """One line for each option of a stored run that this command would change halfway."""
-    marked = markers(type(config))
+    hints = hints_of(type(config))
     lines = [
         f"{option(name)} {value} differs from the run's {printable(getattr(stored, name))}: "
         f"give the run's value, or another --run-dir"
         for name, value in vars(config).items()
-        if MUTABLE not in marked[name] and value != getattr(stored, name)
+        if MUTABLE not in get_args(hints[name]) and value != getattr(stored, name)
     ]
     sampled = range(0, stored.steps, -(-stored.steps // 1000))
     if any(config.learning_rate_factor(step) != stored.learning_rate_factor(step) for step in sampled):
@@ -168,11 +162,6 @@ def hints_of(record_type: Any) -> dict[str, Any]:
     """The annotation of each field."""
     hints = get_type_hints(record_type, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(record_type)}
-
-
-def markers(record_type: Any) -> dict[str, tuple[Any, ...]]:
-    """What the annotation of each field holds beside its type."""
-    return {name: getattr(hint, "__metadata__", ()) for name, hint in hints_of(record_type).items()}
 
 
 def as_json(record: Any) -> dict[str, Any]:
@@ -205,12 +194,3 @@ def from_json(record_type: type[Record], content: Any, source: str) -> Record:
             for error in invalid.errors(include_url=False)
         ]
         raise UserError(*lines) from None
-
-
-def _adapter(record_type: Any) -> Any:
-    return _adapters(record_type)
-
-
-@cache
-def _adapters(record_type: Hashable) -> Any:
-    return TypeAdapter(record_type)  # type: ignore[arg-type]
