@@ -12,8 +12,15 @@ from torch import Tensor
 from cs324dist.pictures import grid
 from cs324dist.report.charts import evenly, number
 from cs324dist.report.reading import Run
-from cs324dist.tasks.gan.interpolation import STRIP_IMAGES, Method, interpolate, strip, walk_ends
-from cs324dist.tasks.gan.sampling import generate, load_generator
+from cs324dist.tasks.gan.sampling import (
+    STRIP_IMAGES,
+    Method,
+    generate,
+    interpolate,
+    load_generator,
+    strip,
+    walk_ends,
+)
 
 WALK_FRAMES = 48
 LARGEST = 640  # pixels of a sample's longer side on the page

@@ -32,7 +32,10 @@ def load_images(
     may call this at once. Raises `UserError` where `fetch` does.
     """
     if dataset == "fake":
-        return _noise(split)
+        count, seed = {"train": (2048, 0), "test": (512, 1)}[split]
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randint(256, (count, 28, 28), dtype=torch.uint8, generator=generator)
+        return LabelledImages(images, torch.randint(10, (count,), generator=generator))
     from torchvision.datasets.mnist import read_image_file, read_label_file  # takes a second to import
 
     files = fetch(data_root) / {"train": "train", "test": "t10k"}[split]
@@ -44,10 +47,3 @@ def load_images(
 def to_unit_range(images: UInt8[Tensor, "batch 28 28"]) -> Float[Tensor, "batch 1 28 28"]:
     """Scale bytes to [-1, 1], the range of the generator's tanh, in torch's default dtype."""
     return images.unsqueeze(1).to(torch.get_default_dtype()) / 127.5 - 1
-
-
-def _noise(split: Literal["train", "test"]) -> LabelledImages:
-    count, seed = {"train": (2048, 0), "test": (512, 1)}[split]
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(256, (count, 28, 28), dtype=torch.uint8, generator=generator)
-    return LabelledImages(images, torch.randint(10, (count,), generator=generator))
