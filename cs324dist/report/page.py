@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from cs324dist.errors import UserError
 from cs324dist.report import provenance
-from cs324dist.report.charts import Metric, Runs, charts, formatted, number
+from cs324dist.report.charts import Metric, Runs, charts, formatted, height, number, path
 from cs324dist.report.pictures import Frame, Walk, film, walk
 from cs324dist.report.reading import Run, plain, read_runs
 from cs324dist.runs.files import replaced
@@ -53,7 +53,8 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 TEMPLATES.policies["json.dumps_kwargs"] = {"default": vars}  # of dataclasses
-TEMPLATES.globals |= {"provenance": provenance, "number": number, "formatted": formatted, "plain": plain}
+TEMPLATES.globals |= {"provenance": provenance}
+TEMPLATES.globals |= {f.__name__: f for f in (formatted, height, number, path, plain)}
 
 
 def write_report(paths: tuple[Path, ...], out: Path) -> list[str]:
