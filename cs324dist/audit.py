@@ -72,20 +72,11 @@ class Interval:
 
 
 def audit(
-    path: Path,
-    task_name: str | None,
-    count: int | None,
-    from_start: bool,
-    data_root: Path = Path("data"),
+    path: Path, task_name: str | None, count: int | None, from_start: bool, data_root: Path = Path("data")
 ) -> None:
     """Replay `count` intervals of a run, drawn at random, or all, and compare what they end in bit for bit.
 
-    Args:
-        path: a run folder.
-        task_name: names a task that is none of the project's; see `find_task`.
-        count: how many intervals between kept checkpoints; None for all.
-        from_start: also replay from the first step to the oldest kept checkpoint.
-        data_root: folder of the data sets, whatever the run names.
+    launch/audit.py explains the options.
 
     Raises:
         UserError: the run cannot be replayed here.
