@@ -28,8 +28,8 @@ from cs324dist import (
     seeded,
 )
 from cs324dist.schedules import ScheduleName
-from cs324dist.tasks.gan.classifier import DigitClassifier
 from cs324dist.tasks.gan.images import load_images, to_unit_range
+from cs324dist.tasks.gan.networks import DigitClassifier
 
 LARGEST_SHIFT = 2  # pixels
 

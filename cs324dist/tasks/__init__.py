@@ -38,32 +38,23 @@ def find_task(name: str) -> type[Task[Any]]:
         sys.path.insert(0, folder)  # as Python does for a script
     try:
         module = _from_file(file) if file else importlib.import_module(module_name)
-        task = getattr(module, class_name or _only_task(module), None)
     except (ImportError, OSError, AttributeError) as error:
         raise UserError(f"task {name!r} cannot be imported: {error}") from None
-    if task is None:
-        there = ", ".join(_tasks_of(module)) or "none"
-        raise UserError(f"{module_name} has no class {class_name!r:.99}; its tasks: {there}")
-    if not (isinstance(task, type) and issubclass(task, Task)):
-        raise UserError(f"task {name!r} is not a subclass of cs324dist.Task")
-    check_task(task)
-    return task
-
-
-def _tasks_of(module: Any) -> list[str]:
-    """The names of the tasks that a module defines."""
-    return [
+    there = [
         name
         for name, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, Task) and value.__module__ == module.__name__
     ]
-
-
-def _only_task(module: Any) -> str:
-    found = _tasks_of(module)
-    if len(found) != 1:
-        raise UserError(f"{module.__file__} has {len(found)} tasks: name one, {module.__file__}:CLASS")
-    return found[0]
+    if not class_name and len(there) != 1:
+        raise UserError(f"{module.__file__} has {len(there)} tasks: name one, {module.__file__}:CLASS")
+    task = getattr(module, class_name or there[0], None)
+    if task is None:
+        found = ", ".join(there) or "none"
+        raise UserError(f"{module_name} has no class {class_name!r:.99}; its tasks: {found}")
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        raise UserError(f"task {name!r} is not a subclass of cs324dist.Task")
+    check_task(task)
+    return task
 
 
 def check_task(task: type[Task[Any]]) -> None:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cs324dist.distributed.sum_over import SumOver
-from cs324dist.tasks.gan.classifier import DigitClassifier
 from cs324dist.tasks.gan.images import LabelledImages, load_images, to_unit_range
+from cs324dist.tasks.gan.networks import DigitClassifier
 from cs324dist.tasks.gan.statistics import (
     WEIGHTS,
     DigitStatistics,

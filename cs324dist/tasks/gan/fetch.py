@@ -35,7 +35,7 @@ def fetch(data_root: Path) -> Path:
     Many processes may call this at once: one fetches, the others wait. Existing files are never changed.
     Raises `UserError` if a file is damaged, the data root is not writable, or both sources failed.
     """
-    folder = folder_in(data_root)
+    folder = data_root / "MNIST" / "raw"  # as torchvision has it
     try:
         if missing_in(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -52,11 +52,6 @@ def fetch(data_root: Path) -> Path:
     except OSError as error:
         raise UserError(f"data root {data_root} is unusable: {error}; give a writable folder") from error
     return folder
-
-
-def folder_in(data_root: Path) -> Path:
-    """Where torchvision has the files."""
-    return data_root / "MNIST" / "raw"
 
 
 def missing_in(folder: Path) -> list[str]:

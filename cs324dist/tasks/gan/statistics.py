@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.runs.models import read_tensors
-from cs324dist.tasks.gan.classifier import DigitClassifier
+from cs324dist.tasks.gan.networks import DigitClassifier
 
 WEIGHTS = Path(__file__).with_name("classifier.safetensors")
 SURE = 0.95  # confidence above which a digit counts as readable
