@@ -27,11 +27,8 @@ class Metric:
     name: str
     title: str
     note: str = ""
-    unit: str = ""
-    """`%` for a share, `log` for a positive number on a logarithmic axis."""
-
-    real: float | None = None
-    """What real digits score."""
+    unit: str = ""  # % for a share, log for a positive number on a logarithmic axis
+    real: float | None = None  # what real digits score
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,7 @@ class Chart:
 
     metric: Metric
     runs: Runs
-    last: int
-    """Steps are shown from 0 to this one."""
+    last: int  # step that is shown; the first is 0
 
     @cached_property
     def _series(self) -> list[Series]:

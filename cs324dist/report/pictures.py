@@ -58,11 +58,7 @@ def film(run: Run, most_frames: int) -> list[Frame]:
 
 
 def walk(run: Run) -> Walk:
-    """A walk through the latent space of the run's newest checkpoint.
-
-    Raises:
-        UserError: there is no checkpoint that can be used.
-    """
+    """A walk through the latent space of the run's newest checkpoint; raises as `load_generator` does."""
     generator = sampling.load_generator(run.path)
     start, end, ends = sampling.walk_ends(generator)
     strips = {
