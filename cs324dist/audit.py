@@ -11,7 +11,6 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +51,10 @@ class Interval:
 
     start: Path | None
     end: Path
-    state: TrainerState
-    """Of the checkpoint at its end."""
-
-    owner: Path
-    """The file of the process that took the steps."""
-
-    environment: Environment
-    config: dict[str, Any]
-    """Its options."""
+    state: TrainerState  # at the end
+    owner: Path  # the file of the process that took the steps
+    environment: Environment  # of that process
+    config: dict[str, Any]  # its options
 
     def __str__(self) -> str:
         return f"steps {self.first} to {self.state.step}"
@@ -123,12 +117,11 @@ def audit(
 
 def _intervals(run: RunDir, from_start: bool) -> Iterator[Interval]:
     """The intervals that checkpoints allow to replay, in order."""
-    found = reversed(history_of(run.checkpoints))
-    checkpoints: list[Path | None] = [None, *found] if from_start else [*found]
-    if len(checkpoints) < 2:
+    ends = [*reversed(history_of(run.checkpoints))]
+    pairs = [*zip([None, *ends], ends, strict=False)][0 if from_start else 1 :]
+    if not pairs:
         raise UserError(f"{run} has no two checkpoints to go from one to the other: give --from-start")
-    for start, end in pairwise(checkpoints):
-        assert end is not None
+    for start, end in pairs:
         state = verify_checkpoint(end)
         file, owner = _owner_of_steps(run, end)
         if owner is None or owner.environment is None or owner.config is None:
@@ -139,10 +132,10 @@ def _intervals(run: RunDir, from_start: bool) -> Iterator[Interval]:
 def _owner_of_steps(run: RunDir, checkpoint: Path) -> tuple[Path, Owner | None]:
     """The owner that took the steps before a checkpoint: later ones may have made up for its evaluation."""
     generation = generation_of(checkpoint)
-    owner = owner_of(run.path, generation)
-    while owner and generation > 1 and (owner.from_step is None or owner.from_step >= step_of(checkpoint)):
+    while (owner := owner_of(run.path, generation)) and generation > 1:
+        if owner.from_step is not None and owner.from_step < step_of(checkpoint):
+            break
         generation -= 1
-        owner = owner_of(run.path, generation)
     return run.path / "owners" / f"{generation}.json", owner
 
 
@@ -152,16 +145,14 @@ def _choose(
     """The intervals that can be compared here, or `count` of them; warns about what else differs."""
     comparable, reasons = [], []
     for interval in intervals:
-        made = interval.environment
-        ignored = BY_DDP - needed
-        differing = {k: v for k, v in vars(made).items() if v != getattr(here, k) and k not in ignored}
-        if strict := sorted(needed & differing.keys()):
-            what = ", ".join(f"{name} {differing[name]}, here {getattr(here, name)}" for name in strict)
-            reasons.append(f"{interval} cannot be compared: made with {what}")
+        compared = ((k, v, getattr(here, k)) for k, v in vars(interval.environment).items())
+        differing = [(k, v, now) for k, v, now in compared if v != now and k not in BY_DDP - needed]
+        if strict := [f"{name} {value}, here {now}" for name, value, now in differing if name in needed]:
+            reasons.append(f"{interval} cannot be compared: made with {', '.join(strict)}")
             continue
         comparable.append(interval)
-        for name, value in differing.items():
-            warn(f"{interval} were made with {name} {value}, now {getattr(here, name)}: bits may differ")
+        for name, value, now in differing:
+            warn(f"{interval} were made with {name} {value}, now {now}: bits may differ")
     if not comparable:
         made = intervals[-1].environment
         python = f"torchrun --nproc_per_node {made.processes}" if made.processes > 1 else "python"

@@ -32,7 +32,7 @@ IMAGES: Mapping[Any, Any] = {WandBTracker: {}, TensorBoardTracker: {"dataformats
 
 
 class Trackers:
-    """Writes on the main process; every process may call it."""
+    """Writes on the main process; the others may call all but `log_step`."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Trackers:
         brief = {name.removeprefix("train/"): f"{value:.4f}" for name, value in values.items()}
         if self._bar is not None:
             self._bar.set_postfix(brief, refresh=False)
-        elif self._is_main:
+        else:
             words = [f"step {completed}/{self._until}", *(f"{n} {v}" for n, v in brief.items())]
             if rate:
                 minutes = (self._until - completed) / rate / 60
@@ -138,8 +138,6 @@ class Trackers:
         self._log(completed, metrics)  # after the pictures: this flushes TensorBoard's file
 
     def _log(self, completed: int, metrics: Mapping[str, float]) -> None:
-        if not self._is_main:
-            return
         try:
             self._run.append_metrics(completed, metrics)
         except OSError as error:
