@@ -58,11 +58,7 @@ def find_task(name: str) -> type[Task[Any]]:
 
 
 def check_task(task: type[Task[Any]]) -> None:
-    """Check that a task has a name, and presets with allowed values.
-
-    Raises:
-        UserError: it has not.
-    """
+    """Check that a task has a name, and presets with allowed values; a `UserError` says what is missing."""
     of = task.__name__
     if not isinstance(getattr(task, "name", None), str):
         raise UserError(f"{of} has no name: write name = {of.lower()!r} in the class")

@@ -62,15 +62,11 @@ def frechet_distance(a: Moments, b: Moments) -> Float64[Tensor, ""]:
     Heusel et al. 2017, "GANs trained by a two time-scale update rule": |m - m'|² + tr(C + C' - 2 (C C')^½).
     """
     (mean_a, covariance_a), (mean_b, covariance_b) = a.mean_and_covariance(), b.mean_and_covariance()
-    root_a = _root(covariance_a)
+    values, vectors = torch.linalg.eigh(covariance_a)
+    root_a = (vectors * _without_rounding(values).sqrt()) @ vectors.T
     # tr (AB)^½ = tr (A^½ B A^½)^½, and that matrix is symmetric
     trace_of_root = _without_rounding(torch.linalg.eigvalsh(root_a @ covariance_b @ root_a)).sqrt().sum()
     return (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * trace_of_root
-
-
-def _root(matrix: Float64[Tensor, "features features"]) -> Float64[Tensor, "features features"]:
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * _without_rounding(values).sqrt()) @ vectors.T
 
 
 def _without_rounding(values: Float64[Tensor, " features"]) -> Float64[Tensor, " features"]:

@@ -1,8 +1,6 @@
 """The GAN on MNIST: the course report's Part II."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
@@ -89,20 +87,11 @@ class GANTask(Task[GANConfig]):
         "fast": FAST,
         "best": replace(FAST, steps=16_000, generator_lr=5e-3, label_weight=0.04),
         "course": replace(
-            FAST,
-            steps=187_500,
-            generator_lr=2e-4,
-            discriminator_lr=2e-4,
-            beta1=0.9,
-            beta2=0.999,
-            schedule="constant",
-            gradient_penalty=0.0,
-            ema_decay=0.0,
-            label_weight=0.0,
-            discriminator_every=2,
+            FAST, steps=187_500, generator_lr=2e-4, discriminator_lr=2e-4, beta1=0.9, beta2=0.999,
+            schedule="constant", gradient_penalty=0.0, ema_decay=0.0, label_weight=0.0, discriminator_every=2,
         ),
         "smoke": replace(FAST, steps=20, batch_size=16, log_every=5, evaluate_every=20, checkpoint_every=10),
-    }
+    }  # fmt: skip
 
     def __init__(self, config: GANConfig, device: torch.device) -> None:
         super().__init__(config, device)
@@ -139,8 +128,9 @@ class GANTask(Task[GANConfig]):
 
     def step(self, step: int, trainer: Updater) -> None:
         """See the class."""
-        with frozen(self.discriminator):  # its gradients are neither computed nor reduced
-            trainer.update("generator", self.generator_loss)
+        self.discriminator.requires_grad_(False)  # its gradients are neither computed nor reduced
+        trainer.update("generator", self.generator_loss)
+        self.discriminator.requires_grad_(True)
         if self.config.ema_decay:
             # The first weights are random: they are forgotten sooner.
             decay = min(self.config.ema_decay, (step + 1) / (step + 10))
@@ -224,16 +214,6 @@ class GANTask(Task[GANConfig]):
 def real_logits(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, " batch"]:
     """The logits of images being real, of any class: with one class, that class's."""
     return logits.logsumexp(1)
-
-
-@contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """Inside, the network's parameters get no gradients."""
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.requires_grad_(True)
 
 
 @torch.no_grad()

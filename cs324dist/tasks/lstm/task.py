@@ -78,22 +78,14 @@ class LSTMTask(Task[LSTMConfig]):
     presets: ClassVar = {
         "fast": FAST,
         "course": replace(
-            FAST,
-            steps=1500,
-            evaluate_every=100,
-            checkpoint_every=100,
-            encoding="scalar",
-            initialisation="linear",
-            optimizer="rmsprop",
-            learning_rate=1e-3,
-            max_grad_norm=10.0,
-            schedule="constant",
-            curriculum=1.0,
+            FAST, steps=1500, evaluate_every=100, checkpoint_every=100, encoding="scalar",
+            initialisation="linear", optimizer="rmsprop", learning_rate=1e-3, max_grad_norm=10.0,
+            schedule="constant", curriculum=1.0,
         ),
         "smoke": replace(
-            FAST, steps=20, length=10, evaluate_every=10, checkpoint_every=10, schedule="constant"
+            FAST, steps=20, length=10, evaluate_every=10, checkpoint_every=10, schedule="constant",
         ),
-    }
+    }  # fmt: skip
 
     def __init__(self, config: LSTMConfig, device: torch.device) -> None:
         super().__init__(config, device)
