@@ -15,11 +15,11 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
+from typing import Any, Literal, NoReturn, TypeVar, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from cs324dist.config import MUTABLE, POSITIONAL, ConfigT, hints_of, option
+from cs324dist.config import POSITIONAL, ConfigT, hints_of, option
 from cs324dist.errors import UserError
 
 Options = TypeVar("Options")
@@ -41,10 +41,7 @@ def from_command_line(
 ) -> ConfigT:
     """The options that `arguments` ask for; `--preset` supplies the defaults, and the first is its default.
 
-    Where `--run-dir` is not given, the run folder is `runs/`, and in it what `run_name` says.
-
-    Raises:
-        UserError: a line for every value that is not allowed.
+    Where `--run-dir` is not given, `run_name` says which folder of `runs/` it is.
     """
     for word in (sys.argv[0], *arguments):
         if re.search(r"[\ud800-\udfff]", word):
@@ -54,18 +51,14 @@ def from_command_line(
     chosen = first.parse_known_args(arguments)[0].preset
     defaults = dataclasses.replace(presets.get(chosen, next(iter(presets.values()))), preset=chosen)
     defaults = dataclasses.replace(defaults, run_dir=Path("runs") / run_name(defaults))
-    hints = {**hints_of(type(defaults)), "preset": Annotated[Literal[tuple(presets)], MUTABLE]}
+    hints = {**hints_of(type(defaults)), "preset": Literal[tuple(presets)]}
     given = _parsed(hints, defaults, description, arguments)
     config = dataclasses.replace(defaults, **given)
     return dataclasses.replace(config, run_dir=given.get("run_dir") or Path("runs") / run_name(config))
 
 
 def parse(options_type: type[Options], description: str, arguments: Sequence[str] | None = None) -> Options:
-    """The options, a dataclass, that `arguments` (default: the process's) ask for.
-
-    Raises:
-        UserError: a line for everything that is not allowed.
-    """
+    """The options, a dataclass, that `arguments` (default: the process's) ask for."""
     arguments = sys.argv[1:] if arguments is None else arguments
     return options_type(**_parsed(hints_of(options_type), options_type, description, arguments))
 
@@ -88,7 +81,11 @@ def parse_command(commands: Mapping[str, type[Options]], description: str) -> Op
 def _parsed(
     hints: Mapping[str, Any], source: Any, description: str, arguments: Sequence[str], command: str = ""
 ) -> dict[str, Any]:
-    """The values that were given, by field of `source`: a dataclass, or one that holds the defaults."""
+    """The values that were given, by field of `source`: a dataclass, or one that holds the defaults.
+
+    Raises:
+        UserError: a line for everything that is not allowed.
+    """
     parser = _Parser(hints, source, description, command)
     given, rest = parser.parse_known_args(arguments)
     values, problems = {}, list(parser.unknown(rest))
@@ -102,8 +99,8 @@ def _parsed(
                 values[name] = None
                 continue
             shown = words if isinstance(words, str) else " ".join(words)
-            parses = not invalid.errors()[0]["type"].endswith(("_parsing", "_type", "_from_float"))
-            allowed = _allowed(hints[name], with_kind=not parses)
+            is_of_another_kind = invalid.errors()[0]["type"].endswith(("_parsing", "_type", "_from_float"))
+            allowed = _allowed(hints[name], with_kind=is_of_another_kind)
             problems.append(f"{parser.names[name]} {shown} is not allowed: give {allowed}")
     if problems:
         raise UserError(*problems)
@@ -119,9 +116,8 @@ def _schema_of(hint: Any) -> Schema:
 
 def _choices(schema: Schema) -> Mapping[str, Any]:
     """The values that are allowed, by word; empty if they are not listed."""
-    return {
-        str(choice): choice for choice in schema.get("enum", [schema["const"]] if "const" in schema else [])
-    }
+    listed = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    return {str(choice): choice for choice in listed}
 
 
 def _allowed(hint: Any, with_kind: bool) -> str:

@@ -170,11 +170,7 @@ def as_json(record: Any) -> dict[str, Any]:
 
 
 def from_json(record_type: type[Record], content: Any, source: str) -> Record:
-    """The record in the content of a JSON file, strictly typed; `source` names it in errors.
-
-    Raises:
-        UserError: it has another format, or a line for each field that is missing, unknown or not allowed.
-    """
+    """The record in the content of a JSON file, read strictly; an error names `source` and what is wrong."""
     hints, content = hints_of(record_type), content if isinstance(content, dict) else {}
     if "format" in hints and content.get("format") != (supported := get_args(hints["format"])[0]):
         raise UserError(
