@@ -6,7 +6,6 @@ other code: each makes the replay end elsewhere.
 
 import dataclasses
 import os
-import random
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -65,10 +64,8 @@ class Interval:
         return step_of(self.start) if self.start else 0
 
 
-def audit(
-    path: Path, task_name: str | None, count: int | None, from_start: bool, data_root: Path = Path("data")
-) -> None:
-    """Replay `count` intervals of a run, drawn at random, or all, and compare what they end in bit for bit.
+def audit(path: Path, task_name: str | None, from_start: bool, data_root: Path = Path("data")) -> None:
+    """Replay the intervals of a run between its checkpoints, and compare what they end in bit for bit.
 
     launch/audit.py explains the options.
 
@@ -98,7 +95,7 @@ def audit(
         accelerator = start_accelerator(config.batch_size, config.micro_batches, preferred=made.precision)
         here = environment(accelerator.num_processes, accelerator.mixed_precision, compiled_by(accelerator))
         needed = NEEDED if config.micro_batches else NEEDED | BY_DDP
-        chosen = on_main_process(accelerator, lambda: _choose(run, intervals, here, needed, count))
+        chosen = on_main_process(accelerator, lambda: _comparable(intervals, here, needed))
         rows = {row["step"]: row for row in run.read_metrics() if any("train/" in key for key in row)}
         wrong: list[str] = []
         for interval in chosen:
@@ -139,10 +136,8 @@ def _owner_of_steps(run: RunDir, checkpoint: Path) -> tuple[Path, Owner | None]:
     return run.path / "owners" / f"{generation}.json", owner
 
 
-def _choose(
-    run: RunDir, intervals: list[Interval], here: Environment, needed: set[str], count: int | None
-) -> list[Interval]:
-    """The intervals that can be compared here, or `count` of them; warns about what else differs."""
+def _comparable(intervals: list[Interval], here: Environment, needed: set[str]) -> list[Interval]:
+    """The intervals that can be compared here; warns about what else differs."""
     comparable, reasons = [], []
     for interval in intervals:
         compared = ((k, v, getattr(here, k)) for k, v in vars(interval.environment).items())
@@ -163,8 +158,7 @@ def _choose(
         )
     for reason in reasons:
         say(reason)
-    drawn = comparable if count is None else random.sample(comparable, min(count, len(comparable)))
-    return sorted(drawn, key=lambda interval: interval.first)
+    return comparable
 
 
 def _replay(trainer: Trainer, interval: Interval, rows: Mapping[int, Mapping[str, float]]) -> list[str]:
