@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cs324dist.data import streams
-from cs324dist.data.counter_rng import random_bits
-from cs324dist.data.streams import Stream
+from cs324dist.data.streams import Stream, random_bits
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
