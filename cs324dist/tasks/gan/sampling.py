@@ -32,13 +32,8 @@ def load_generator(
         weights: `averaged` takes the averaged generator if there is one; `raw` the one being trained.
         best: take the run's best checkpoint, as its --keep-best says, in place of the newest.
     """
-    return load_model(find_generator(run_or_checkpoint, weights, best=best), Generator)
-
-
-def find_generator(run_or_checkpoint: str | Path, weights: Weights, *, best: bool = False) -> Path:
-    """The folder of the generator that `load_generator` loads; raises as it does."""
     names = ("generator_ema", "generator")[weights == "raw" :]
-    return find_network(run_or_checkpoint, names, best=best)
+    return load_model(find_network(run_or_checkpoint, names, best=best), Generator)
 
 
 def latents(generator: Generator, seed: int, count: int) -> Float[Tensor, "count latent"]:
