@@ -107,9 +107,8 @@ class Stream:
     def normals(self, indices: Indices, components: int) -> Float[Tensor, "samples components"]:
         """Standard normals (Box and Muller 1958), in torch's default dtype."""
         bits = random_bits(self.seed, self.name, indices, components)
-        uniform = (
-            _shift_right(bits, 32).double() + 0.5
-        ) / 2**32  # in (0, 1), so that the logarithm is finite
+        # In (0, 1), so that the logarithm is finite.
+        uniform = (_shift_right(bits, 32).double() + 0.5) / 2**32
         angle = (bits & 0xFFFFFFFF).double() * (2 * math.pi / 2**32)
         return ((-2 * uniform.log()).sqrt() * angle.cos()).to(torch.get_default_dtype())
 
