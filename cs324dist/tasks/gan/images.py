@@ -1,7 +1,6 @@
 """MNIST, fetched by torchvision, or from a package where only a package index can be reached; and noise."""
 
 import gzip
-import hashlib
 import importlib.util
 import os
 import pickle
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cs324dist.errors import UserError, printable, say
+from cs324dist.runs.files import sha256
 
 SHA256 = {  # of the unpacked files
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -84,13 +84,12 @@ def fetch(data_root: Path) -> Path:
             with FileLock(data_root / ".mnist.lock"):
                 if missing := missing_in(folder):  # still: another process may have fetched them
                     _fetch(missing, folder)
-        for name, sha256 in SHA256.items():
-            with (folder / name).open("rb") as file:
-                if (found := hashlib.file_digest(file, "sha256").hexdigest()) != sha256:
-                    raise UserError(
-                        f"{folder / name} is damaged: its SHA-256 is {found}, not {sha256}; "
-                        f"delete it to have it fetched again"
-                    )
+        for name, expected in SHA256.items():
+            if (found := sha256(folder / name)) != expected:
+                raise UserError(
+                    f"{folder / name} is damaged: its SHA-256 is {found}, not {expected}; "
+                    f"delete it to have it fetched again"
+                )
     except OSError as error:
         raise UserError(f"data root {data_root} is unusable: {error}; give a writable folder") from error
     return folder
