@@ -49,17 +49,15 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def _stream_keys(seed: int, stream: str) -> tuple[int, int]:
+def _stream_keys(seed: int, name: str) -> tuple[int, int]:
     """Two 64-bit keys for one stream, by SHA-256: neighbouring seeds and similar names are unrelated."""
-    digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return _signed(int.from_bytes(digest[:8], "little")), _signed(int.from_bytes(digest[8:16], "little"))
 
 
-def random_bits(
-    seed: int, stream: str, indices: Indices, components: int
-) -> Int64[Tensor, "samples components"]:
+def random_bits(seed: int, name: str, indices: Indices, components: int) -> Int64[Tensor, "samples words"]:
     """64 random bits for each component of each sample."""
-    first, second = _stream_keys(seed, stream)
+    first, second = _stream_keys(seed, name)
     sample = _mix(indices * _GOLDEN + first) ^ second
     component = torch.arange(1, components + 1, device=indices.device) * _GOLDEN
     return _mix(sample[:, None] + component)
