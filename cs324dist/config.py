@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +13,6 @@ from annotated_types import Interval
 from pydantic import TypeAdapter, ValidationError
 
 from cs324dist.errors import UserError, printable
-from cs324dist.schedules import ScheduleName, learning_rate_factor
 
 Record = TypeVar("Record")
 _adapter: Any = cache(TypeAdapter)
@@ -28,6 +28,7 @@ Positive = Annotated[float, Interval(gt=0, le=1e9)]
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]
 BatchSize = Annotated[int, Interval(ge=1, le=1_000_000)]
+ScheduleName = Literal["constant", "linear", "cosine", "wsd"]
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,19 @@ class Config:
     """Mixed precision where none is asked for. bf16: if the machine is faster in it."""
 
     def learning_rate_factor(self, step: int) -> float:
-        """The factor on every learning rate at `step`, counted from 0."""
-        return learning_rate_factor(self.schedule, step, self.steps, self.warmup_steps)
+        """The factor on every learning rate at `step`, counted from 0: a warm-up, then the schedule."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        at, end = step - self.warmup_steps, max(self.steps - self.warmup_steps, 1)
+        match self.schedule:
+            case "constant":
+                return 1.0
+            case "linear":
+                return 1 - at / end
+            case "cosine":  # half of one (Loshchilov and Hutter 2017)
+                return 0.5 * (1 + math.cos(math.pi * at / end))
+            case "wsd":  # warmup, stable, decay (Hu et al. 2024)
+                return min(1.0, 2 * (1 - at / end))
 
     def is_due(self, completed: int, every: int) -> bool:
         """Whether something done every `every` steps is due now; after the last step it always is."""

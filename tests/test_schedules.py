@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from cs324dist.schedules import ScheduleName, learning_rate_factor
+from cs324dist.config import Config, ScheduleName
 
 
 def factors(schedule: str, steps: int, warmup_steps: int = 0) -> list[float]:
-    return [learning_rate_factor(schedule, step, steps, warmup_steps) for step in range(steps)]
+    config = Config(schedule=schedule, steps=steps, warmup_steps=warmup_steps)
+    return [config.learning_rate_factor(step) for step in range(steps)]
 
 
 def torchs(

@@ -8,12 +8,11 @@ from annotated_types import Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cs324dist.config import MUTABLE, BatchSize, Config, Count, Positive
+from cs324dist.config import MUTABLE, BatchSize, Config, Count, Positive, ScheduleName
 from cs324dist.data.streams import MicroBatch, Stream, seeded
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import UserError, printable
 from cs324dist.metrics import accuracy, count_correct
-from cs324dist.schedules import ScheduleName
 from cs324dist.tasks.base import Evaluation, Metrics, Task, Updater
 from cs324dist.tasks.lstm.networks import LSTM, RNN
 from cs324dist.tasks.lstm.palindromes import DIGITS, palindrome_accuracy, palindromes
