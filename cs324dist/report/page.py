@@ -58,12 +58,7 @@ TEMPLATES.globals |= {f.__name__: f for f in (formatted, height, number, path, p
 
 
 def write_report(paths: tuple[Path, ...], out: Path) -> list[str]:
-    """Write the page of the runs among `paths`; returns a line for each path that is not one, or is damaged.
-
-    Raises:
-        UserError: none of them is a run.
-        OSError: the file cannot be written.
-    """
+    """Write the page of the runs among `paths`; returns a line for each path that is no run, or damaged."""
     runs, others = read_runs(paths)
     page = render(runs)
     with replaced(out) as temporary:

@@ -21,10 +21,7 @@ def find_task(name: str) -> type[Task[Any]]:
     """The task called `name`: one of `TASKS`, or `path/to/file.py:Class`, or `package.module:Class`.
 
     The class may be left out where a file has one task. The code in the file or module runs. It can import
-    what lies beside the file, or in the current folder.
-
-    Raises:
-        UserError: there is no such task.
+    what lies beside the file, or in the current folder. A `UserError` says why there is no such task.
     """
     path = TASKS.get(name, name)
     module_name, _, class_name = (f"{path}:" if path.endswith(".py") else path).rpartition(":")

@@ -50,8 +50,7 @@ def generate(generator: Generator, z: Float[Tensor, "count latent"]) -> Float[Te
 def surest(generator: Generator, digit: int, count: int, seed: int) -> Float[Tensor, "count latent"]:
     """Those of 1 000 candidates (20 times `count`, if that is more) whose images are most surely this digit.
 
-    Raises:
-        UserError: fewer than `count` candidates are surely (confidence above 0.95) this digit.
+    A `UserError` says where fewer are surely (confidence above 0.95) this digit.
     """
     candidates = latents(generator, seed, max(CANDIDATES, 20 * count))
     digits, confidence, _ = read_digits(generate(generator, candidates))
