@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor
 from tqdm import tqdm
 
 from cs324dist.config import from_json
@@ -182,17 +180,10 @@ def _replay(trainer: Trainer, interval: Interval, rows: Mapping[int, Mapping[str
     for file, live in tensors_by_file(task).items():
         stored = read_tensors(interval.end / file, live)
         for name, tensor in live.items():
-            different = int(differing_values(tensor.detach().cpu(), stored[name]).sum())
-            if different:
+            both = (t.contiguous().reshape(-1) for t in (tensor.detach().cpu(), stored[name]))
+            now, before = (t.view(torch.uint8).view(-1, t.element_size()) for t in both)  # bytes, by value
+            if different := int((now != before).any(dim=1).sum()):
                 differences.append(f"{file}: {name} differs in {different} of {tensor.numel()} values")
     if (state := plain_state(task)) != interval.state.task:
         differences.append(f"the task's own state is {state}")
     return differences
-
-
-def differing_values(a: Tensor, b: Tensor) -> Bool[Tensor, " values"]:
-    """Which values of two tensors of one shape and dtype differ in any bit."""
-    bytes_of_a, bytes_of_b = (
-        tensor.contiguous().reshape(-1).view(torch.uint8).view(tensor.numel(), -1) for tensor in (a, b)
-    )
-    return (bytes_of_a != bytes_of_b).any(dim=1)

@@ -140,7 +140,7 @@ class Interpolation(Drawing):
 
         start = latent(self.start_digit, self.start_seed)
         end = latent(self.end_digit, self.end_seed)
-        save_png(strip(generator, start, end, self.between + 2, self.method), self.out)
+        save_png(strip(generator, interpolate(start, end, self.between + 2, self.method)), self.out)
         if self.gif:
             save_gif(generate(generator, interpolate(start, end, FRAMES, self.method)), self.gif)
             print(self.gif)

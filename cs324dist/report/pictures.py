@@ -61,14 +61,12 @@ def walk(run: Run) -> Walk:
     """A walk through the latent space of the run's newest checkpoint; raises as `load_generator` does."""
     generator = sampling.load_generator(run.path)
     start, end, ends = sampling.walk_ends(generator)
-    strips = {
-        method: _as_png(sampling.strip(generator, start, end, sampling.STRIP_IMAGES, method))
-        for method in METHODS
-    }
-    walks = [
-        sampling.generate(generator, sampling.interpolate(start, end, WALK_FRAMES, method))
-        for method in METHODS
-    ]
+    strips, walks = {}, []
+    for method in METHODS:
+        few = sampling.interpolate(start, end, sampling.STRIP_IMAGES, method)
+        many = sampling.interpolate(start, end, WALK_FRAMES, method)
+        strips[method] = _as_png(sampling.strip(generator, few))
+        walks.append(sampling.generate(generator, many))
     frames = [
         Frame(f"{k} of {WALK_FRAMES}", [_as_png(grid(image[None], 1)) for image in images])
         for k, images in enumerate(zip(*walks, strict=True), 1)

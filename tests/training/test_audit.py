@@ -110,6 +110,26 @@ def test_a_run_that_was_continued_with_other_code_is_found(launch, copy):
     assert launch("launch/audit.py", copy, check=False).returncode == 1
 
 
+EMPTY = """
+import torch
+from cs324dist.tasks.lstm.task import LSTMTask
+
+class Empty(LSTMTask):
+    name = "empty"
+
+    def __init__(self, config, device):
+        super().__init__(config, device)
+        self.model.register_buffer("nothing", torch.empty(0, 3))
+"""
+
+
+def test_a_tensor_without_values_is_equal_too(launch, tmp_path):
+    (tmp_path / "own.py").write_text(EMPTY)
+    launch("launch/train.py", f"{tmp_path}/own.py", *SMOKE, "--run-dir", tmp_path / "run")
+    done = launch("launch/audit.py", tmp_path / "run", "--task", f"{tmp_path}/own.py")
+    assert done.stdout.splitlines() == equal(10, 15)
+
+
 def test_a_folder_that_is_no_run_and_a_run_with_one_checkpoint_are_refused(launch, copy, tmp_path):
     with pytest.raises(UserError, match="is not a run folder"):
         audit.audit(tmp_path / "nothing", None, False)

@@ -95,12 +95,6 @@ def walk_ends(generator: Generator) -> tuple[Float[Tensor, " latent"], Float[Ten
     return start, end, f"from a {START} to a {END}"
 
 
-def strip(
-    generator: Generator,
-    start: Float[Tensor, " latent"],
-    end: Float[Tensor, " latent"],
-    points: int,
-    method: Method,
-) -> UInt8[Tensor, "1 height width"]:
+def strip(generator: Generator, walk: Float[Tensor, "points latent"]) -> UInt8[Tensor, "1 height width"]:
     """The images of a walk side by side."""
-    return grid(generate(generator, interpolate(start, end, points, method)), points)
+    return grid(generate(generator, walk), len(walk))

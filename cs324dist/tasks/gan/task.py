@@ -18,7 +18,7 @@ from cs324dist.pictures import grid
 from cs324dist.tasks.base import Evaluation, Metrics, Task, Updater
 from cs324dist.tasks.gan.images import load_images, to_unit_range
 from cs324dist.tasks.gan.networks import Discriminator, Generator
-from cs324dist.tasks.gan.sampling import STRIP_IMAGES, strip, walk_ends
+from cs324dist.tasks.gan.sampling import STRIP_IMAGES, interpolate, strip, walk_ends
 from cs324dist.tasks.gan.statistics import DigitStatistics
 
 GRID = 5  # rows and columns of the picture, as in the course report
@@ -207,7 +207,7 @@ class GANTask(Task[GANConfig]):
         drawn = Generator(self.config.latent_dim).eval()
         drawn.load_state_dict(generator.state_dict())
         start, end, _ = walk_ends(drawn)
-        return strip(drawn, start, end, STRIP_IMAGES, "spherical")
+        return strip(drawn, interpolate(start, end, STRIP_IMAGES, "spherical"))
 
 
 def real_logits(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, " batch"]:
