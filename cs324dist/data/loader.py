@@ -68,8 +68,8 @@ def loader(
                 f"be shuffled: give it shuffle=True, or the data set itself to evaluate by loader.items"
             )
         workers, collate, dataset = dataset.num_workers, dataset.collate_fn, dataset.dataset
-    is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
-    if is_stream or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    has_both = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not has_both or isinstance(dataset, torch.utils.data.IterableDataset):
         raise UserError(f"the data set of {name!r} needs len(dataset) and dataset[item]; it has not both")
     if not len(dataset):
         raise UserError(f"the data set of {name!r} is empty")

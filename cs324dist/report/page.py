@@ -113,13 +113,9 @@ def _place(run: Run) -> tuple[int, str, int, str, str, str]:
     return task, run.task, len(length), length, run.setting("model"), run.name
 
 
-def _first_perfect(run: Run) -> tuple[int | None, int | None]:
-    """The first logged step whose batch, at full length, is all correct; the first such evaluation."""
-    batch, test = (
-        next((step for step, value in run.series(metric).items() if value == 1), None)
-        for metric in ("train/accuracy", "eval/accuracy")
-    )
-    return batch if run.record.config.get("curriculum") == 1 else None, test
+def _first_perfect(run: Run, metric: str) -> int | None:
+    """The first step at which all was correct."""
+    return next((step for step, value in run.series(metric).items() if value == 1), None)
 
 
 def _pictures(run: Run, most_frames: int) -> tuple[Run, list[Frame], Walk | None, str]:
