@@ -50,23 +50,21 @@ class Trackers:
         self._run, self._until, self._batch_size = run, until, batch_size
         self._is_main, self._device = accelerator.is_main_process, accelerator.device
         self._trackers: dict[str, GeneralTracker] = {}
-        self._bar: tqdm[Any] | None = None
         self._last_step, self._last_waited = start, Loader.seconds_waited
         if self._is_main:
             if opened := open_wandb(run, wandb, config):
                 self._trackers[WANDB] = opened
             if tensorboard:
                 self._open_tensorboard()
-            if sys.stderr.isatty():  # after what the others have said
-                self._bar = tqdm(total=until, initial=start, unit="step")
+        is_shown = self._is_main and sys.stderr.isatty()  # below what the others have said
+        self._bar = tqdm(total=until, initial=start, unit="step", disable=not is_shown)
         self._last_time = time.perf_counter()
 
     def __enter__(self) -> "Trackers":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         self._track(lambda tracker: tracker.finish())
         self._trackers = {}
 
@@ -88,8 +86,7 @@ class Trackers:
 
     def advance(self) -> None:
         """Show that a step has been completed."""
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def log_step(self, completed: int, values: Mapping[str, float]) -> None:
         """Log a step's metrics and the throughput since the last call, and show both."""
@@ -108,9 +105,8 @@ class Trackers:
 
     def _show(self, completed: int, values: Mapping[str, float], rate: float | None) -> None:
         brief = {name.removeprefix("train/"): f"{value:.4f}" for name, value in values.items()}
-        if self._bar is not None:
-            self._bar.set_postfix(brief, refresh=False)
-        else:
+        self._bar.set_postfix(brief, refresh=False)
+        if self._bar.disable:
             words = [f"step {completed}/{self._until}", *(f"{n} {v}" for n, v in brief.items())]
             if rate:
                 minutes = (self._until - completed) / rate / 60

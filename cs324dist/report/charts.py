@@ -6,7 +6,6 @@ ticks (`page/axes.js`). Without the script, an axis names its two ends.
 """
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,8 +83,8 @@ class Chart:
         steps = sorted({step for series in self._series for step in series})
 
         def value(series: Series, step: int) -> str:
-            before = bisect_right(known := list(series), step)
-            return formatted(series[known[before - 1]], self.unit) if before and step <= known[-1] else ""
+            known = [value for at, value in series.items() if at <= step]
+            return formatted(known[-1], self.unit) if known and step <= max(series) else ""
 
         return [
             [number(step), *(value(series, step) for series in self._series)]
