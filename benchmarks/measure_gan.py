@@ -20,9 +20,9 @@ from cs324dist.distributed.process import start_accelerator
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import errors_as_exit_codes
 from cs324dist.runs.models import load_model
+from cs324dist.runs.trained import find_network
 from cs324dist.tasks.gan.images import load_images, to_unit_range
 from cs324dist.tasks.gan.networks import Generator
-from cs324dist.tasks.gan.sampling import find_generator
 from cs324dist.tasks.gan.statistics import WEIGHTS, DigitStatistics
 
 FLOOR = 10_000  # training images, the first of the set, whose distance is the floor
@@ -31,7 +31,7 @@ FLOOR = 10_000  # training images, the first of the set, whose distance is the f
 def measure(run: Path, count: int, seed: int, data_root: Path) -> Row:
     """Compare `count` samples with the test images, by the classifier's features and answers."""
     accelerator, stream = start_accelerator(), Stream(seed, "latents/evaluation")
-    folder = find_generator(run, "averaged")
+    folder = find_network(run, ("generator_ema", "generator"))
     generator = load_model(folder, Generator).to(accelerator.device)
     test, train = (
         load_images("mnist", split, data_root).images.to(accelerator.device) for split in ("test", "train")

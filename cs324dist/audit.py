@@ -6,18 +6,14 @@ other code: each makes the replay end elsewhere.
 
 import dataclasses
 import os
-import random
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor
 from tqdm import tqdm
 
 from cs324dist.config import from_json
@@ -52,15 +48,10 @@ class Interval:
 
     start: Path | None
     end: Path
-    state: TrainerState
-    """Of the checkpoint at its end."""
-
-    owner: Path
-    """The file of the process that took the steps."""
-
-    environment: Environment
-    config: dict[str, Any]
-    """Its options."""
+    state: TrainerState  # at the end
+    owner: Path  # the file of the process that took the steps
+    environment: Environment  # of that process
+    config: dict[str, Any]  # its options
 
     def __str__(self) -> str:
         return f"steps {self.first} to {self.state.step}"
@@ -71,21 +62,10 @@ class Interval:
         return step_of(self.start) if self.start else 0
 
 
-def audit(
-    path: Path,
-    task_name: str | None,
-    count: int | None,
-    from_start: bool,
-    data_root: Path = Path("data"),
-) -> None:
-    """Replay `count` intervals of a run, drawn at random, or all, and compare what they end in bit for bit.
+def audit(path: Path, task_name: str | None, from_start: bool, data_root: Path = Path("data")) -> None:
+    """Replay the intervals of a run between its checkpoints, and compare what they end in bit for bit.
 
-    Args:
-        path: a run folder.
-        task_name: names a task that is none of the project's; see `find_task`.
-        count: how many intervals between kept checkpoints; None for all.
-        from_start: also replay from the first step to the oldest kept checkpoint.
-        data_root: folder of the data sets, whatever the run names.
+    launch/audit.py explains the options.
 
     Raises:
         UserError: the run cannot be replayed here.
@@ -113,7 +93,7 @@ def audit(
         accelerator = start_accelerator(config.batch_size, config.micro_batches, preferred=made.precision)
         here = environment(accelerator.num_processes, accelerator.mixed_precision, compiled_by(accelerator))
         needed = NEEDED if config.micro_batches else NEEDED | BY_DDP
-        chosen = on_main_process(accelerator, lambda: _choose(run, intervals, here, needed, count))
+        chosen = on_main_process(accelerator, lambda: _comparable(intervals, here, needed))
         rows = {row["step"]: row for row in run.read_metrics() if any("train/" in key for key in row)}
         wrong: list[str] = []
         for interval in chosen:
@@ -132,12 +112,11 @@ def audit(
 
 def _intervals(run: RunDir, from_start: bool) -> Iterator[Interval]:
     """The intervals that checkpoints allow to replay, in order."""
-    found = reversed(history_of(run.checkpoints))
-    checkpoints: list[Path | None] = [None, *found] if from_start else [*found]
-    if len(checkpoints) < 2:
+    ends = [*reversed(history_of(run.checkpoints))]
+    pairs = [*zip([None, *ends], ends, strict=False)][0 if from_start else 1 :]
+    if not pairs:
         raise UserError(f"{run} has no two checkpoints to go from one to the other: give --from-start")
-    for start, end in pairwise(checkpoints):
-        assert end is not None
+    for start, end in pairs:
         state = verify_checkpoint(end)
         file, owner = _owner_of_steps(run, end)
         if owner is None or owner.environment is None or owner.config is None:
@@ -148,29 +127,25 @@ def _intervals(run: RunDir, from_start: bool) -> Iterator[Interval]:
 def _owner_of_steps(run: RunDir, checkpoint: Path) -> tuple[Path, Owner | None]:
     """The owner that took the steps before a checkpoint: later ones may have made up for its evaluation."""
     generation = generation_of(checkpoint)
-    owner = owner_of(run.path, generation)
-    while owner and generation > 1 and (owner.from_step is None or owner.from_step >= step_of(checkpoint)):
+    while (owner := owner_of(run.path, generation)) and generation > 1:
+        if owner.from_step is not None and owner.from_step < step_of(checkpoint):
+            break
         generation -= 1
-        owner = owner_of(run.path, generation)
     return run.path / "owners" / f"{generation}.json", owner
 
 
-def _choose(
-    run: RunDir, intervals: list[Interval], here: Environment, needed: set[str], count: int | None
-) -> list[Interval]:
-    """The intervals that can be compared here, or `count` of them; warns about what else differs."""
+def _comparable(intervals: list[Interval], here: Environment, needed: set[str]) -> list[Interval]:
+    """The intervals that can be compared here; warns about what else differs."""
     comparable, reasons = [], []
     for interval in intervals:
-        made = interval.environment
-        ignored = BY_DDP - needed
-        differing = {k: v for k, v in vars(made).items() if v != getattr(here, k) and k not in ignored}
-        if strict := sorted(needed & differing.keys()):
-            what = ", ".join(f"{name} {differing[name]}, here {getattr(here, name)}" for name in strict)
-            reasons.append(f"{interval} cannot be compared: made with {what}")
+        compared = ((k, v, getattr(here, k)) for k, v in vars(interval.environment).items())
+        differing = [(k, v, now) for k, v, now in compared if v != now and k not in BY_DDP - needed]
+        if strict := [f"{name} {value}, here {now}" for name, value, now in differing if name in needed]:
+            reasons.append(f"{interval} cannot be compared: made with {', '.join(strict)}")
             continue
         comparable.append(interval)
-        for name, value in differing.items():
-            warn(f"{interval} were made with {name} {value}, now {getattr(here, name)}: bits may differ")
+        for name, value, now in differing:
+            warn(f"{interval} were made with {name} {value}, now {now}: bits may differ")
     if not comparable:
         made = intervals[-1].environment
         python = f"torchrun --nproc_per_node {made.processes}" if made.processes > 1 else "python"
@@ -181,8 +156,7 @@ def _choose(
         )
     for reason in reasons:
         say(reason)
-    drawn = comparable if count is None else random.sample(comparable, min(count, len(comparable)))
-    return sorted(drawn, key=lambda interval: interval.first)
+    return comparable
 
 
 def _replay(trainer: Trainer, interval: Interval, rows: Mapping[int, Mapping[str, float]]) -> list[str]:
@@ -206,17 +180,10 @@ def _replay(trainer: Trainer, interval: Interval, rows: Mapping[int, Mapping[str
     for file, live in tensors_by_file(task).items():
         stored = read_tensors(interval.end / file, live)
         for name, tensor in live.items():
-            different = int(differing_values(tensor.detach().cpu(), stored[name]).sum())
-            if different:
+            both = (t.contiguous().reshape(-1) for t in (tensor.detach().cpu(), stored[name]))
+            now, before = (t.view(torch.uint8).view(-1, t.element_size()) for t in both)  # bytes, by value
+            if different := int((now != before).any(dim=1).sum()):
                 differences.append(f"{file}: {name} differs in {different} of {tensor.numel()} values")
     if (state := plain_state(task)) != interval.state.task:
         differences.append(f"the task's own state is {state}")
     return differences
-
-
-def differing_values(a: Tensor, b: Tensor) -> Bool[Tensor, " values"]:
-    """Which values of two tensors of one shape and dtype differ in any bit."""
-    bytes_of_a, bytes_of_b = (
-        tensor.contiguous().reshape(-1).view(torch.uint8).view(tensor.numel(), -1) for tensor in (a, b)
-    )
-    return (bytes_of_a != bytes_of_b).any(dim=1)

@@ -12,14 +12,14 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from cs324dist.config import MUTABLE, POSITIONAL, ConfigT, hints_of, markers, option
+from cs324dist.config import POSITIONAL, ConfigT, hints_of, option
 from cs324dist.errors import UserError
 
 Options = TypeVar("Options")
@@ -37,20 +37,12 @@ def from_command_line(
     presets: Mapping[str, ConfigT],
     description: str,
     run_name: Callable[[ConfigT], str],
-    arguments: Sequence[str] | None = None,
+    arguments: Sequence[str],
 ) -> ConfigT:
-    """The options that `arguments` (default: the process's) ask for; `--preset` supplies the defaults.
+    """The options that `arguments` ask for; `--preset` supplies the defaults, and the first is its default.
 
-    Args:
-        presets: recipes by name; the first is the default.
-        description: shown above the options by `--help`.
-        run_name: the name of the run folder below `runs/` where `--run-dir` is not given.
-        arguments: words of the command line.
-
-    Raises:
-        UserError: a line for every value that is not allowed.
+    Where `--run-dir` is not given, `run_name` says which folder of `runs/` it is.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
     for word in (sys.argv[0], *arguments):
         if re.search(r"[\ud800-\udfff]", word):
             raise UserError(f"{word} is not UTF-8, which the files of a run are: give another name")
@@ -59,73 +51,57 @@ def from_command_line(
     chosen = first.parse_known_args(arguments)[0].preset
     defaults = dataclasses.replace(presets.get(chosen, next(iter(presets.values()))), preset=chosen)
     defaults = dataclasses.replace(defaults, run_dir=Path("runs") / run_name(defaults))
-    hints = {**hints_of(type(defaults)), "preset": Annotated[Literal[tuple(presets)], MUTABLE]}
-    given = _parsed(hints, type(defaults), description, defaults, arguments)
+    hints = {**hints_of(type(defaults)), "preset": Literal[tuple(presets)]}
+    given = _parsed(hints, defaults, description, arguments)
     config = dataclasses.replace(defaults, **given)
-    folder = given.get("run_dir") or Path("runs") / run_name(config)
-    return dataclasses.replace(config, run_dir=folder)
+    return dataclasses.replace(config, run_dir=given.get("run_dir") or Path("runs") / run_name(config))
 
 
 def parse(options_type: type[Options], description: str, arguments: Sequence[str] | None = None) -> Options:
-    """The options, a dataclass, that `arguments` (default: the process's) ask for.
-
-    Raises:
-        UserError: a line for everything that is not allowed.
-    """
+    """The options, a dataclass, that `arguments` (default: the process's) ask for."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    return options_type(**_parsed(hints_of(options_type), options_type, description, None, arguments))
+    return options_type(**_parsed(hints_of(options_type), options_type, description, arguments))
 
 
-def parse_command(
-    commands: Mapping[str, type[Options]], description: str, arguments: Sequence[str] | None = None
-) -> Options:
-    """The options of the command that the first of `arguments` names; see `parse`."""
-    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ("",)
+def parse_command(commands: Mapping[str, type[Options]], description: str) -> Options:
+    """The options of the command that the first of the process's arguments names; see `parse`."""
+    command, *rest = sys.argv[1:] or ("",)
     if command in commands:
         chosen = commands[command]
-        description = inspect.cleandoc(chosen.__doc__ or "")
-        return chosen(**_parsed(hints_of(chosen), chosen, description, None, rest, command))
+        return chosen(**_parsed(hints_of(chosen), chosen, chosen.__doc__ or "", rest, command))
     if command in ("-h", "--help"):
-        parser = argparse.ArgumentParser(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        listed = parser.add_subparsers(title="commands", metavar="COMMAND")
+        print(f"usage: {Path(sys.argv[0]).name} COMMAND RUN [options]\n\n{description}\ncommands:")
         for name, options_type in commands.items():
-            listed.add_parser(name, help=(options_type.__doc__ or "").partition("\n")[0])
-        parser.parse_args([command])
+            print(f"  {name:<13}{options_type.__doc__}")
+        sys.exit()
     wrong = f"{command} is not a command" if command else "a command is missing"
     raise UserError(f"{wrong}: give {', '.join(commands)}, and then the run")
 
 
 def _parsed(
-    hints: Mapping[str, Any],
-    options_type: Any,
-    description: str,
-    defaults: Any,
-    arguments: Sequence[str],
-    command: str = "",
+    hints: Mapping[str, Any], source: Any, description: str, arguments: Sequence[str], command: str = ""
 ) -> dict[str, Any]:
-    """The values that were given, by field."""
-    parser = _Parser(hints, options_type, description, defaults, command)
+    """The values that were given, by field of `source`: a dataclass, or one that holds the defaults.
+
+    Raises:
+        UserError: a line for everything that is not allowed.
+    """
+    parser = _Parser(hints, source, description, command)
     given, rest = parser.parse_known_args(arguments)
     values, problems = {}, list(parser.unknown(rest))
     for name, words in vars(given).items():
         adapter: TypeAdapter[Any] = TypeAdapter(hints[name], config=ConfigDict(allow_inf_nan=False))
-        one_word = isinstance(words, str)
-        choice = _choices(_schema_of(hints[name])).get(words) if one_word else words
+        choices = _choices(_schema_of(hints[name]))
         try:
-            values[name] = (
-                adapter.validate_strings(words) if choice is None else adapter.validate_python(choice)
-            )
+            values[name] = adapter.validate_python(choices.get(words, words) if choices else words)
         except ValidationError as invalid:
             if words == "none" and {"type": "null"} in adapter.json_schema().get("anyOf", ()):
                 values[name] = None
                 continue
-            line = f"{words if isinstance(words, str) else ' '.join(words)} is not allowed"
-            parses = not invalid.errors()[0]["type"].endswith(("_parsing", "_type", "_from_float"))
-            problems.append(
-                f"{parser.names[name]} {line}: give {_allowed(hints[name], with_kind=not parses)}"
-            )
+            shown = words if isinstance(words, str) else " ".join(words)
+            is_of_another_kind = invalid.errors()[0]["type"].endswith(("_parsing", "_type", "_from_float"))
+            allowed = _allowed(hints[name], with_kind=is_of_another_kind)
+            problems.append(f"{parser.names[name]} {shown} is not allowed: give {allowed}")
     if problems:
         raise UserError(*problems)
     return values
@@ -140,9 +116,8 @@ def _schema_of(hint: Any) -> Schema:
 
 def _choices(schema: Schema) -> Mapping[str, Any]:
     """The values that are allowed, by word; empty if they are not listed."""
-    return {
-        str(choice): choice for choice in schema.get("enum", [schema["const"]] if "const" in schema else [])
-    }
+    listed = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    return {str(choice): choice for choice in listed}
 
 
 def _allowed(hint: Any, with_kind: bool) -> str:
@@ -163,9 +138,7 @@ def _number(value: int | float) -> str:
 class _Parser(argparse.ArgumentParser):
     """Collects the words given for each field; what does not parse is a line of a `UserError`."""
 
-    def __init__(
-        self, hints: Mapping[str, Any], options_type: Any, description: str, defaults: Any, command: str
-    ) -> None:
+    def __init__(self, hints: Mapping[str, Any], source: Any, description: str, command: str) -> None:
         super().__init__(
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -175,16 +148,14 @@ class _Parser(argparse.ArgumentParser):
         )
         self.names: dict[str, str] = {}
         usage = ["%(prog)s", *command.split()]
-        headings = getattr(options_type, "groups", {})
+        headings = getattr(source, "groups", {})
         titles = ("recipe", *headings) if headings else ("options",)
         groups = {title: self.add_argument_group(title) for title in titles}
-        docs, marked = _docstrings(options_type), markers(options_type)
-        for field in dataclasses.fields(options_type):
-            name, schema = field.name, _schema_of(hints[field.name])
+        docs = _docstrings(source if isinstance(source, type) else type(source))
+        for name, hint in hints.items():
+            schema, default = _schema_of(hint), getattr(source, name, None)
             if schema.get("type") == "object":  # a nested record has no words
                 continue
-            default = field.default if defaults is None else getattr(defaults, name)
-            title = next((title for title, names in headings.items() if name in names), titles[0])
             words: dict[str, Any] = {"help": _help(docs.get(name, ""), default).replace("%", "%%")}
             is_flag = schema.get("type") == "boolean"
             if is_flag:
@@ -195,13 +166,14 @@ class _Parser(argparse.ArgumentParser):
                 choices = "{" + ",".join(_choices(schema)) + "}" if _choices(schema) else ""
                 words["metavar"] = choices or ("PATH" if of_one.get("format") == "path" else kind)
                 words["nargs"] = "+" if schema.get("type") == "array" else None
-            if POSITIONAL in marked[name]:
+            group = groups[next((title for title, names in headings.items() if name in names), titles[0])]
+            if POSITIONAL in get_args(hint):
                 self.names[name] = name
                 usage.append(name.upper())
-                groups[title].add_argument(name, **words | {"metavar": name.upper()})
+                group.add_argument(name, **words | {"metavar": name.upper()})
             else:
                 self.names[name] = option(f"no_{name}" if is_flag and default else name)
-                groups[title].add_argument(self.names[name], dest=name, **words)
+                group.add_argument(self.names[name], dest=name, **words)
         groups[titles[-1]].add_argument("-h", "--help", action="help", help="Show this help, and stop.")
         self.usage = " ".join([*usage, "[options]"])
 
@@ -209,11 +181,13 @@ class _Parser(argparse.ArgumentParser):
         """A line for each word that is no option, with the nearest that is."""
         after_option = False
         for word in words:
+            from accelerate.commands.launch import launch_command_parser  # takes long
+
             name, _, value = word.partition("=")
             if not word.startswith("-"):
                 if not after_option:
                     yield f"{word} is not an option: see --help"
-            elif name in _options_of_accelerate_launch():
+            elif name in launch_command_parser()._option_string_actions:
                 yield f"{name} is an option of accelerate launch: give it before the name of the script"
             elif near := difflib.get_close_matches(name.replace("_", "-"), self.names.values(), 1):
                 yield f"{name} is unknown: did you mean {near[0]}?"
@@ -229,15 +203,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _help(doc: str, default: Any) -> str:
     default = default.value if isinstance(default, enum.Enum) else default
-    if default is None or default is dataclasses.MISSING or isinstance(default, bool) or default in ("", ()):
+    if default is None or isinstance(default, bool) or default in ("", ()):
         return doc
     return f"{doc} (default: {default:.4g})" if isinstance(default, float) else f"{doc} (default: {default})"
-
-
-def _options_of_accelerate_launch() -> Collection[str]:
-    from accelerate.commands.launch import launch_command_parser
-
-    return launch_command_parser()._option_string_actions
 
 
 def _docstrings(options_type: Any) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """Options and records: frozen dataclasses whose annotations say what is allowed, read from JSON strictly."""
 
 import dataclasses
-import enum
 import json
-from collections.abc import Hashable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,27 +13,22 @@ from annotated_types import Interval
 from pydantic import TypeAdapter, ValidationError
 
 from cs324dist.errors import UserError, printable
-from cs324dist.schedules import ScheduleName, learning_rate_factor
 
 Record = TypeVar("Record")
+_adapter: Any = cache(TypeAdapter)
 
-
-class Marker(enum.Enum):
-    """What an annotation can say of an option beside its type and range."""
-
-    MUTABLE = "may have another value when a run is continued: the steps already taken do not depend on it"
-    POSITIONAL = "stands on the command line without a name"
-
-
-POSITIONAL = Marker.POSITIONAL
-MUTABLE = Marker.MUTABLE
+MUTABLE = object()
 """For an option's annotation: it may have another value when a run is continued."""
+
+POSITIONAL = object()
+"""For an option's annotation: it stands on the command line without a name."""
 
 Count = Annotated[int, Interval(ge=1, le=10**9)]
 Positive = Annotated[float, Interval(gt=0, le=1e9)]
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]
 BatchSize = Annotated[int, Interval(ge=1, le=1_000_000)]
+ScheduleName = Literal["constant", "linear", "cosine", "wsd"]
 
 
 @dataclass(frozen=True)
@@ -118,8 +113,19 @@ class Config:
     """Mixed precision where none is asked for. bf16: if the machine is faster in it."""
 
     def learning_rate_factor(self, step: int) -> float:
-        """The factor on every learning rate at `step`, counted from 0."""
-        return learning_rate_factor(self.schedule, step, self.steps, self.warmup_steps)
+        """The factor on every learning rate at `step`, counted from 0: a warm-up, then the schedule."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        at, end = step - self.warmup_steps, max(self.steps - self.warmup_steps, 1)
+        match self.schedule:
+            case "constant":
+                return 1.0
+            case "linear":
+                return 1 - at / end
+            case "cosine":  # half of one (Loshchilov and Hutter 2017)
+                return 0.5 * (1 + math.cos(math.pi * at / end))
+            case "wsd":  # warmup, stable, decay (Hu et al. 2024)
+                return min(1.0, 2 * (1 - at / end))
 
     def is_due(self, completed: int, every: int) -> bool:
         """Whether something done every `every` steps is due now; after the last step it always is."""
@@ -142,12 +148,12 @@ def option(field: str) -> str:
 
 def conflicts(config: Config, stored: Config) -> list[str]:
     """One line for each option of a stored run that this command would change halfway."""
-    marked = markers(type(config))
+    hints = hints_of(type(config))
     lines = [
         f"{option(name)} {value} differs from the run's {printable(getattr(stored, name))}: "
         f"give the run's value, or another --run-dir"
         for name, value in vars(config).items()
-        if MUTABLE not in marked[name] and value != getattr(stored, name)
+        if MUTABLE not in get_args(hints[name]) and value != getattr(stored, name)
     ]
     sampled = range(0, stored.steps, -(-stored.steps // 1000))
     if any(config.learning_rate_factor(step) != stored.learning_rate_factor(step) for step in sampled):
@@ -170,22 +176,13 @@ def hints_of(record_type: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(record_type)}
 
 
-def markers(record_type: Any) -> dict[str, tuple[Any, ...]]:
-    """What the annotation of each field holds beside its type."""
-    return {name: getattr(hint, "__metadata__", ()) for name, hint in hints_of(record_type).items()}
-
-
 def as_json(record: Any) -> dict[str, Any]:
     """A record as JSON values."""
     return _adapter(type(record)).dump_python(record, mode="json")
 
 
 def from_json(record_type: type[Record], content: Any, source: str) -> Record:
-    """The record in the content of a JSON file, strictly typed; `source` names it in errors.
-
-    Raises:
-        UserError: it has another format, or a line for each field that is missing, unknown or not allowed.
-    """
+    """The record in the content of a JSON file, read strictly; an error names `source` and what is wrong."""
     hints, content = hints_of(record_type), content if isinstance(content, dict) else {}
     if "format" in hints and content.get("format") != (supported := get_args(hints["format"])[0]):
         raise UserError(
@@ -205,12 +202,3 @@ def from_json(record_type: type[Record], content: Any, source: str) -> Record:
             for error in invalid.errors(include_url=False)
         ]
         raise UserError(*lines) from None
-
-
-def _adapter(record_type: Any) -> Any:
-    return _adapters(record_type)
-
-
-@cache
-def _adapters(record_type: Hashable) -> Any:
-    return TypeAdapter(record_type)  # type: ignore[arg-type]

@@ -10,11 +10,7 @@ from cs324dist.errors import UserError, printable
 
 
 def as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics as plain numbers.
-
-    Raises:
-        UserError: something is no number.
-    """
+    """Metrics as plain numbers; a `UserError` names one that is none."""
     found = {}
     for name, value in metrics.items():
         try:

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from cs324dist.runs.files import Writer, replaced
 
-SCALE, FRAME_MILLISECONDS = 6, 50  # of a film
-
 
 def grid(images: Float[Tensor, "count 1 28 28"], columns: int) -> UInt8[Tensor, "1 height width"]:
     """Images in [-1, 1] side by side, row by row, two pixels apart."""
@@ -32,14 +30,7 @@ def save_png(
 def save_gif(images: Float[Tensor, "frames 1 28 28"], path: Path) -> None:
     """Write images in [-1, 1] as a film, six times as large, that goes there and back, for ever."""
     frames = (Image.fromarray(grid(image[None], 1)[0].numpy()) for image in images)
-    film = [ImageOps.scale(frame, SCALE, Image.Resampling.NEAREST) for frame in frames]
+    film = [ImageOps.scale(frame, 6, Image.Resampling.NEAREST) for frame in frames]
+    rest = film[1:] + film[-2:0:-1]
     with replaced(path) as temporary:
-        back = film[-2:0:-1]
-        film[0].save(
-            temporary,
-            "gif",
-            save_all=True,
-            append_images=film[1:] + back,
-            duration=FRAME_MILLISECONDS,
-            loop=0,
-        )
+        film[0].save(temporary, "gif", save_all=True, append_images=rest, duration=50, loop=0)

@@ -52,7 +52,10 @@ def assert_same_when_killed(command: Command, folder: Path, *, processes: int = 
     _run(command, folder / "whole", processes)
     run = RunDir(folder / "killed")
     process = _start(command, run.path, processes)
-    while process.poll() is None and not (run.newest_step() and _logged(run) > run.newest_step()):
+    while process.poll() is None:
+        logged = max((row["step"] for row in run.read_metrics()), default=0)
+        if 0 < run.newest_step() < logged:
+            break
         time.sleep(0.01)
     if process.poll() is not None:
         raise AssertionError(f"it ended before it could be killed: {_said(run.path)}")
@@ -82,10 +85,6 @@ def _said(run: Path) -> str:
     said = run.with_suffix(".log").read_text(errors="replace")
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     return "\n".join(errors) or said[-2000:]
-
-
-def _logged(run: RunDir) -> int:
-    return max((row["step"] for row in run.read_metrics()), default=0)
 
 
 def _end(path: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ IMAGES: Mapping[Any, Any] = {WandBTracker: {}, TensorBoardTracker: {"dataformats
 
 
 class Trackers:
-    """Writes on the main process; every process may call it."""
+    """Writes on the main process; the others may call all but `log_step`."""
 
     def __init__(
         self,
@@ -48,40 +48,34 @@ class Trackers:
     ) -> None:
         """Of the steps from `start` to `until`; `config` is what Weights & Biases shows of the settings."""
         self._run, self._until, self._batch_size = run, until, batch_size
-        self._config, self._wandb, self._wants_tensorboard = config, wandb, tensorboard
         self._is_main, self._device = accelerator.is_main_process, accelerator.device
         self._trackers: dict[str, GeneralTracker] = {}
-        self._last_step, self._last_time = start, time.perf_counter()
-        self._last_waited = Loader.seconds_waited
-        self._bar: tqdm[Any] | None = None
+        self._last_step, self._last_waited = start, Loader.seconds_waited
+        if self._is_main:
+            if opened := open_wandb(run, wandb, config):
+                self._trackers[WANDB] = opened
+            if tensorboard:
+                self._open_tensorboard()
+        is_shown = self._is_main and sys.stderr.isatty()  # below what the others have said
+        self._bar = tqdm(total=until, initial=start, unit="step", disable=not is_shown)
+        self._last_time = time.perf_counter()
 
     def __enter__(self) -> "Trackers":
-        if self._is_main:
-            opened = {
-                WANDB: open_wandb(self._run, self._wandb, self._config),
-                TENSORBOARD: self._open_tensorboard() if self._wants_tensorboard else None,
-            }
-            self._trackers = {name: tracker for name, tracker in opened.items() if tracker is not None}
-            if sys.stderr.isatty():  # after what the others have said
-                self._bar = tqdm(total=self._until, initial=self._last_step, unit="step")
-        self._last_time = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         self._track(lambda tracker: tracker.finish())
         self._trackers = {}
 
-    def _open_tensorboard(self) -> TensorBoardTracker | None:
+    def _open_tensorboard(self) -> None:
         # What an earlier process wrote past this step is hidden.
         tracker = TensorBoardTracker("tensorboard", self._run.path, purge_step=self._last_step + 1)
         try:
             tracker.start()
+            self._trackers[TENSORBOARD] = tracker
         except Exception as error:
             _warn(TENSORBOARD, f"{error}; nothing is recorded there: pip install tensorboard")
-            return None
-        return tracker
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -92,33 +86,27 @@ class Trackers:
 
     def advance(self) -> None:
         """Show that a step has been completed."""
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def log_step(self, completed: int, values: Mapping[str, float]) -> None:
         """Log a step's metrics and the throughput since the last call, and show both."""
-        if completed == self._last_step:  # logged already: this is more of it
-            self._show(completed, values, 0.0)
-            self._log(completed, values)
-            return
-        now = time.perf_counter()
-        rate = (completed - self._last_step) / max(now - self._last_time, 1e-9)
-        self._show(completed, values, rate)
-        speeds = {
-            **({"samples_per_second": rate * self._batch_size} if self._batch_size else {}),
-            "steps_per_second": rate,
-            "data_seconds": Loader.seconds_waited - self._last_waited,
-        }
-        self._last_step, self._last_time, self._last_waited = completed, now, Loader.seconds_waited
-        if self._device.type == "cuda":
-            speeds["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        speeds: dict[str, float] = {}
+        if completed > self._last_step:  # else this is more of a step that is logged already
+            now, waited = time.perf_counter(), Loader.seconds_waited
+            rate = (completed - self._last_step) / max(now - self._last_time, 1e-9)
+            if self._batch_size:
+                speeds["samples_per_second"] = rate * self._batch_size
+            speeds |= {"steps_per_second": rate, "data_seconds": waited - self._last_waited}
+            if self._device.type == "cuda":
+                speeds["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            self._last_step, self._last_time, self._last_waited = completed, now, waited
+        self._show(completed, values, speeds.get("steps_per_second"))
         self._log(completed, {**values, **{f"throughput/{name}": speed for name, speed in speeds.items()}})
 
-    def _show(self, completed: int, values: Mapping[str, float], rate: float) -> None:
+    def _show(self, completed: int, values: Mapping[str, float], rate: float | None) -> None:
         brief = {name.removeprefix("train/"): f"{value:.4f}" for name, value in values.items()}
-        if self._bar is not None:
-            self._bar.set_postfix(brief, refresh=False)
-        elif self._is_main:
+        self._bar.set_postfix(brief, refresh=False)
+        if self._bar.disable:
             words = [f"step {completed}/{self._until}", *(f"{n} {v}" for n, v in brief.items())]
             if rate:
                 minutes = (self._until - completed) / rate / 60
@@ -146,8 +134,6 @@ class Trackers:
         self._log(completed, metrics)  # after the pictures: this flushes TensorBoard's file
 
     def _log(self, completed: int, metrics: Mapping[str, float]) -> None:
-        if not self._is_main:
-            return
         try:
             self._run.append_metrics(completed, metrics)
         except OSError as error:
@@ -167,9 +153,9 @@ def _warn(tracker: str, text: str) -> None:
     warn(f"{tracker}: {_without_login(text)}")
 
 
-def _without_login(said: object) -> str:
+def _without_login(said: str) -> str:
     """What a tracker says, printable and without the user and password of an address."""
-    return printable(re.sub(r"//[^/\s]*@", "//", str(said)))
+    return printable(re.sub(r"//[^/\s]*@", "//", said))
 
 
 def open_wandb(run: RunDir, wanted: str, config: Mapping[str, Any]) -> WandBTracker | None:
@@ -183,33 +169,33 @@ def open_wandb(run: RunDir, wanted: str, config: Mapping[str, Any]) -> WandBTrac
     # Its client records all of SLURM_*, of which this one is a token.
     os.environ.pop("SLURM_JWT", None)
     os.environ.setdefault("WANDB_SILENT", "true")
-    why: object = ""
     try:
-        mode, why = ("offline", "") if wanted == "offline" else _possible_mode()
-        if mode == "disabled":
-            return None
-        if mode == "online":
-            tracker = _started(run, config, mode)
-            address = _without_login(tracker.run.url)
-            say(f"{WANDB}: uploading to {address}; to stop this: --wandb disabled, or WANDB_MODE=disabled")
-            return tracker
-    except Exception as error:
-        why = error
-    if why:
-        say(f"{WANDB}: {_without_login(why)}; recording offline in {run}/wandb")
-    try:
-        if isinstance(why, Exception):  # the client of the attempt that failed holds the run's id
-            import wandb
+        import wandb
 
-            wandb.teardown()
+        try:
+            mode, why = ("offline", "") if wanted == "offline" else _possible_mode()
+            if mode == "disabled":
+                return None
+            if mode == "online":
+                tracker = _started(run, config, mode)
+                address = _without_login(tracker.run.url)
+                say(
+                    f"{WANDB}: uploading to {address}; to stop this: --wandb disabled, or WANDB_MODE=disabled"
+                )
+                return tracker
+        except Exception as error:
+            why = str(error) or repr(error)
+            wandb.teardown()  # the client of the attempt that failed holds the run's id
+        if why:
+            say(f"{WANDB}: {_without_login(why)}; recording offline in {run}/wandb")
         tracker = _started(run, config, "offline")
         for row in run.read_metrics():  # again: a segment whose process was killed may have lost it
             values = {name: value for name, value in row.items() if name != "step" and value is not None}
             tracker.log(values, step=row["step"])
+        return tracker
     except Exception as error:
         _warn(WANDB, f"{error}; nothing is recorded there")
         return None
-    return tracker
 
 
 def _started(run: RunDir, config: Mapping[str, Any], mode: str) -> WandBTracker:

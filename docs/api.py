@@ -47,7 +47,7 @@ PARTS = {  # by module
         "tasks.base": ["Mean", "Metrics", "Loss", "Picture", "Updater"],
         "distributed.sum_over": ["SumOver", "Measure", "Sums"],
         "data.loader": ["Loader", "Collate"],
-        "data.counter_rng": ["Indices"],
+        "data.streams": ["Indices"],
     },
 }
 

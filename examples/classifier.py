@@ -27,9 +27,9 @@ from cs324dist import (
     main,
     seeded,
 )
-from cs324dist.schedules import ScheduleName
-from cs324dist.tasks.gan.classifier import DigitClassifier
+from cs324dist.config import ScheduleName
 from cs324dist.tasks.gan.images import load_images, to_unit_range
+from cs324dist.tasks.gan.networks import DigitClassifier
 
 LARGEST_SHIFT = 2  # pixels
 

@@ -14,7 +14,7 @@ from typing import Annotated
 from cs324dist import fix_hash_seed
 from cs324dist.audit import audit
 from cs324dist.command_line import parse
-from cs324dist.config import POSITIONAL, Count
+from cs324dist.config import POSITIONAL
 from cs324dist.errors import errors_as_exit_codes, exit_process
 
 
@@ -28,11 +28,8 @@ class Audit:
     task: str | None = None
     """The task of a run of your own: path/to/file.py:Class or package.module:Class."""
 
-    intervals: Count | None = None
-    """How many intervals between kept checkpoints, drawn at random. Without it: all."""
-
     from_start: bool = False
-    """Also replay from the first step to the oldest kept checkpoint."""
+    """Replay not only between kept checkpoints, but also from the first step to the oldest of them."""
 
     data_root: Path = Path("data")
     """Folder of the data sets, whatever the run names."""
@@ -42,5 +39,5 @@ if __name__ == "__main__":
     fix_hash_seed()  # as it was in the run
     with errors_as_exit_codes():
         options = parse(Audit, __doc__)
-        audit(options.run, options.task, options.intervals, options.from_start, options.data_root)
+        audit(options.run, options.task, options.from_start, options.data_root)
         exit_process(0)

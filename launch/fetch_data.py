@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cs324dist.command_line import parse
 from cs324dist.errors import errors_as_exit_codes
-from cs324dist.tasks.gan.fetch import SHA256, fetch
+from cs324dist.tasks.gan.images import SHA256, fetch
 
 
 @dataclass(frozen=True)

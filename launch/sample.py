@@ -22,9 +22,8 @@ from cs324dist.errors import UserError, errors_as_exit_codes
 from cs324dist.pictures import grid, save_gif, save_png
 from cs324dist.runs.files import check_writable, replaced
 from cs324dist.runs.models import save_tensors
-from cs324dist.tasks.gan.interpolation import interpolate, strip
 from cs324dist.tasks.gan.networks import Generator
-from cs324dist.tasks.gan.sampling import generate, latents, load_generator, surest
+from cs324dist.tasks.gan.sampling import generate, interpolate, latents, load_generator, strip, surest
 
 FRAMES = 60  # of the film from one end to the other
 Digit = Annotated[int, Interval(ge=0, le=9)] | None
@@ -141,7 +140,7 @@ class Interpolation(Drawing):
 
         start = latent(self.start_digit, self.start_seed)
         end = latent(self.end_digit, self.end_seed)
-        save_png(strip(generator, start, end, self.between + 2, self.method), self.out)
+        save_png(strip(generator, interpolate(start, end, self.between + 2, self.method)), self.out)
         if self.gif:
             save_gif(generate(generator, interpolate(start, end, FRAMES, self.method)), self.gif)
             print(self.gif)

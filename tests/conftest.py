@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from cs324dist.tasks.gan.fetch import fetch
+from cs324dist.tasks.gan.images import fetch
 
 # A test does not depend on the machine's speed.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -393,7 +393,7 @@ def sampled(w: Copy) -> None:
 
 def audited(w: Copy) -> None:
     """launch/audit.py: what it accepts, it has found equal to the last bit."""
-    audit(w.run, None, None, from_start=False)
+    audit(w.run, None, from_start=False)
 
 
 def resumed(w: Copy) -> None:

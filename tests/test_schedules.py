@@ -1,6 +1,7 @@
 """Learning rates over the steps: those of torch's schedulers, and what the trainer makes of them."""
 
 import warnings
+from typing import get_args
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from cs324dist.schedules import SCHEDULES, learning_rate_factor
+from cs324dist.config import Config, ScheduleName
 
 
 def factors(schedule: str, steps: int, warmup_steps: int = 0) -> list[float]:
-    return [learning_rate_factor(schedule, step, steps, warmup_steps) for step in range(steps)]
+    config = Config(schedule=schedule, steps=steps, warmup_steps=warmup_steps)
+    return [config.learning_rate_factor(step) for step in range(steps)]
 
 
 def torchs(
@@ -44,7 +46,9 @@ def test_linear_and_cosine_are_torchs_after_a_warm_up_that_is_torchs(steps, warm
         assert factors(schedule, steps, warmup) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-@given(schedule=st.sampled_from(sorted(SCHEDULES)), steps=st.integers(1, 300), warmup=st.integers(0, 400))
+@given(
+    schedule=st.sampled_from(get_args(ScheduleName)), steps=st.integers(1, 300), warmup=st.integers(0, 400)
+)
 def test_every_step_trains_and_only_the_warm_up_rises(schedule, steps, warmup):
     """Also where the warm-up is as long as the run, or longer."""
     found = factors(schedule, steps, warmup)

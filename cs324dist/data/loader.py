@@ -68,8 +68,8 @@ def loader(
                 f"be shuffled: give it shuffle=True, or the data set itself to evaluate by loader.items"
             )
         workers, collate, dataset = dataset.num_workers, dataset.collate_fn, dataset.dataset
-    is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
-    if is_stream or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    has_both = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not has_both or isinstance(dataset, torch.utils.data.IterableDataset):
         raise UserError(f"the data set of {name!r} needs len(dataset) and dataset[item]; it has not both")
     if not len(dataset):
         raise UserError(f"the data set of {name!r} is empty")
@@ -111,7 +111,7 @@ class Loader:
         step = replace(batch, index=0, device=CPU)
         began = time.perf_counter()
         if step != self._step:
-            if self._step is None or step != _following(self._step):
+            if self._step is None or step != replace(self._step, step=self._step.step + 1):
                 self._plan.first = step
                 self._iterator = iter(self._loader)
             self._step, self._parts = step, {index: next(self._iterator) for index in _own(batch)}
@@ -144,16 +144,12 @@ class _Plan:
         while step is not None:
             for index in _own(step):
                 yield self.of(replace(step, index=index))
-            step = _following(step)
+            step = replace(step, step=step.step + 1)
 
     def of(self, part: MicroBatch) -> list[Address]:
         """What to load for a part of the batch."""
         items = self._order.items(part).tolist()
         return [(str(sample), item) for sample, item in zip(part.samples.tolist(), items, strict=True)]
-
-
-def _following(batch: MicroBatch) -> MicroBatch:
-    return replace(batch, step=batch.step + 1)
 
 
 def _own(batch: MicroBatch) -> range:
@@ -209,16 +205,17 @@ def _everything_seeded(seed: int, name: str) -> Iterator[None]:
 
 
 def _prepare_worker(_: int) -> None:
-    if sys.platform == "linux":
-        # Slurm signals every process, and the one that trains decides when to stop.
-        signal.pthread_sigmask(signal.SIG_BLOCK, TO_STOP)
-        threading.Thread(target=_end_when_the_parent_asks, daemon=True).start()
-        # A worker that outlived its process would hold the lock of the run.
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if sys.platform != "linux":
+        return
+    # A worker that outlived its process would hold the lock of the run.
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    # Slurm signals every process, and the one that trains decides when to stop.
+    signal.pthread_sigmask(signal.SIG_BLOCK, TO_STOP)
 
+    def end_when_the_parent_asks() -> None:
+        while signal.sigwaitinfo(TO_STOP).si_pid != os.getppid():
+            pass
+        os._exit(0)
 
-def _end_when_the_parent_asks() -> None:
-    while signal.sigwaitinfo(TO_STOP).si_pid != os.getppid():
-        pass
-    os._exit(0)
+    threading.Thread(target=end_when_the_parent_asks, daemon=True).start()

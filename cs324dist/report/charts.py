@@ -6,7 +6,6 @@ ticks (`page/axes.js`). Without the script, an axis names its two ends.
 """
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,11 +26,8 @@ class Metric:
     name: str
     title: str
     note: str = ""
-    unit: str = ""
-    """`%` for a share, `log` for a positive number on a logarithmic axis."""
-
-    real: float | None = None
-    """What real digits score."""
+    unit: str = ""  # % for a share, log for a positive number on a logarithmic axis
+    real: float | None = None  # what real digits score
 
 
 @dataclass(frozen=True)
@@ -40,13 +36,15 @@ class Chart:
 
     metric: Metric
     runs: Runs
-    last: int
-    """Steps are shown from 0 to this one."""
+    last: int  # step that is shown; the first is 0
+
+    @cached_property
+    def _series(self) -> list[Series]:
+        return [run.series(self.metric.name) for _, run in self.runs]
 
     @cached_property
     def _values(self) -> list[float]:
-        series = (run.series(self.metric.name) for _, run in self.runs)
-        found = [self.metric.real, *(value for points in series for value in points.values())]
+        found = (self.metric.real, *(value for series in self._series for value in series.values()))
         return [value for value in found if value is not None]
 
     @cached_property
@@ -66,11 +64,6 @@ class Chart:
         return [formatted(10**end if self.unit == "log" else end, self.unit) for end in self.axis]
 
     @property
-    def reference(self) -> float | None:
-        """What real digits score, in data coordinates."""
-        return None if self.metric.real is None else height(self.metric.real, self.unit)
-
-    @property
     def transform(self) -> str:
         """From data coordinates to the box, where y points down: the two ends lie at 5 and 95 %."""
         low, high = self.axis
@@ -78,30 +71,23 @@ class Chart:
         return f"matrix({1000 / self.last:.9g} 0 0 {down:.9g} 0 {950 - low * down:.9g})"
 
     @property
-    def curves(self) -> dict[int, str]:
-        """SVG paths by the number of the run."""
-        return {index: path(run.series(self.metric.name), self.unit) for index, run in self.runs}
-
-    @property
     def description(self) -> str:
         """The chart in words."""
-        ends = (
-            f"{run.name} ends at {formatted(run.last(self.metric.name), self.unit)}" for _, run in self.runs
-        )
-        return f"{self.metric.title} over {number(self.last)} steps. {'; '.join(ends)}."
+        last = ((run.name, formatted(run.last(self.metric.name), self.unit)) for _, run in self.runs)
+        ends = "; ".join(f"{name} ends at {value}" for name, value in last)
+        return f"{self.metric.title} over {number(self.last)} steps. {ends}."
 
     @property
     def table(self) -> list[list[str]]:
         """Values at a few steps: at each, a run's last so far, unless it has ended before."""
-        all_series = [run.series(self.metric.name) for _, run in self.runs]
-        steps = sorted({step for series in all_series for step in series})
+        steps = sorted({step for series in self._series for step in series})
 
         def value(series: Series, step: int) -> str:
-            before = bisect_right(known := list(series), step)
-            return formatted(series[known[before - 1]], self.unit) if before and step <= known[-1] else ""
+            known = [value for at, value in series.items() if at <= step]
+            return formatted(known[-1], self.unit) if known and step <= max(series) else ""
 
         return [
-            [number(step), *(value(series, step) for series in all_series)]
+            [number(step), *(value(series, step) for series in self._series)]
             for step in evenly(steps, TABLE_ROWS)
         ]
 

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from cs324dist.errors import UserError
 from cs324dist.report import provenance
-from cs324dist.report.charts import Metric, Runs, charts, formatted, number
+from cs324dist.report.charts import Metric, Runs, charts, formatted, height, number, path
 from cs324dist.report.pictures import Frame, Walk, film, walk
 from cs324dist.report.reading import Run, plain, read_runs
 from cs324dist.runs.files import replaced
@@ -53,16 +53,12 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 TEMPLATES.policies["json.dumps_kwargs"] = {"default": vars}  # of dataclasses
-TEMPLATES.globals |= {"provenance": provenance, "number": number, "formatted": formatted, "plain": plain}
+TEMPLATES.globals |= {"provenance": provenance}
+TEMPLATES.globals |= {f.__name__: f for f in (formatted, height, number, path, plain)}
 
 
 def write_report(paths: tuple[Path, ...], out: Path) -> list[str]:
-    """Write the page of the runs among `paths`; returns a line for each path that is not one, or is damaged.
-
-    Raises:
-        UserError: none of them is a run.
-        OSError: the file cannot be written.
-    """
+    """Write the page of the runs among `paths`; returns a line for each path that is no run, or damaged."""
     runs, others = read_runs(paths)
     page = render(runs)
     with replaced(out) as temporary:
@@ -117,13 +113,9 @@ def _place(run: Run) -> tuple[int, str, int, str, str, str]:
     return task, run.task, len(length), length, run.setting("model"), run.name
 
 
-def _first_perfect(run: Run) -> tuple[int | None, int | None]:
-    """The first logged step whose batch, at full length, is all correct; the first such evaluation."""
-    batch, test = (
-        next((step for step, value in run.series(metric).items() if value == 1), None)
-        for metric in ("train/accuracy", "eval/accuracy")
-    )
-    return batch if run.record.config.get("curriculum") == 1 else None, test
+def _first_perfect(run: Run, metric: str) -> int | None:
+    """The first step at which all was correct."""
+    return next((step for step, value in run.series(metric).items() if value == 1), None)
 
 
 def _pictures(run: Run, most_frames: int) -> tuple[Run, list[Frame], Walk | None, str]:

@@ -3,7 +3,6 @@
 import base64
 import io
 from dataclasses import dataclass
-from pathlib import Path
 
 from jaxtyping import UInt8
 from PIL import Image
@@ -12,12 +11,11 @@ from torch import Tensor
 from cs324dist.pictures import grid
 from cs324dist.report.charts import evenly, number
 from cs324dist.report.reading import Run
-from cs324dist.tasks.gan.interpolation import STRIP_IMAGES, Method, interpolate, strip, walk_ends
-from cs324dist.tasks.gan.sampling import generate, load_generator
+from cs324dist.tasks.gan import sampling
 
 WALK_FRAMES = 48
 LARGEST = 640  # pixels of a sample's longer side on the page
-METHODS: tuple[Method, ...] = ("linear", "spherical")
+METHODS: tuple[sampling.Method, ...] = ("linear", "spherical")
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Walk:
 
     ends: str
     frames: list[Frame]
-    strips: dict[Method, str]
+    strips: dict[sampling.Method, str]
 
 
 def film(run: Run, most_frames: int) -> list[Frame]:
@@ -45,7 +43,10 @@ def film(run: Run, most_frames: int) -> list[Frame]:
         shares = [run.series(f"eval/share_of_{digit}").get(step) for digit in range(10)]
         valid = [share for share in shares if share is not None and 0 <= share <= 1]
         try:
-            source = read_picture(run.samples[step])
+            with Image.open(run.samples[step], formats=["PNG"]) as picture:
+                picture.thumbnail((LARGEST, LARGEST))
+                plain = picture.convert("L" if picture.mode == "L" else "RGB")
+                source = encoded(plain, "WEBP", quality=60, method=4)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             damaged.append(f"samples/{run.samples[step].name}")
         else:
@@ -56,27 +57,16 @@ def film(run: Run, most_frames: int) -> list[Frame]:
     return frames
 
 
-def read_picture(path: Path) -> str:
-    """A sample's picture.
-
-    Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: the file is damaged.
-    """
-    with Image.open(path, formats=["PNG"]) as picture:
-        picture.thumbnail((LARGEST, LARGEST))
-        return encoded(picture.convert("L" if picture.mode == "L" else "RGB"), "WEBP", quality=60, method=4)
-
-
 def walk(run: Run) -> Walk:
-    """A walk through the latent space of the run's newest checkpoint.
-
-    Raises:
-        UserError: there is no checkpoint that can be used.
-    """
-    generator = load_generator(run.path)
-    start, end, ends = walk_ends(generator)
-    strips = {method: _as_png(strip(generator, start, end, STRIP_IMAGES, method)) for method in METHODS}
-    walks = [generate(generator, interpolate(start, end, WALK_FRAMES, method)) for method in METHODS]
+    """A walk through the latent space of the run's newest checkpoint; raises as `load_generator` does."""
+    generator = sampling.load_generator(run.path)
+    start, end, ends = sampling.walk_ends(generator)
+    strips, walks = {}, []
+    for method in METHODS:
+        few = sampling.interpolate(start, end, sampling.STRIP_IMAGES, method)
+        many = sampling.interpolate(start, end, WALK_FRAMES, method)
+        strips[method] = _as_png(sampling.strip(generator, few))
+        walks.append(sampling.generate(generator, many))
     frames = [
         Frame(f"{k} of {WALK_FRAMES}", [_as_png(grid(image[None], 1)) for image in images])
         for k, images in enumerate(zip(*walks, strict=True), 1)

@@ -37,26 +37,16 @@ class Run:
     path: Path
     name: str
     record: RunRecord
-    options: Config | None
-    """The options that every task has; None if they cannot be read."""
-
+    options: Config | None  # those that every task has; None if they cannot be read
     state: State | Literal["not started", "unclear"]
     step: int
     why: str
-    silent_for: float
-    """Seconds since the last sign of life of a process that is marked as running."""
-
+    silent_for: float  # seconds since the last sign of life of a process that is marked as running
     metrics: Mapping[str, Series]
     samples: Mapping[int, Path]
-    owners: Mapping[int, Owner]
-    """The processes that ran it, by generation."""
-
-    environment: Environment | None
-    """The last owner's that wrote it down."""
-
-    processes: int | None
-    """How many trained it together when it was last saved."""
-
+    owners: Mapping[int, Owner]  # the processes that ran it, by generation
+    environment: Environment | None  # the last owner's that wrote it down
+    processes: int | None  # how many trained it together when it was last saved
     problems: list[str]
 
     @property
@@ -116,11 +106,7 @@ def plain(value: Any) -> str:
 
 
 def read_runs(paths: tuple[Path, ...]) -> tuple[list[Run], list[str]]:
-    """The runs among `paths`, and a line for each path that is not one.
-
-    Raises:
-        UserError: none of them is a run.
-    """
+    """The runs among `paths`, and a line for each path that is not one; a `UserError` if none is."""
     found: dict[Path, Path] = {}
     others = []
     for path in paths:

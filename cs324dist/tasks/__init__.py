@@ -21,10 +21,7 @@ def find_task(name: str) -> type[Task[Any]]:
     """The task called `name`: one of `TASKS`, or `path/to/file.py:Class`, or `package.module:Class`.
 
     The class may be left out where a file has one task. The code in the file or module runs. It can import
-    what lies beside the file, or in the current folder.
-
-    Raises:
-        UserError: there is no such task.
+    what lies beside the file, or in the current folder. A `UserError` says why there is no such task.
     """
     path = TASKS.get(name, name)
     module_name, _, class_name = (f"{path}:" if path.endswith(".py") else path).rpartition(":")
@@ -38,40 +35,27 @@ def find_task(name: str) -> type[Task[Any]]:
         sys.path.insert(0, folder)  # as Python does for a script
     try:
         module = _from_file(file) if file else importlib.import_module(module_name)
-        task = getattr(module, class_name or _only_task(module), None)
     except (ImportError, OSError, AttributeError) as error:
         raise UserError(f"task {name!r} cannot be imported: {error}") from None
+    there = [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Task) and value.__module__ == module.__name__
+    ]
+    if not class_name and len(there) != 1:
+        raise UserError(f"{module.__file__} has {len(there)} tasks: name one, {module.__file__}:CLASS")
+    task = getattr(module, class_name or there[0], None)
     if task is None:
-        there = ", ".join(_tasks_of(module)) or "none"
-        raise UserError(f"{module_name} has no class {class_name!r:.99}; its tasks: {there}")
+        found = ", ".join(there) or "none"
+        raise UserError(f"{module_name} has no class {class_name!r:.99}; its tasks: {found}")
     if not (isinstance(task, type) and issubclass(task, Task)):
         raise UserError(f"task {name!r} is not a subclass of cs324dist.Task")
     check_task(task)
     return task
 
 
-def _tasks_of(module: Any) -> list[str]:
-    """The names of the tasks that a module defines."""
-    return [
-        name
-        for name, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, Task) and value.__module__ == module.__name__
-    ]
-
-
-def _only_task(module: Any) -> str:
-    found = _tasks_of(module)
-    if len(found) != 1:
-        raise UserError(f"{module.__file__} has {len(found)} tasks: name one, {module.__file__}:CLASS")
-    return found[0]
-
-
 def check_task(task: type[Task[Any]]) -> None:
-    """Check that a task has a name, and presets with allowed values.
-
-    Raises:
-        UserError: it has not.
-    """
+    """Check that a task has a name, and presets with allowed values; a `UserError` says what is missing."""
     of = task.__name__
     if not isinstance(getattr(task, "name", None), str):
         raise UserError(f"{of} has no name: write name = {of.lower()!r} in the class")

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cs324dist.data import counter_rng
-from cs324dist.data.counter_rng import random_bits, random_integers, random_normals, random_signs, stream_keys
+from cs324dist.data import streams
+from cs324dist.data.streams import Stream, random_bits
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
 MANY = torch.arange(100_000)
-KEYS = stream_keys(0, "noise")
+NOISE = Stream(0, "noise")
 INT64 = st.integers(-(2**63), 2**63 - 1)
 STREAMS = st.text(st.characters(codec="utf-8"), max_size=20)
 
@@ -36,6 +36,16 @@ def words(seed: int, stream: str, indices: list[int], components: int) -> list[l
     return [[word(seed, stream, index, c) for c in range(components)] for index in indices]
 
 
+def in_double(stream: Stream, indices: torch.Tensor, components: int) -> torch.Tensor:
+    """Normals as they are before they are rounded to a shorter dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return stream.normals(indices, components)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def chi_square_p(values: torch.Tensor, bins: int) -> float:
     return float(stats.chisquare(values.flatten().bincount(minlength=bins).numpy()).pvalue)
 
@@ -44,22 +54,22 @@ class TestBits:
     @settings(deadline=None)
     @given(INT64, STREAMS, st.lists(st.integers(0, 2**62), max_size=5), st.integers(1, 5))
     def test_they_are_the_hash_computed_in_python_integers(self, seed, stream, indices, components) -> None:
-        bits = random_bits(stream_keys(seed, stream), torch.tensor(indices, dtype=torch.int64), components)
+        bits = random_bits(seed, stream, torch.tensor(indices, dtype=torch.int64), components)
         assert bits.shape == (len(indices), components)
         assert [[x & MASK for x in row] for row in bits.tolist()] == words(seed, stream, indices, components)
 
     def test_the_numbers_of_every_run_so_far_stay_what_they_are(self) -> None:
-        keys, indices = stream_keys(0, "latents/train"), torch.tensor([0, 1, 7_901_184])
-        assert [[x & MASK for x in row] for row in random_bits(keys, indices, 2).tolist()] == [
+        stream, indices = Stream(0, "latents/train"), torch.tensor([0, 1, 7_901_184])
+        assert [[x & MASK for x in row] for row in random_bits(0, stream.name, indices, 2).tolist()] == [
             [0xDF1A8ADF64D78A70, 0x28D523B2B41A5411],
             [0x2C8494B5967E563E, 0xBA593AD33AC5B8B9],
             [0xAE8B459DF96CAF81, 0x770D463A61F31FD6],
         ]
-        assert random_integers(keys, indices, 4, 10).tolist() == [[0, 6, 5, 6], [7, 6, 9, 5], [2, 5, 1, 6]]
+        assert stream.integers(indices, 4, 10).tolist() == [[0, 6, 5, 6], [7, 6, 9, 5], [2, 5, 1, 6]]
         normals = [[-0.4122189781563373, -0.5515809841930044], [-1.5925713062647784, 0.10197203720672106]]
         expected = torch.tensor(normals, dtype=torch.float64)
-        torch.testing.assert_close(random_normals(keys, indices[:2], 2), expected, rtol=1e-14, atol=1e-14)
-        signs = ["".join("-+"[x > 0] for x in row) for row in random_signs(keys, indices, 20).tolist()]
+        torch.testing.assert_close(in_double(stream, indices[:2], 2), expected, rtol=1e-14, atol=1e-14)
+        signs = ["".join("-+"[x > 0] for x in row) for row in stream.signs(indices, 20).tolist()]
         assert signs == ["----+++--+-+---++++-", "-+++++---++-+-+--+++", "+------+++++-+-+--++"]
 
 
@@ -67,7 +77,7 @@ class TestIntegers:
     @settings(deadline=None)
     @given(st.integers(0, 1000), st.integers(0, 2**62), st.integers(1, 2**63 - 1))
     def test_they_are_the_upper_63_bits_modulo_the_bound(self, seed: int, index: int, below: int) -> None:
-        found = random_integers(stream_keys(seed, "x"), torch.tensor([index]), 3, below)
+        found = Stream(seed, "x").integers(torch.tensor([index]), 3, below)
         assert found.tolist() == [[(w >> 1) % below for w in words(seed, "x", [index], 3)[0]]]
 
 
@@ -82,13 +92,13 @@ class TestNormals:
             ]
             for row in words(0, "noise", indices, 4)
         ]
-        found = random_normals(KEYS, torch.tensor(indices), 4)
+        found = in_double(NOISE, torch.tensor(indices), 4)
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-13)
 
     def test_the_rarest_words_give_finite_normals(self, monkeypatch: pytest.MonkeyPatch) -> None:
         extremes = torch.tensor([[0, -1, -(2**63), 2**63 - 1, 0xFFFFFFFF, -(2**32)]])
-        monkeypatch.setattr(counter_rng, "random_bits", lambda *_: extremes)
-        z = random_normals(KEYS, torch.tensor([0]), 6)
+        monkeypatch.setattr(streams, "random_bits", lambda *_: extremes)
+        z = in_double(NOISE, torch.tensor([0]), 6)
         assert z.isfinite().all()
         assert z.abs().max().item() == pytest.approx(math.sqrt(66 * math.log(2)))  # radius at 2^-33
 
@@ -98,31 +108,32 @@ class TestSigns:
     def test_each_is_one_bit_of_the_hash(self, components: int) -> None:
         rows = words(0, "noise", [0, 1, 99], -(-components // 64))
         expected = [[2 * (row[c // 64] >> c % 64 & 1) - 1 for c in range(components)] for row in rows]
-        assert random_signs(KEYS, torch.tensor([0, 1, 99]), components).tolist() == expected
+        assert NOISE.signs(torch.tensor([0, 1, 99]), components).tolist() == expected
 
 
 NEIGHBOURS = {
-    "the next seed": (stream_keys(1, "noise"), MANY, 0),
-    "the opposite seed": (stream_keys(-1, "noise"), MANY, 0),
-    "a similar name": (stream_keys(0, "noise2"), MANY, 0),
-    "the next index": (KEYS, MANY + 1, 0),
-    "the next component": (KEYS, MANY, 1),
-    "the next index, the component before": (KEYS, MANY + 1, 1),
-    "the 2^32nd index after": (KEYS, MANY + 2**32, 0),
+    "the next seed": (Stream(1, "noise"), MANY, 0),
+    "the opposite seed": (Stream(-1, "noise"), MANY, 0),
+    "a similar name": (Stream(0, "noise2"), MANY, 0),
+    "the next index": (NOISE, MANY + 1, 0),
+    "the next component": (NOISE, MANY, 1),
+    "the next index, the component before": (NOISE, MANY + 1, 1),
+    "the 2^32nd index after": (NOISE, MANY + 2**32, 0),
 }
 
 
 @pytest.mark.parametrize("neighbour", NEIGHBOURS)
 def test_neighbouring_addresses_have_nothing_in_common(neighbour: str) -> None:
-    keys, indices, component = NEIGHBOURS[neighbour]
+    stream, indices, component = NEIGHBOURS[neighbour]
     own = 2 if neighbour.endswith("before") else 0
     n = len(MANY)
-    a, b = random_bits(KEYS, MANY, 3)[:, own], random_bits(keys, indices, 3)[:, component]
+    a = random_bits(0, "noise", MANY, 3)[:, own]
+    b = random_bits(stream.seed, stream.name, indices, 3)[:, component]
     flipped = ((a ^ b)[:, None] >> torch.arange(64)) & 1
     assert (flipped.double().mean(0) - 0.5).abs().max() < 4.5 * 0.5 / n**0.5
-    x, y = random_normals(KEYS, MANY, 3)[:, own], random_normals(keys, indices, 3)[:, component]
+    x, y = in_double(NOISE, MANY, 3)[:, own], in_double(stream, indices, 3)[:, component]
     for of in (torch.sign, torch.abs, torch.square, torch.clone):
         assert abs(torch.corrcoef(torch.stack([of(x), of(y)]))[0, 1]) < 4 / n**0.5
-    p = random_integers(KEYS, MANY, 3, 10)[:, own]
-    q = random_integers(keys, indices, 3, 10)[:, component]
+    p = NOISE.integers(MANY, 3, 10)[:, own]
+    q = stream.integers(indices, 3, 10)[:, component]
     assert chi_square_p(10 * p + q, 100) > 0.001

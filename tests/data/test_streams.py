@@ -4,9 +4,8 @@ import numpy as np
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_counter_rng import word
+from test_counter_rng import in_double, word
 
-from cs324dist.data.counter_rng import random_normals, stream_keys
 from cs324dist.data.streams import (
     CPU,
     MicroBatch,
@@ -14,7 +13,6 @@ from cs324dist.data.streams import (
     Stream,
     generators,
     seed_everything,
-    seed_torch,
     seeded,
     set_generators,
 )
@@ -57,7 +55,7 @@ class TestStream:
 
     def test_numbers_come_in_the_default_dtype(self):
         stream, indices = Stream(0, "x"), torch.arange(10)
-        exact = random_normals(stream_keys(0, "x"), indices, 3)
+        exact = in_double(stream, indices, 3)
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             torch.set_default_dtype(dtype)
             assert torch.equal(stream.normals(indices, 3), exact.to(dtype))
@@ -142,7 +140,7 @@ def test_a_device_s_generator_is_kept_beside_the_cpu_s(monkeypatch) -> None:
 
     cuda, module = torch.device("cuda", 0), Device()
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
-    seed_torch(7, cuda)
+    module.seed = 7
     kept = generators(cuda)
     seed_everything(0, "a", cuda)
     assert module.seed != 7

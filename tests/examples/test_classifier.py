@@ -4,8 +4,8 @@ import pytest
 from launched import metrics, newest_checkpoint
 
 from cs324dist import accuracy, load_model
-from cs324dist.tasks.gan.classifier import DigitClassifier
 from cs324dist.tasks.gan.images import load_images, to_unit_range
+from cs324dist.tasks.gan.networks import DigitClassifier
 
 
 def test_the_share_of_right_answers_is_that_of_the_trained_network(launch, tmp_path):

@@ -19,9 +19,8 @@ import pytest
 from torchvision.datasets import MNIST
 
 from cs324dist.errors import UserError
-from cs324dist.tasks.gan import fetch as fetch_module
-from cs324dist.tasks.gan.fetch import fetch
-from cs324dist.tasks.gan.images import load_images
+from cs324dist.tasks.gan import images as fetch_module
+from cs324dist.tasks.gan.images import fetch, load_images
 
 NAMES = tuple(fetch_module.SHA256)
 

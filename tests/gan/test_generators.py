@@ -15,7 +15,7 @@ from cs324dist.runs.files import write_record
 from cs324dist.runs.records import RunRecord
 from cs324dist.runs.run_dir import RunDir
 from cs324dist.runs.trained import find_network, load_network
-from cs324dist.tasks.gan import interpolation, sampling
+from cs324dist.tasks.gan import sampling
 from cs324dist.tasks.gan.images import load_images, to_unit_range
 from cs324dist.tasks.gan.networks import Generator
 from cs324dist.tasks.gan.sampling import latents, load_generator, surest
@@ -162,8 +162,8 @@ class TestBest:
 
 
 def test_only_a_generator_of_digits_walks_from_a_4_to_a_1(four_or_one: Stub) -> None:
-    assert interpolation.walk_ends(four_or_one)[2] == "from a 4 to a 1"
-    assert interpolation.walk_ends(confident(torch.tanh))[2] == "from one image to another"
+    assert sampling.walk_ends(four_or_one)[2] == "from a 4 to a 1"
+    assert sampling.walk_ends(confident(torch.tanh))[2] == "from one image to another"
 
 
 def test_any_network_of_a_run_is_found_by_its_name(tmp_path: Path) -> None:

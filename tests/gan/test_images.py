@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from cs324dist.tasks.gan.images import load_images, to_unit_range
@@ -48,7 +47,6 @@ class TestContent:
         assert torch.equal(((scaled + 1) * 127.5).round().to(torch.uint8), every_byte.unsqueeze(1))
 
 
-@pytest.mark.parametrize("module", ["images", "fetch"])
-def test_importing_the_module_imports_no_torchvision(module: str) -> None:
-    code = f"import sys, cs324dist.tasks.gan.{module}; sys.exit('torchvision' in sys.modules)"
+def test_importing_the_module_imports_no_torchvision() -> None:
+    code = "import sys, cs324dist.tasks.gan.images; sys.exit('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

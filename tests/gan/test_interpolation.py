@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cs324dist.tasks.gan.interpolation import interpolate
+from cs324dist.tasks.gan.sampling import interpolate
 
 SEEDS, WIDTHS, POINTS = st.integers(0, 2**32), st.integers(2, 200), st.integers(2, 30)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -12,10 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cs324dist.distributed.sum_over import SumOver
-from cs324dist.tasks.gan.classifier import DigitClassifier
-from cs324dist.tasks.gan.frechet import Moments, frechet_distance
 from cs324dist.tasks.gan.images import LabelledImages, load_images, to_unit_range
-from cs324dist.tasks.gan.statistics import WEIGHTS, DigitStatistics, digit_classifier
+from cs324dist.tasks.gan.networks import DigitClassifier
+from cs324dist.tasks.gan.statistics import (
+    WEIGHTS,
+    DigitStatistics,
+    Moments,
+    digit_classifier,
+    frechet_distance,
+)
 
 
 def test_the_committed_weights_read_992_of_1000_test_digits(mnist_root: Path) -> None:

@@ -4,7 +4,17 @@ import re
 import pytest
 from made_runs import make_gan, make_lstm
 
-from cs324dist.report.charts import MOST_POINTS, Chart, Metric, charts, formatted, number, path, thinned
+from cs324dist.report.charts import (
+    MOST_POINTS,
+    Chart,
+    Metric,
+    charts,
+    formatted,
+    height,
+    number,
+    path,
+    thinned,
+)
 from cs324dist.report.reading import read_run
 
 
@@ -43,7 +53,7 @@ def test_what_real_digits_score_is_on_the_axis(tmp_path) -> None:
     run = read_run(make_gan(tmp_path / "run", checkpoint=False), "run")
     metric = Metric("eval/frechet_distance", "Distance", unit="log", real=1.0)
     (drawn,) = charts([(0, run)], [metric])
-    assert (drawn.ends, drawn.reference) == (["1", "50"], 0)
+    assert (drawn.ends, height(1.0, drawn.unit)) == (["1", "50"], 0)
     assert heights(drawn, 0, math.log10(50)) == pytest.approx([5, 95])
 
 

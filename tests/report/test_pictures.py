@@ -11,8 +11,7 @@ from PIL import Image
 from cs324dist.errors import UserError
 from cs324dist.report.pictures import LARGEST, METHODS, WALK_FRAMES, film, walk
 from cs324dist.report.reading import read_run
-from cs324dist.tasks.gan.interpolation import STRIP_IMAGES, interpolate
-from cs324dist.tasks.gan.sampling import generate, latents, load_generator
+from cs324dist.tasks.gan.sampling import STRIP_IMAGES, generate, interpolate, latents, load_generator
 
 
 def decoded(source: str) -> np.ndarray:

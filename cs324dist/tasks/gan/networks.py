@@ -1,4 +1,4 @@
-"""The generator and the discriminator of Part II of the course report, with the same parameter names.
+"""The generator and the discriminator of Part II of the course report, and a classifier of digits.
 
 State dicts of the course report's classes load strictly. One difference: the discriminator returns logits,
 and its final sigmoid is part of the loss (binary cross-entropy with logits), which computes the same.
@@ -63,3 +63,32 @@ class Discriminator(nn.Module):
     def forward(self, images: Float[Tensor, "batch 1 28 28"]) -> Float[Tensor, "batch classes"]:
         """Logits of the classes of real images."""
         return self.net(images)
+
+
+class DigitClassifier(nn.Module):
+    """Labels samples, and measures them: two convolutions and a hidden layer of 128 units, the features."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.config = {"classes": classes}
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(1, 16, 5, padding=2),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 5, padding=2),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+        )
+        self.hidden = nn.Sequential(nn.Linear(32 * 7 * 7, 128), nn.ReLU())
+        self.output = nn.Linear(128, classes)
+
+    def features(self, images: Float[Tensor, "batch 1 28 28"]) -> Float[Tensor, "batch 128"]:
+        """Activations of the hidden layer for images in [-1, 1]."""
+        return self.hidden(self.convolutions(images))
+
+    def forward(self, images: Float[Tensor, "batch 1 28 28"]) -> Float[Tensor, "batch classes"]:
+        """Logits for images in [-1, 1]."""
+        return self.output(self.features(images))

@@ -1,4 +1,4 @@
-"""What a classifier says of images; for digits, the project ships one."""
+"""What the digit classifier that the project ships says of images, and the Fréchet distance between them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +11,7 @@ from torch import Tensor
 
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.runs.models import read_tensors
-from cs324dist.tasks.gan.classifier import DigitClassifier
-from cs324dist.tasks.gan.frechet import Moments, frechet_distance
+from cs324dist.tasks.gan.networks import DigitClassifier
 
 WEIGHTS = Path(__file__).with_name("classifier.safetensors")
 SURE = 0.95  # confidence above which a digit counts as readable
@@ -28,16 +27,52 @@ def digit_classifier(device: torch.device) -> DigitClassifier:
 
 @torch.no_grad()
 def read_digits(
-    images: Float[Tensor, "batch 1 28 28"], classifier: DigitClassifier | None = None
+    images: Float[Tensor, "batch 1 28 28"],
 ) -> tuple[Int64[Tensor, " batch"], Float[Tensor, " batch"], Float[Tensor, "batch 128"]]:
-    """The digit of each image, the classifier's confidence in [0.1, 1], and its features.
-
-    `classifier`, in eval mode, stands in for the one that the project ships.
-    """
-    classifier = classifier or digit_classifier(images.device)
+    """The digit of each image, the classifier's confidence in [0.1, 1], and its features."""
+    classifier = digit_classifier(images.device)
     features = classifier.features(images.float())
     confidence, digits = classifier.output(features).softmax(dim=1).max(dim=1)
     return digits, confidence, features
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums from which mean and covariance follow; sums of parts add up, so ranks can share the work."""
+
+    count: Float64[Tensor, ""]
+    total: Float64[Tensor, " features"]
+    outer: Float64[Tensor, "features features"]
+
+    @classmethod
+    def of(cls, features: Float[Tensor, "samples features"]) -> "Moments":
+        """The sums over a batch."""
+        x = features.double()
+        return cls(torch.tensor(len(x), dtype=torch.float64, device=x.device), x.sum(0), x.T @ x)
+
+    def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
+        """The covariance is the unbiased one."""
+        mean = self.total / self.count
+        return mean, (self.outer - self.count * mean[:, None] * mean) / (self.count - 1)
+
+
+def frechet_distance(a: Moments, b: Moments) -> Float64[Tensor, ""]:
+    """Squared distance of two normal distributions; 0 for equal moments.
+
+    Heusel et al. 2017, "GANs trained by a two time-scale update rule": |m - m'|² + tr(C + C' - 2 (C C')^½).
+    """
+    (mean_a, covariance_a), (mean_b, covariance_b) = a.mean_and_covariance(), b.mean_and_covariance()
+    values, vectors = torch.linalg.eigh(covariance_a)
+    root_a = (vectors * _without_rounding(values).sqrt()) @ vectors.T
+    # tr (AB)^½ = tr (A^½ B A^½)^½, and that matrix is symmetric
+    trace_of_root = _without_rounding(torch.linalg.eigvalsh(root_a @ covariance_b @ root_a)).sqrt().sum()
+    return (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * trace_of_root
+
+
+def _without_rounding(values: Float64[Tensor, " features"]) -> Float64[Tensor, " features"]:
+    """Eigenvalues that are zero but for rounding as zero: a square root makes 1e-8 of 1e-16."""
+    smallest = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
+    return values.where(values > smallest, 0.0)
 
 
 @dataclass(frozen=True)
@@ -54,12 +89,11 @@ class DigitStatistics:
         draw: Callable[[Int64[Tensor, " indices"]], Float[Tensor, "indices 1 28 28"]],
         count: int,
         sum_over: SumOver,
-        classifier: DigitClassifier | None = None,
     ) -> "DigitStatistics":
         """Of the images in [-1, 1] that `draw` makes for the indices [0, count), over all processes."""
 
         def measure(indices: Int64[Tensor, " indices"]) -> dict[str, Tensor]:
-            digits, confidence, features = read_digits(draw(indices), classifier)
+            digits, confidence, features = read_digits(draw(indices))
             return {
                 "sure": (confidence > SURE).sum(),
                 "counts": digits.bincount(minlength=10),

@@ -1,8 +1,6 @@
 """The GAN on MNIST: the course report's Part II."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
@@ -13,15 +11,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cs324dist.config import MUTABLE, Config, Count, Fraction, Positive
+from cs324dist.config import MUTABLE, Config, Count, Fraction, Positive, ScheduleName
 from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream, seeded
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.pictures import grid
-from cs324dist.schedules import ScheduleName
 from cs324dist.tasks.base import Evaluation, Metrics, Task, Updater
 from cs324dist.tasks.gan.images import load_images, to_unit_range
-from cs324dist.tasks.gan.interpolation import STRIP_IMAGES, strip, walk_ends
 from cs324dist.tasks.gan.networks import Discriminator, Generator
+from cs324dist.tasks.gan.sampling import STRIP_IMAGES, interpolate, strip, walk_ends
 from cs324dist.tasks.gan.statistics import DigitStatistics
 
 GRID = 5  # rows and columns of the picture, as in the course report
@@ -73,10 +70,7 @@ class GANConfig(Config):
     images of a clear class. 0: labels are not used."""
 
     discriminator_every: Count = 1
-    """The discriminator is trained in every n-th step or epoch, beginning with the first."""
-
-    discriminator_unit: Literal["step", "epoch"] = "step"
-    """What --discriminator-every counts: step, or epoch (passes over the images)."""
+    """The discriminator is trained in every n-th step, beginning with the first."""
 
     default_precision: ClassVar[Literal["no", "bf16"]] = "bf16"  # the same digits, in two thirds of the time
 
@@ -92,20 +86,11 @@ class GANTask(Task[GANConfig]):
         "fast": FAST,
         "best": replace(FAST, steps=16_000, generator_lr=5e-3, label_weight=0.04),
         "course": replace(
-            FAST,
-            steps=187_500,
-            generator_lr=2e-4,
-            discriminator_lr=2e-4,
-            beta1=0.9,
-            beta2=0.999,
-            schedule="constant",
-            gradient_penalty=0.0,
-            ema_decay=0.0,
-            label_weight=0.0,
-            discriminator_every=2,
+            FAST, steps=187_500, generator_lr=2e-4, discriminator_lr=2e-4, beta1=0.9, beta2=0.999,
+            schedule="constant", gradient_penalty=0.0, ema_decay=0.0, label_weight=0.0, discriminator_every=2,
         ),
         "smoke": replace(FAST, steps=20, batch_size=16, log_every=5, evaluate_every=20, checkpoint_every=10),
-    }
+    }  # fmt: skip
 
     def __init__(self, config: GANConfig, device: torch.device) -> None:
         super().__init__(config, device)
@@ -120,8 +105,8 @@ class GANTask(Task[GANConfig]):
             self.generator = Generator(config.latent_dim)
             self.discriminator = Discriminator(CLASSES if config.label_weight else 1)
         for network in (self.generator, self.discriminator):
-            moved = cast(Any, network.to(device))  # torch before 2.15 does not type the next
-            moved.to(memory_format=torch.channels_last)
+            # torch before 2.15 does not type the memory format
+            cast(Any, network).to(device, memory_format=torch.channels_last)
         self.networks = {"generator": self.generator, "discriminator": self.discriminator}
         if config.ema_decay:
             self.networks["generator_ema"] = copy.deepcopy(self.generator).eval().requires_grad_(False)
@@ -132,7 +117,7 @@ class GANTask(Task[GANConfig]):
             for name, rate in rates.items()
         }
         self.fakes: dict[int, Tensor] = {}  # of this step, by micro-batch
-        self._test_statistics: DigitStatistics | None = None
+        self._of_test_images: DigitStatistics | None = None
 
     @classmethod
     def run_name(cls, config: GANConfig) -> str:
@@ -142,13 +127,14 @@ class GANTask(Task[GANConfig]):
 
     def step(self, step: int, trainer: Updater) -> None:
         """See the class."""
-        with frozen(self.discriminator):  # its gradients are neither computed nor reduced
-            trainer.update("generator", self.generator_loss)
+        self.discriminator.requires_grad_(False)  # its gradients are neither computed nor reduced
+        trainer.update("generator", self.generator_loss)
+        self.discriminator.requires_grad_(True)
         if self.config.ema_decay:
             # The first weights are random: they are forgotten sooner.
             decay = min(self.config.ema_decay, (step + 1) / (step + 10))
             average(self.networks["generator_ema"], self.generator, decay)
-        if self._discriminator_trains(step):
+        if step % self.config.discriminator_every == 0:
             trainer.update("discriminator", self.discriminator_loss)
         else:
             trainer.measure(self.discriminator_loss)
@@ -199,12 +185,6 @@ class GANTask(Task[GANConfig]):
         slopes = (moved_logits - logits) / FINITE_DIFFERENCE
         return logits, self.config.gradient_penalty * slopes.square().sum(1).mean()
 
-    def _discriminator_trains(self, step: int) -> bool:
-        period = step
-        if self.config.discriminator_unit == "epoch":
-            period = step * self.config.batch_size // self.order.size
-        return period % self.config.discriminator_every == 0
-
     def evaluate(self, sum_over: SumOver) -> Evaluation:
         """A grid of samples, their Fréchet distance to the test set, and what can be read."""
         generator = self.networks["generator_ema" if self.config.ema_decay else "generator"]
@@ -215,38 +195,24 @@ class GANTask(Task[GANConfig]):
 
         picture = grid(draw("latents/grid", torch.arange(GRID * GRID, device=self.device)), GRID)
         samples = DigitStatistics.of(lambda indices: draw("latents/evaluation", indices), count, sum_over)
-        found = samples.compared_with(self._test_digits(sum_over))
+        if self._of_test_images is None:
+            self._of_test_images = DigitStatistics.of(
+                lambda indices: to_unit_range(self.test_images[indices]), count, sum_over
+            )
+        found = samples.compared_with(self._of_test_images)
         return Evaluation(found, picture, lambda: self._strip(generator))
-
-    def _test_digits(self, sum_over: SumOver) -> DigitStatistics:
-        """What the classifier says of the test set."""
-        if self._test_statistics is None:
-            images = self.test_images
-            found = DigitStatistics.of(lambda indices: to_unit_range(images[indices]), len(images), sum_over)
-            self._test_statistics = found
-        return self._test_statistics
 
     def _strip(self, generator: nn.Module) -> Tensor:
         # As launch/sample.py draws it: on the CPU, in float32, from the weights alone.
         drawn = Generator(self.config.latent_dim).eval()
         drawn.load_state_dict(generator.state_dict())
         start, end, _ = walk_ends(drawn)
-        return strip(drawn, start, end, STRIP_IMAGES, "spherical")
+        return strip(drawn, interpolate(start, end, STRIP_IMAGES, "spherical"))
 
 
 def real_logits(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, " batch"]:
     """The logits of images being real, of any class: with one class, that class's."""
     return logits.logsumexp(1)
-
-
-@contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """Inside, the network's parameters get no gradients."""
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.requires_grad_(True)
 
 
 @torch.no_grad()

@@ -25,14 +25,9 @@ class LSTM(nn.Module):
 
     The four gates' weights are stacked in `W_x`, `W_h`, `b`; `gate("g")` gives W_gx, W_gh, b_g as views.
 
-    Digits are read as one-hot vectors of `input_size` components; where that is 1, as they are.
-
-    Args:
-        input_size: components of x_t.
-        hidden_size: components of h and c.
-        classes: components of the logits p.
-        kernel: `equations` for the code below, or `fused` for torch's kernel (cuDNN's on a GPU) with the same
-            parameters. The results agree up to rounding.
+    Digits are read as one-hot vectors of `input_size` components; where that is 1, as they are. h and c have
+    `hidden_size` components, the logits p have `classes`. The kernel `equations` is the code below, and
+    `fused` is torch's (cuDNN's on a GPU) with the same parameters; the results agree up to rounding.
     """
 
     def __init__(

@@ -8,12 +8,11 @@ from annotated_types import Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cs324dist.config import MUTABLE, BatchSize, Config, Count, Positive
+from cs324dist.config import MUTABLE, BatchSize, Config, Count, Positive, ScheduleName
 from cs324dist.data.streams import MicroBatch, Stream, seeded
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import UserError, printable
 from cs324dist.metrics import accuracy, count_correct
-from cs324dist.schedules import ScheduleName
 from cs324dist.tasks.base import Evaluation, Metrics, Task, Updater
 from cs324dist.tasks.lstm.networks import LSTM, RNN
 from cs324dist.tasks.lstm.palindromes import DIGITS, palindrome_accuracy, palindromes
@@ -78,22 +77,14 @@ class LSTMTask(Task[LSTMConfig]):
     presets: ClassVar = {
         "fast": FAST,
         "course": replace(
-            FAST,
-            steps=1500,
-            evaluate_every=100,
-            checkpoint_every=100,
-            encoding="scalar",
-            initialisation="linear",
-            optimizer="rmsprop",
-            learning_rate=1e-3,
-            max_grad_norm=10.0,
-            schedule="constant",
-            curriculum=1.0,
+            FAST, steps=1500, evaluate_every=100, checkpoint_every=100, encoding="scalar",
+            initialisation="linear", optimizer="rmsprop", learning_rate=1e-3, max_grad_norm=10.0,
+            schedule="constant", curriculum=1.0,
         ),
         "smoke": replace(
-            FAST, steps=20, length=10, evaluate_every=10, checkpoint_every=10, schedule="constant"
+            FAST, steps=20, length=10, evaluate_every=10, checkpoint_every=10, schedule="constant",
         ),
-    }
+    }  # fmt: skip
 
     def __init__(self, config: LSTMConfig, device: torch.device) -> None:
         super().__init__(config, device)
