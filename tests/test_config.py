@@ -16,15 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cs324dist.command_line import from_command_line, parse
-from cs324dist.config import (
-    Config,
-    Count,
-    Fraction,
-    Positive,
-    as_json,
-    conflicts,
-    from_json,
-)
+from cs324dist.config import Config, Count, Fraction, Positive, as_json, conflicts, from_json
 from cs324dist.errors import UserError
 from cs324dist.loop import main, run_record
 from cs324dist.tasks import find_task

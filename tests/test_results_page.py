@@ -50,10 +50,7 @@ def test_a_comparison_is_on_the_page_as_soon_as_it_is_stored(
     others = [row for row in speed["rows"] if row["what"] != what]
     for rows, lines in (
         (others, []),
-        (
-            [*others, row],
-            [f"| {what} | 1.20 | 1.10 to 1.40 | at most 1.25 | yes | 96.0 | 80.0 |"],
-        ),
+        ([*others, row], [f"| {what} | 1.20 | 1.10 to 1.40 | at most 1.25 | yes | 96.0 | 80.0 |"]),
     ):
         (stored / "speed.json").write_text(json.dumps({**speed, "rows": rows, "history": []}))
         page = results_page.page("performance").splitlines()

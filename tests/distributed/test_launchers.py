@@ -83,10 +83,7 @@ ACCUMULATED = "--gradient_accumulation_steps 4 of accelerate launch would change
     ("options", "said"),
     [
         (("--cpu", "--num_processes", "2"), "2 processes were asked for, and accelerate launch started 1"),
-        (
-            (*CPU, "--mixed_precision", "fp16"),
-            "fp16 would silently run as float32 on a CPU",
-        ),
+        ((*CPU, "--mixed_precision", "fp16"), "fp16 would silently run as float32 on a CPU"),
         ((*CPU, "--use_fsdp"), "accelerate launch was asked for FSDP, and this toolkit trains with DDP"),
         ((*CPU, "--gradient_accumulation_steps", "4"), ACCUMULATED),
     ],

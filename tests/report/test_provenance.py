@@ -174,12 +174,7 @@ def test_a_command_from_a_stranger_s_folder_is_quoted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"script": ""},
-        {"script": "-cimport os"},
-        {"script": "x\u202egp.py"},
-        {"config": {"preset": "a\nb"}},
-    ],
+    [{"script": ""}, {"script": "-cimport os"}, {"script": "x\u202egp.py"}, {"config": {"preset": "a\nb"}}],
 )
 def test_there_is_no_command_where_it_cannot_be_shown(tmp_path: Path, changes: dict[str, Any]) -> None:
     run = read(make_lstm(tmp_path / "run"))

@@ -207,11 +207,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
 
 def test_a_loop_of_ones_own_has_settings_of_its_own(tmp_path):
     """Names that options of a task have, with values that those could not have."""
-    config = {
-        "steps": "many",
-        "seed": None,
-        "schedule": "one of mine",
-    }
+    config = {"steps": "many", "seed": None, "schedule": "one of mine"}
     run = RunDir(tmp_path / "run")
     with run.claimed(lambda: None, lambda work: work()):
         run.start(RunRecord(LOOP, "mine.py", config, {}), environment(commit=False), 0, 0)

@@ -9,15 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from chaos import content_of
-from launched import (
-    LIMIT,
-    Launched,
-    metrics,
-    newest_checkpoint,
-    status,
-    trainer,
-    wait_until,
-)
+from launched import LIMIT, Launched, metrics, newest_checkpoint, status, trainer, wait_until
 
 from cs324dist.runs.history import step_of
 

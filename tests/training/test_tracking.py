@@ -277,14 +277,7 @@ def test_disabled_leaves_no_trace(launch, tmp_path):
     assert "Weights" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGTERM,
-        signal.SIGKILL,
-    ],
-    ids=["TERM", "KILL"],
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["TERM", "KILL"])
 @pytest.mark.slow
 def test_the_segments_of_an_interrupted_run_make_up_its_metrics(launch, launch_environment, tmp_path, number):
     run = tmp_path / "run"
