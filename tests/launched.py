@@ -11,9 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Queue
 from threading import Thread
+from types import SimpleNamespace
 
 import psutil
 from chaos import newest, processes_of
+from torch.nn import Module
 
 REPOSITORY = Path(__file__).parents[1]
 LIMIT = 120  # seconds that anything may take; on a quiet machine it is one or two
@@ -136,6 +138,11 @@ def mend(checkpoint: Path, **changes: object) -> None:
             content["sha256"][name] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
     own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps({**content, "own_sha256": own}))
+
+
+def holding(**networks: Module) -> SimpleNamespace:
+    """What a checkpoint is written of: networks, and nothing else."""
+    return SimpleNamespace(networks=networks, optimizers={}, state_dict=dict, load_state_dict=dict)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
