@@ -185,8 +185,7 @@ class TestRuns:
     def test_one_process_and_three_are_the_same(self, launch, tmp_path, norm):
         command = (*LOADING, "--micro-batches", "4", *norm)
         launch(*command, "--run-dir", tmp_path / "one")
-        launch(*command, "--workers", "1", "--run-dir", tmp_path / "three",
-               launcher="torchrun", options=("--nproc_per_node", "3"))  # fmt: skip
+        launch(*command, "--workers", "1", "--run-dir", tmp_path / "three", processes=3)
         one, three = (content_of(tmp_path / name) for name in ("one", "three"))
         assert one == three
 

@@ -20,10 +20,8 @@ def follow(launch, tmp_path_factory) -> Follow:
         key = f"{case} {config} {processes} {fault}"
         if key not in known:
             folder = tmp_path_factory.mktemp("follow") / "run"
-            launcher = "python" if processes == 1 else "torchrun"
-            options = ("--nproc_per_node", str(processes)) if processes > 1 else ()
-            fault_in = {"FAULT": fault}
-            launch(*command(case, config, folder), launcher=launcher, options=options, environment=fault_in)
+            several = {"processes": processes} if processes > 1 else {}
+            launch(*command(case, config, folder), environment={"FAULT": fault}, **several)
             known[key] = weights_in(newest_checkpoint(folder))
         return known[key]
 

@@ -30,9 +30,8 @@ def test_a_gpu_draws_the_numbers_of_a_cpu():
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_gpu_takes_the_path_of_a_cpu(launch, tmp_path, case, processes):
     def weights(name: str, processes: int, environment: dict[str, str]):
-        options, run = ("--nproc_per_node", str(processes)), tmp_path / name
-        arguments = command(case, CASES[case], run)
-        launch(*arguments, launcher="torchrun", options=options, environment=environment)
+        run = tmp_path / name
+        launch(*command(case, CASES[case], run), processes=processes, environment=environment)
         return weights_in(newest_checkpoint(run))
 
     expected = weights("cpu", 1, {"CUDA_VISIBLE_DEVICES": ""})

@@ -14,8 +14,8 @@ from cs324dist import MicroBatch
 def taken(launch, tmp_path):
     def take(processes: int, micro_batches: int) -> dict:
         out = tmp_path / f"{processes}-{micro_batches}"
-        how = {"launcher": "torchrun", "options": ("--nproc_per_node", str(processes))}
-        launch("tests/distributed/weighted.py", out, str(micro_batches), **(how if processes > 1 else {}))
+        several = {"processes": processes} if processes > 1 else {}
+        launch("tests/distributed/weighted.py", out, str(micro_batches), **several)
         return json.loads(out.read_text())
 
     return take

@@ -18,18 +18,6 @@ def test_it_learns(never_stopped):
     assert metrics(never_stopped)[-1]["eval/accuracy"] >= 0.95
 
 
-def test_it_can_be_taken_again_to_the_last_bit(launch, never_stopped):
-    refused = launch("launch/audit.py", never_stopped, check=False)
-    assert refused.returncode == 2
-    assert refused.stderr == (
-        f"error: {never_stopped} is a run of 'mlp', which is no task of the project: "
-        f"give --task path/to/file.py:Class\n"
-    )
-    done = launch("launch/audit.py", never_stopped, "--task", "examples/mlp.py:MLPTask")
-    equal = [f"steps {start} to {start + 100}: equal to the last bit" for start in (200, 300)]
-    assert done.stdout.splitlines() == equal
-
-
 def test_a_table_that_is_none_is_one_line(launch, tmp_path):
     table = tmp_path / "table.csv"
     table.write_text("length,width\n1,2\n")

@@ -52,15 +52,8 @@ def test_gpt_ends_the_same_when_killed(gpt, tmp_path):
 @pytest.mark.slow
 def test_photos_reads_what_it_is_said_to(launch, tmp_path):
     launch("examples/shapes.py", tmp_path / "shapes")
-    launch(
-        "examples/photos.py",
-        "--data",
-        tmp_path / "shapes",
-        "--run-dir",
-        tmp_path / "run",
-        "--wandb",
-        "disabled",
-    )
+    run = ("--run-dir", tmp_path / "run", "--wandb", "disabled")
+    launch("examples/photos.py", "--data", tmp_path / "shapes", *run)
     assert metrics(tmp_path / "run")[-1]["eval/accuracy"] >= 0.95
 
 

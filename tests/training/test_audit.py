@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from launched import files_of, mend
-from safetensors.torch import load_file, save_file
 
 from cs324dist import audit
 from cs324dist.errors import UserError
@@ -79,8 +78,7 @@ def test_one_flipped_bit_of_one_weight_is_found_and_named(launch, copy, step, fo
 @pytest.mark.slow
 def test_what_three_processes_made_of_micro_batches_is_audited_by_one(launch, tmp_path):
     run = tmp_path / "run"
-    three = {"launcher": "torchrun", "options": ("--nproc_per_node", "3")}
-    launch(*LSTM, "--micro-batches", "4", "--run-dir", run, **three)
+    launch(*LSTM, "--micro-batches", "4", "--run-dir", run, processes=3)
     assert json.loads((run / "owners" / "1.json").read_text())["environment"]["processes"] == 3
     assert launch("launch/audit.py", run, "--from-start").stdout.splitlines() == equal(0, 5, 10, 15)
     flip_a_bit(run / "checkpoints" / "000000020-1")
@@ -100,16 +98,6 @@ def test_a_metric_that_was_written_otherwise_is_found(launch, copy):
     done = launch("launch/audit.py", copy, check=False)
     assert done.returncode == 1
     assert "train/loss after step 12 was" in done.stderr
-
-
-def test_a_run_that_was_continued_with_other_code_is_found(launch, copy):
-    """Other code makes other steps: here an optimizer whose state was doubled on the way."""
-    checkpoint = copy / "checkpoints" / "000000015-1"
-    path = checkpoint / "optimizers.safetensors"
-    tensors = load_file(path)
-    save_file({name: t * 2 if "exp_avg_sq" in name else t for name, t in tensors.items()}, path)
-    mend(checkpoint)
-    assert launch("launch/audit.py", copy, check=False).returncode == 1
 
 
 def test_a_folder_that_is_no_run_and_a_run_with_one_checkpoint_are_refused(launch, copy, tmp_path):
