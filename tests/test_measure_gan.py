@@ -24,11 +24,6 @@ def test_figures_repeat_to_the_last_digit_and_real_digits_are_near(launch, mnist
     assert other["frechet_distance"] != figures["frechet_distance"]
 
 
-def test_a_run_without_a_generator_is_refused(launch, tmp_path):
-    done = launch("benchmarks/measure_gan.py", tmp_path, check=False)
-    assert (done.returncode, done.stderr.count("error: ")) == (2, 1)
-
-
 def test_neighbours_are_those_of_a_plain_loop():
     torch.manual_seed(0)
     points, known = torch.randn(700, 3), torch.randn(600, 3)  # all take two pieces

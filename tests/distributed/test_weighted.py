@@ -1,4 +1,7 @@
-"""A loss that is no mean of equal parts: the gradient and the metrics are those of the whole batch."""
+"""A loss that is no mean of equal parts: the gradient and the metrics are those of the whole batch.
+
+So they are with --micro-batches: see test_gradients.py.
+"""
 
 import json
 
@@ -12,11 +15,10 @@ from cs324dist import MicroBatch
 
 @pytest.fixture
 def taken(launch, tmp_path):
-    def take(processes: int, micro_batches: int) -> dict:
-        out = tmp_path / f"{processes}-{micro_batches}"
+    def take(processes: int) -> dict:
         several = {"processes": processes} if processes > 1 else {}
-        launch("tests/distributed/weighted.py", out, str(micro_batches), **several)
-        return json.loads(out.read_text())
+        launch("tests/distributed/weighted.py", tmp_path / "out", **several)
+        return json.loads((tmp_path / "out").read_text())
 
     return take
 
@@ -41,7 +43,7 @@ def plain_loop() -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 3])
 def test_with_ddp_it_is_the_plain_loop(taken, float64, processes):
-    found, expected = taken(processes, 0), plain_loop()
+    found, expected = taken(processes), plain_loop()
     for name, weights in expected["weights"].items():
         torch.testing.assert_close(
             torch.tensor(found["weights"][name]), torch.tensor(weights), rtol=1e-12, atol=1e-12
@@ -52,10 +54,3 @@ def test_with_ddp_it_is_the_plain_loop(taken, float64, processes):
         means = [max(longest[part * share : (part + 1) * share]) for part in range(processes)]
         assert row.pop("train/longest") == pytest.approx(sum(means) / processes)
         assert row == pytest.approx(expected_row)
-
-
-def test_with_micro_batches_one_process_and_three_are_the_same(taken):
-    one, three, expected = taken(1, 4), taken(3, 4), plain_loop()
-    assert one == three
-    for name, weights in expected["weights"].items():
-        torch.testing.assert_close(torch.tensor(one["weights"][name]), torch.tensor(weights))

@@ -1,11 +1,10 @@
 """Takes steps of a task whose samples have different lengths.
 
-torchrun weighted.py OUT MICRO_BATCHES, where 0 is DDP.
+torchrun weighted.py OUT
 """
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -57,11 +56,9 @@ class Weighted(Task[Config]):
 
 
 if __name__ == "__main__":
-    if not (micro_batches := int(sys.argv[2])):
-        torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(torch.float64)
     accelerator = start_accelerator()
-    config = replace(Weighted.presets["fast"], micro_batches=micro_batches or None)
-    trainer = Trainer(task := Weighted(config, accelerator.device), accelerator)
+    trainer = Trainer(task := Weighted(Weighted.presets["fast"], accelerator.device), accelerator)
     metrics = []
     for step in range(STEPS):
         trainer.step(step, is_logged=True)

@@ -93,29 +93,6 @@ def test_a_box_holds_every_state_that_a_digit_leads_to(precision, seed, digit, s
         assert (logits.diagonal()[:, None] - logits >= margins).all()
 
 
-def test_there_is_room_for_the_rounding_of_float32():
-    """What float32 makes of a point is in the interval around what float64 makes of it."""
-    torch.manual_seed(0)
-    model = LSTM(DIGITS, hidden_size=64).requires_grad_(False)
-    h, x = torch.rand(DIGITS, 64) - 0.5, torch.randn(1000)
-    sums = h @ model.W_h.T + model.W_x[:, 3] + model.b
-    logits = model.output(h)
-    precise = copy.deepcopy(model).double()
-    point = proven.Interval(h.double(), h.double())
-    digit = proven.Interval(precise.W_x[:, 3], precise.W_x[:, 3])
-    low, high = (
-        torch.cat(ends, dim=-1)
-        for ends in zip(*proven.gates(precise, point, digit, proven.FLOAT32), strict=True)
-    )
-    assert ((low <= sums) & (sums <= high)).all()
-    for function in ("sigmoid", "tanh"):
-        low, high = getattr(proven.Interval(x.double(), x.double()), function)(proven.FLOAT32)
-        found = getattr(x, function)()
-        assert ((low <= found) & (found <= high)).all()
-    above = logits.double().diagonal()[:, None] - logits.double()
-    assert (proven.margins(precise, point, proven.FLOAT32) <= above).all()
-
-
 @pytest.mark.parametrize(("bits", "dtype"), [(24, torch.float32), (8, torch.bfloat16)])
 def test_what_is_computed_of_a_point_is_in_the_box_around_what_is_exact(bits, dtype):
     """All digits are the same to this model, so that only rounding makes a box larger than a point."""
