@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,19 +23,12 @@ FOREVER = 3600  # seconds: whoever waits for it, waits longer than a test may ta
 OWNER = """
 import sys
 from pathlib import Path
-from cs324dist.errors import UserError
-from cs324dist.runs import files, lease
-lease.PATIENCE = float(sys.argv[2])
-try:
-    mine = lease.Lease(Path(sys.argv[1]))
-except UserError as refusal:
-    print("refused:", refusal, flush=True)
-    sys.exit(2)
+from cs324dist.runs.lease import Lease
+mine = Lease(Path(sys.argv[1]))
 print("owns", mine.generation, flush=True)
 sys.stdin.readline()
 mine.release()
 """
-Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture(autouse=True)
@@ -50,27 +43,13 @@ def run(tmp_path) -> Path:
 
 
 @pytest.fixture
-def start(run) -> Iterator[Start]:
-    """Start a real process that claims the run, and ends when it is told to."""
-    started = []
-
-    def owner(patience: float = 0) -> "subprocess.Popen[str]":
-        command, pipe = [sys.executable, "-c", OWNER, str(run), str(patience)], subprocess.PIPE
-        started.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
-        return started[-1]
-
-    yield owner
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-@pytest.fixture
-def other(start) -> "subprocess.Popen[str]":
+def other(run) -> Iterator["subprocess.Popen[str]"]:
     """A live process that owns the run."""
-    process = start()
-    assert process.stdout.readline() == "owns 1\n"
-    return process
+    command, pipe = [sys.executable, "-c", OWNER, str(run)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout.readline() == "owns 1\n"
+        yield process
+        process.kill()
 
 
 def waits(monkeypatch, **seconds: float) -> None:
@@ -104,11 +83,10 @@ def test_a_live_process_is_waited_for_and_then_named(run, other, monkeypatch, ca
     assert newest_generation(run / "owners") == 1
 
 
-def test_a_process_on_its_way_out_is_waited_for(start, other):
-    second = start(patience=FOREVER)
-    assert f"in use by process {other.pid}" in second.stderr.readline()
-    other.communicate("end\n")
-    assert second.stdout.readline() == "owns 2\n"
+def test_a_process_on_its_way_out_is_waited_for(run, other, monkeypatch):
+    waits(monkeypatch)
+    monkeypatch.setattr(lease.time, "sleep", lambda _: other.communicate("end\n"))
+    assert Lease(run).generation == 2
 
 
 def test_a_killed_owner_is_recognised_at_once(run, other, monkeypatch, capsys):
