@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -110,6 +111,12 @@ def wait_until(what: Callable[[], bool]) -> None:
     while not what():
         assert time.monotonic() < until, f"not within {LIMIT} s"
         time.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
 
 def newest_checkpoint(run: Path) -> Path:

@@ -1,10 +1,8 @@
 """A task that says it is done ends its run as the last step would, and it stays done."""
 
-import signal
-
 import pytest
 from chaos import content_of
-from launched import Launched, metrics, newest_checkpoint, status
+from launched import metrics, newest_checkpoint, status
 
 from cs324dist.runs.history import step_of
 
@@ -32,15 +30,3 @@ def test_it_is_not_taken_up_again_by_the_same_command_or_more_steps(launch, done
         said = launch(*STOPPING, *more, "--run-dir", run).stderr
         assert f"{run} is finished, 40 steps: its task is done" in said
     assert content_of(run) == before
-
-
-@pytest.mark.slow
-def test_a_run_that_was_killed_is_done_at_the_same_step(launch, launch_environment, done, tmp_path):
-    run = tmp_path / "run"
-    with Launched((*STOPPING, "--log-every", "1"), run, launch_environment) as started:
-        started.wait_for_line("step 35/")  # its last checkpoint knows three evaluations
-        started.send_signal(signal.SIGKILL)
-        started.end()
-    launch(*STOPPING, "--log-every", "7", "--run-dir", run)
-    assert step_of(newest_checkpoint(run)) == 40
-    assert content_of(run)["optimizers.safetensors"] == content_of(done[0])["optimizers.safetensors"]

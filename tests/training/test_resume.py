@@ -7,7 +7,7 @@ import signal
 
 import pytest
 from chaos import TASKS, content_of
-from launched import Launched, metrics, newest_checkpoint, status
+from launched import Launched, newest_checkpoint, status
 
 from cs324dist.runs.history import step_of
 
@@ -69,14 +69,6 @@ def finished(launch, tmp_path_factory):
 def run(finished, tmp_path):
     """A finished run of 20 steps; the checkpoint before the last is of step 10."""
     return shutil.copytree(finished, tmp_path / "run")
-
-
-def test_a_finished_run_says_so(run, launch):
-    command, before = (*SMOKE, "--run-dir", run), content_of(run)
-    assert f"{run} is finished, 20 steps" in launch(*command).stderr
-    assert content_of(run) == before
-    assert "continuing from step 20 of 25" in launch(*command, "--steps", "25").stderr
-    assert [line["step"] for line in metrics(run)] == sorted(line["step"] for line in metrics(run))
 
 
 def test_on_a_read_only_disk_a_run_is_refused(run, launch):
