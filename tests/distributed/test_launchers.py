@@ -58,8 +58,9 @@ CPU = ("--config_file", "accelerate_configs/cpu.yaml")
     [
         (("--cpu", "--num_processes", "2"), "2 processes were asked for, and accelerate launch started 1"),
         ((*CPU, "--mixed_precision", "fp16"), "fp16 would silently run as float32 on a CPU"),
+        ((*CPU, "--use_fsdp"), "accelerate launch was asked for FSDP, and this toolkit trains with DDP"),
     ],
-    ids=["fewer processes", "fp16 on a CPU"],
+    ids=["fewer processes", "fp16 on a CPU", "FSDP"],
 )
 def test_what_would_be_ignored_is_refused_in_one_line(launch, tmp_path, options, said):
     run = tmp_path / "run"

@@ -40,8 +40,8 @@ def change_owner(run: Path, number: int, **changes: object) -> None:
     path.write_text(json.dumps(owner))
 
 
-def flip_a_bit(checkpoint: Path) -> None:
-    path = checkpoint / "lstm" / "model.safetensors"
+def flip_a_bit(checkpoint: Path, file: str = "lstm/model.safetensors") -> None:
+    path = checkpoint / file
     content = bytearray(path.read_bytes())
     content[-1000] ^= 1  # the last bit of a mantissa
     path.write_bytes(content)
@@ -63,14 +63,17 @@ def test_without_more_only_intervals_between_checkpoints_are_replayed(launch, ho
     assert len(launch("launch/audit.py", honest, "--intervals", "2").stdout.splitlines()) == 2
 
 
-@pytest.mark.parametrize(("step", "found"), [(10, {(5, 10), (10, 15)}), (20, {(15, 20)})])
-def test_one_flipped_bit_of_one_weight_is_found_and_named(launch, copy, step, found):
-    flip_a_bit(copy / "checkpoints" / f"{step:09d}-1")
+@pytest.mark.parametrize(
+    ("step", "file", "found"),
+    [(10, "lstm/model.safetensors", {(5, 10), (10, 15)}), (20, "optimizers.safetensors", {(15, 20)})],
+)
+def test_one_flipped_bit_of_one_tensor_is_found_and_named(launch, copy, step, file, found):
+    flip_a_bit(copy / "checkpoints" / f"{step:09d}-1", file)
     done = launch("launch/audit.py", copy, check=False)
     assert done.returncode == 1
     intervals = [(start, start + 5) for start in (5, 10, 15)]
     assert {(a, b) for a, b in intervals if f"steps {a} to {b}: DIFFERENT" in done.stdout} == found
-    named = f"error: steps {step - 5} to {step}: lstm/model.safetensors: "
+    named = f"error: steps {step - 5} to {step}: {file}: "
     assert any(line.startswith(named) and " differs in 1 of " in line for line in done.stderr.splitlines())
     assert "Traceback" not in done.stderr
 
