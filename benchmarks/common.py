@@ -43,12 +43,15 @@ def where(rows: Iterable[Row], **values: object) -> list[Row]:
     return [row for row in rows if all(row[name] == value for name, value in values.items())]
 
 
-def run_parts(description: str, folder: str, *parts: Callable[[], list[Row]]) -> None:
+Part = Callable[[], list[Row]]
+
+
+def run_parts(description: str, folder: str, *parts: Part, **more: Part) -> None:
     """Run the parts that the command line names, all by default, and store each as FOLDER/PART.
 
     Several parts have a process each: some change their number of threads.
     """
-    by_name = {part.__name__: part for part in parts}
+    by_name = {**{part.__name__: part for part in parts}, **more}
     parser = command_line(description)
     choices = [*by_name, []]  # argparse checks the empty list as well
     parser.add_argument("parts", nargs="*", choices=choices, metavar="PART", help=", ".join(by_name))

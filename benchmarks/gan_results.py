@@ -36,7 +36,7 @@ COURSE = {  # the discriminator is trained: name, options
     "every step, Adam (0.5, 0.999)": ("copied", "--discriminator-every 1 --beta1 0.5"),
 }
 COURSE_SEEDS = 3
-BEST = "--preset best --evaluate-every 4000"
+BEST = "--preset best --evaluate-every 4000 --precision bf16"
 BEST_SEEDS = 5
 DRAWS = 5  # of latents
 COMPARED = 1000  # samples whose nearest training images are looked for
@@ -45,12 +45,12 @@ Images = Float[Tensor, "images 1 28 28"]
 Points = Float[Tensor, "points components"]
 
 
-def trained(name: str, options: str = "", precision: str = "no") -> Path:
+def trained(name: str, options: str = "") -> Path:
     """The finished run of these options; `seconds` of it, if it was made in one go, is stored beside it."""
     run, began = RUNS / name, time.monotonic()
     new = not run.exists()
     arguments = (*options.split(), "--wandb", "disabled", "--run-dir", run)
-    run_python("launch/gan.py", *arguments, ACCELERATE_MIXED_PRECISION=precision)
+    run_python("launch/gan.py", *arguments, ACCELERATE_MIXED_PRECISION="no")
     if new:
         (run / "seconds").write_text(str(round(time.monotonic() - began)))
     return run
@@ -61,9 +61,9 @@ def quality(run: Path, seed: int = 0) -> Row:
     return json.loads(run_python("benchmarks/measure_gan.py", run, "--seed", seed))
 
 
-def measured(name: str, options: str = "", precision: str = "no") -> Row:
+def measured(name: str, options: str = "") -> Row:
     """What a run of these options achieves, and its curve: steps, distance, sure share."""
-    run = trained(name, options, precision=precision)
+    run = trained(name, options)
     made, seconds, found = read_run(run, name), run / "seconds", quality(run)
     shares = {f"share_of_{digit}": share for digit, share in enumerate(found.pop("shares"))}
     distances, sure = made.series("eval/frechet_distance"), made.series("eval/sure")
@@ -78,12 +78,9 @@ def measured(name: str, options: str = "", precision: str = "no") -> Row:
     }
 
 
-def seeds(name: str, count: int, options: str, precision: str = "no") -> list[Row]:
+def seeds(name: str, count: int, options: str) -> list[Row]:
     """Runs that differ in their seed."""
-    return [
-        {"trial": seed, **measured(f"{name}-{seed}", f"--seed {seed} {options}", precision=precision)}
-        for seed in range(count)
-    ]
+    return [{"trial": n, **measured(f"{name}-{n}", f"--seed {n} {options}")} for n in range(count)]
 
 
 def pictures(run: Path, step: int) -> None:
@@ -113,19 +110,19 @@ def fast() -> list[Row]:
 
 def bf16() -> list[Row]:
     """Preset `fast` in bf16, five seeds."""
-    return seeds("bf16", 5, "--evaluate-every 250", "bf16")
+    return seeds("bf16", 5, "--evaluate-every 250 --precision bf16")
 
 
 def best() -> list[Row]:
     """Preset `best` in bf16, five seeds."""
-    rows = seeds("best", BEST_SEEDS, BEST, "bf16")
+    rows = seeds("best", BEST_SEEDS, BEST)
     pictures(RUNS / "best-0", rows[0]["steps"])
     return rows
 
 
 def best_runs() -> list[Path]:
     """The finished runs of part `best`."""
-    return [trained(f"best-{seed}", f"--seed {seed} {BEST}", precision="bf16") for seed in range(BEST_SEEDS)]
+    return [trained(f"best-{seed}", f"--seed {seed} {BEST}") for seed in range(BEST_SEEDS)]
 
 
 def draws() -> list[Row]:
@@ -163,7 +160,7 @@ def ablation() -> list[Row]:
     rows = []
     for variant, options in variants.items():
         name, short = f"ablation-{options.replace(' ', '')}", "--steps 1250 --evaluate-every 1250"
-        for row in seeds(name, 3, f"{options} {short}", "bf16"):
+        for row in seeds(name, 3, f"{options} {short} --precision bf16"):
             rows.append({"variant": variant, **row, "options": options})
     return rows
 
