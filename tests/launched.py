@@ -13,6 +13,7 @@ from pathlib import Path
 from queue import Queue
 from threading import Thread
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 from chaos import newest, processes_of
@@ -104,6 +105,12 @@ class Launched:
         for _ in self.lines():
             pass
         return code
+
+
+def python(*words: object, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run Python in a process of its own, with options of `subprocess.run`."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
 def wait_until(what: Callable[[], bool]) -> None:

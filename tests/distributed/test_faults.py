@@ -6,12 +6,7 @@ import pytest
 from paths import command
 from safetensors.torch import load_file
 
-LSTM = {
-    "batch_size": 16,
-    "length": 12,
-    "curriculum": 1.0,
-    "steps": 20,
-}  # test_equality.py's, to share its run
+LSTM = {"batch_size": 16, "length": 12, "curriculum": 1.0, "steps": 20}  # as there: a run is shared
 GAN = {"batch_size": 16, "dataset": "fake", "steps": 20}
 
 

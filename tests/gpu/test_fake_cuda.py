@@ -5,12 +5,11 @@ fake_cuda.py does it, in a process of its own. It says nothing about numbers; th
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from launched import python
 
 HERE = Path(__file__).parent
 NOT_FUSED = ("lstm course", "lstm equations, rmsprop", "rnn", "mlp")
@@ -51,11 +50,7 @@ def on_fake_cuda(guard: Path) -> Callable[..., Found]:
     """What fake_cuda.py finds."""
 
     def run(*arguments: str, **environment: str) -> Found:
-        command = [sys.executable, HERE / "fake_cuda.py", guard, *arguments]
-        done = subprocess.run(
-            command, cwd=HERE.parents[1], env={**os.environ, **environment}, capture_output=True, text=True,
-            timeout=240,
-        )  # fmt: skip
+        done = python(HERE / "fake_cuda.py", guard, *arguments, env={**os.environ, **environment})
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(done.stdout)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launched import REPOSITORY, metrics, newest_checkpoint, status, trainer
+from launched import REPOSITORY, metrics, newest_checkpoint, python, status, trainer
 
 from cs324dist.testing import assert_same_on, assert_same_when_killed
 
@@ -185,6 +185,6 @@ os.environ["VARIANT"] = "without an accelerator"
 sys.argv = ["", {str(tmp_path / "run")!r}, "5"]
 print("after", runpy.run_path({str(SCRIPT)!r})["STEPS"])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python("-c", code)
     assert done.stdout == "after 5\n"
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"] == {"lr": 0.01, "steps": 5}

@@ -30,12 +30,7 @@ def test_any_value_is_one_printable_line(value: object, text: str) -> None:
 def test_a_run_is_read(runs: Path) -> None:
     run = read_run(runs / "gan-fast-0", "gan-fast-0")
     assert (run.task, run.state, run.step, run.steps, run.processes) == ("gan", "finished", 400, 400, 2)
-    assert list(run.series("eval/frechet_distance").items()) == [
-        (100, 50),
-        (200, 25),
-        (300, 5000 / 300),
-        (400, 12.5),
-    ]
+    assert run.series("eval/frechet_distance") == {100: 50, 200: 25, 300: 5000 / 300, 400: 12.5}
     assert list(run.samples) == [100, 200, 300, 400]
     assert run.problems == []
 
@@ -96,17 +91,9 @@ def test_of_a_damaged_run_the_rest_is_read(runs: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [
-        "",
-        "{",
-        "[]",
-        '{"step": 1}',
-        '{"state": 3, "step": "x"}',
-        '{"config": 7}',
-        '{"state": "odd", "step": 1}',
-        "a folder",
-    ],
-)
+    ["", "{", "[]", '{"step": 1}', '{"state": 3, "step": "x"}', '{"config": 7}',
+     '{"state": "odd", "step": 1}', "a folder"],
+)  # fmt: skip
 @pytest.mark.parametrize("name", ["config.json", "status.json", "checkpoints/000000400-1/trainer.json"])
 def test_a_damaged_file_is_named_and_the_rest_is_read(tmp_path: Path, name: str, content: str) -> None:
     run_dir = make_gan(tmp_path / "run")
