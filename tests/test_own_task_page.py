@@ -13,7 +13,6 @@ PAGE = Path(__file__).parents[1] / "docs" / "your_own_task.md"
 
 
 def blocks_of(page):
-    """The files of a page, and what is in them."""
     return re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 

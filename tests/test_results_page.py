@@ -1,6 +1,7 @@
 """The pages of results, speed and scaling say what the stored results say."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -207,3 +208,31 @@ def test_several_parts_have_a_process_each(tmp_path: Path) -> None:
     subprocess.run([sys.executable, script], env=environ, check=True)
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "second"))
     assert first["rows"] != second["rows"]
+
+
+@pytest.mark.slow
+def test_a_gans_figures_repeat_to_the_last_digit_and_real_digits_are_near(launch, mnist_root, tmp_path):
+    run = tmp_path / "run"
+    launch("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--wandb", "disabled", "--run-dir", run)
+    command = ("benchmarks/measure_gan.py", run, "--count", "1000", "--data-root", mnist_root)
+    stdout = launch(*command).stdout
+    figures = json.loads(stdout)
+    assert 0 < figures["floor"] < 5  # real digits are near digits, noise is far from them
+    assert min(figures["frechet_distance"], figures["frechet_distance_to_training_images"]) > 50
+    assert 0.97 < figures["sure_of_test_images"] < 0.98
+    assert sum(figures["shares"]) == pytest.approx(1)
+    assert launch(*command).stdout == stdout
+    other = json.loads(launch(*command, "--seed", "1").stdout)
+    assert other["frechet_distance"] != figures["frechet_distance"]
+
+
+def test_neighbours_are_those_of_a_plain_loop() -> None:
+    from gan_results import nearest
+
+    torch.manual_seed(0)
+    points, known = torch.randn(700, 3), torch.randn(600, 3)  # all take two pieces
+    listed = known.tolist()
+    to_known = [[math.dist(point, one) for one in listed] for point in points.tolist()]
+    least, place = nearest(points, known)
+    assert least.tolist() == pytest.approx([min(row) for row in to_known], abs=1e-5)
+    assert place.tolist() == [row.index(min(row)) for row in to_known]

@@ -20,7 +20,6 @@ COUNT = 5
 
 
 def spanned(count: int = COUNT, patience: float = 60) -> Parts:
-    """Parts that meet in two layers."""
     parts = Parts(count, CPU, patience)
     parts.layers, parts.widest = ["first", "second"], 2
     return parts

@@ -21,7 +21,6 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def train(request, launch):
-    """A function that takes a run to its end on so many processes."""
 
     def train(run: Path, processes: int) -> None:
         launch(*command(request.param, CASES[request.param], run), processes=processes)

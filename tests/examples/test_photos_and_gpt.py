@@ -11,7 +11,6 @@ SMALL = ("--steps", "6", "--batch-size", "12", "--micro-batches", "3", "--log-ev
 
 @pytest.fixture(scope="module")
 def photos(launch, tmp_path_factory):
-    """The command for a few steps."""
     folder = tmp_path_factory.mktemp("shapes")
     launch("examples/shapes.py", folder, "60")
     return ("examples/photos.py", "--data", folder, "--workers", "1", *SMALL)
@@ -19,7 +18,6 @@ def photos(launch, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gpt(launch, tmp_path_factory):
-    """The command for a few steps of a small one."""
     text = tmp_path_factory.mktemp("text") / "sentences.txt"
     launch("examples/sentences.py", text, "300")
     return ("examples/gpt.py", "--text", text, "--context", "24", "--head-size", "4", *SMALL)

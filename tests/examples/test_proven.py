@@ -112,6 +112,13 @@ def test_what_is_computed_of_a_point_is_in_the_box_around_what_is_exact(bits, dt
     assert not proven.next_states(precise, points, finer).holds(reached).all()
 
 
+def test_there_is_room_for_the_rounding_of_functions():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    for function in ("sigmoid", "tanh"):
+        low, high = getattr(proven.Interval(x.double(), x.double()), function)(proven.FLOAT32)
+        assert ((low <= getattr(x, function)()) & (getattr(x, function)() <= high)).all()
+
+
 def test_one_component_outside_is_outside():
     zeros, ones = torch.zeros(3, 2), torch.ones(3, 2)
     box = proven.Box(proven.Interval(zeros, ones), proven.Interval(zeros, ones))

@@ -96,7 +96,6 @@ def write(checkpoint: Path, step: int, **networks: nn.Module) -> Path:
 
 
 def empty_run(path: Path, task: str, **config: object) -> RunDir:
-    """A run without checkpoints."""
     path.mkdir(exist_ok=True)
     write_record(path / "config.json", RunRecord(task, f"launch/{task}.py", config, {}))
     return RunDir(path)

@@ -47,7 +47,6 @@ Found = dict[str, list[str]]
 
 @pytest.fixture(scope="module")
 def on_fake_cuda(guard: Path) -> Callable[..., Found]:
-    """What fake_cuda.py finds."""
 
     def run(*arguments: str, **environment: str) -> Found:
         done = python(HERE / "fake_cuda.py", guard, *arguments, env={**os.environ, **environment})

@@ -17,7 +17,6 @@ from cs324dist.tasks.lstm.palindromes import all_palindromes, free_digits, palin
 
 
 def written_out(digits: torch.Tensor, last: torch.Tensor) -> list[str]:
-    """Each palindrome, sample and target, as a string."""
     return ["".join(map(str, [*row, end])) for row, end in zip(digits.T.tolist(), last.tolist(), strict=True)]
 
 

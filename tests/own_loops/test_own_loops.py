@@ -34,7 +34,6 @@ def errors(done: Done) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(run, tmp_path_factory) -> Path:
-    """A run of the variant `exact`."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert run("exact", folder).returncode == 0
     return folder

@@ -95,7 +95,6 @@ def make_gan(
 
 
 def save_generator(checkpoint: Path, state: TrainerState) -> None:
-    """A checkpoint that holds a small generator."""
     torch.manual_seed(0)
     write_checkpoint(checkpoint, holding(generator=Generator(input_dim=8)), state)
 

@@ -38,7 +38,6 @@ def test_it_says_what_bits_depend_on_and_comes_back_from_json():
 
 @pytest.fixture
 def git(tmp_path):
-    """Git's commands in a folder of their own."""
 
     def run(*arguments: str) -> str:
         command = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c", *arguments]

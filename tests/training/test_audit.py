@@ -33,7 +33,6 @@ def copy(honest, tmp_path) -> Path:
 
 
 def change_owner(run: Path, number: int, **changes: object) -> None:
-    """Change an owner's options behind its back."""
     path = run / "owners" / f"{number}.json"
     owner = json.loads(path.read_text())
     owner["config"].update(changes)
