@@ -45,7 +45,8 @@ def test_accelerate_has_the_loss_curve_of_plain_python(launch, tmp_path, one_pro
     options = ("--config_file", f"accelerate_configs/{config}.yaml")
     done = launch(*TRAIN, "--run-dir", run, launcher="accelerate", options=options)
     assert f"processes: {processes}" in done.stderr
-    assert done.stderr.count("step 50/50") == 1  # only the main process speaks
+    for said in ("step 50/50", "evaluation after 50 steps", "finished after 50 steps"):
+        assert done.stderr.count(said) == 1  # only the main process speaks
     assert len(one_process) == 50
     assert losses(run) == pytest.approx(one_process, abs=1e-3)
 
