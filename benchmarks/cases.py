@@ -18,7 +18,6 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -39,7 +38,6 @@ BATCH, LATENT = 64, 100  # the course recipe's
 ON_GPU = has_gpu()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DATA = REPOSITORY / "data"
-TWO_THREADS = {"CS324DIST_THREADS": "2"}
 SMOKE = "launch/gan.py --preset smoke --dataset fake --wandb disabled"
 
 
@@ -66,10 +64,9 @@ def milliseconds(step: Callable[[int], object], steps: int, warm_up: int = 4) ->
     return 1000 * statistics.median(times)
 
 
-def ours(task: str, preset: str, environment: dict[str, str] | None = None, **changes: Any) -> float:
+def ours(precision: str | None = None) -> float:
     """A step of the trainer."""
-    os.environ |= environment or {}
-    trainer = trainer_of(task, preset, **changes)
+    trainer = trainer_of("gan", "course", data_root=DATA, precision=precision)
     return milliseconds(partial(trainer.step, is_logged=False), 30)
 
 
@@ -294,10 +291,8 @@ def samples(to_file: bool) -> float:
 
 CASES: dict[str, Callable[[], float]] = {
     **{case.__name__: case for case in (gan_bare, gan_notebook, gan_floor, imports, start)},
-    "gan_ours": partial(ours, "gan", "course", data_root=DATA),
-    "gan_bf16": partial(ours, "gan", "course", {"ACCELERATE_MIXED_PRECISION": "bf16"}, data_root=DATA),
-    "gan_fast": partial(ours, "gan", "fast", TWO_THREADS, data_root=DATA),
-    "gan_exact": partial(ours, "gan", "fast", TWO_THREADS, data_root=DATA, micro_batches=2),
+    "gan_ours": ours,
+    "gan_bf16": partial(ours, "bf16"),
     "gan_loop": partial(loop, BATCH, 100, 20, "launch/gan.py"),
     "lstm_loop": partial(loop, 128, 600, 50, "launch/lstm.py", "--length", 10),
     "gan_notebook_in_memory": partial(gan_notebook, in_memory=True),

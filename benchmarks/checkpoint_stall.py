@@ -28,7 +28,7 @@ def milliseconds(work: Callable[[], object]) -> float:
     return 1000 * (time.perf_counter() - began)
 
 
-def measure(folder: Path, repeats: int, steps: int) -> Row:
+def measure(folder: Path, repeats: int, steps: int = 60) -> Row:
     run_dir, dataset = RunDir(folder / "run"), "mnist" if Path("data/MNIST").is_dir() else "fake"
     trainer = trainer_of("gan", "fast", dataset=dataset, run_dir=run_dir.path, keep_last=2)
     config = trainer.config
@@ -60,13 +60,11 @@ def measure(folder: Path, repeats: int, steps: int) -> Row:
 if __name__ == "__main__":
     parser = command_line(__doc__)
     parser.add_argument("--repeats", type=int, default=15, help="checkpoints written")
-    parser.add_argument("--steps", type=int, default=60, help="steps before each")
-    parser.add_argument("--folder", type=Path, default=REPOSITORY / "runs", help="on the disk that counts")
     options = parser.parse_args()
     os.chdir(REPOSITORY)  # where data/ is
-    options.folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="stall-", dir=options.folder) as temporary:
-        result = measure(Path(temporary).resolve(), options.repeats, options.steps)
+    Path("runs").mkdir(exist_ok=True)  # on the disk that counts
+    with TemporaryDirectory(prefix="stall-", dir="runs") as temporary:
+        result = measure(Path(temporary).resolve(), options.repeats)
     print(result)
     store("checkpoint_stall", result, load=round(os.getloadavg()[0], 2))
     exit_process(0)

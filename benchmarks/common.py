@@ -43,14 +43,18 @@ def where(rows: Iterable[Row], **values: object) -> list[Row]:
     return [row for row in rows if all(row[name] == value for name, value in values.items())]
 
 
-def run_parts(description: str, folder: str, *parts: Callable[[], list[Row]]) -> None:
+Part = Callable[[], list[Row]]
+
+
+def run_parts(description: str, folder: str, *parts: Part, **more: Part) -> None:
     """Run the parts that the command line names, all by default, and store each as FOLDER/PART.
 
     Several parts have a process each: some change their number of threads.
     """
-    by_name = {part.__name__: part for part in parts}
+    by_name = {**{part.__name__: part for part in parts}, **more}
     parser = command_line(description)
-    add_parts(parser, by_name)
+    choices = [*by_name, []]  # argparse checks the empty list as well
+    parser.add_argument("parts", nargs="*", choices=choices, metavar="PART", help=", ".join(by_name))
     names = parser.parse_args().parts or list(by_name)
     if len(names) > 1:
         for name in names:
@@ -76,12 +80,6 @@ def command_line(description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=style, allow_abbrev=False)
 
 
-def add_parts(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """An argument that names some parts, or none, for all."""
-    choices = [*names, []]  # argparse checks the empty list as well
-    parser.add_argument("parts", nargs="*", choices=choices, metavar="PART", help=", ".join(names))
-
-
 def run_python(*arguments: object, **environment: str) -> str:
     """What Python prints when run with these arguments in the repository; exit if it fails."""
     command, environ = [sys.executable, *map(str, arguments)], {**os.environ, **environment}
@@ -99,5 +97,5 @@ def trainer_of(task: str, preset: str, **changes: Any) -> "Trainer":
 
     task_type = find_task(task)
     config = replace(task_type.presets[preset], preset=preset, **changes)
-    accelerator = start_accelerator(config.batch_size, config.micro_batches)
+    accelerator = start_accelerator(config.batch_size, config.micro_batches, precision=config.precision)
     return Trainer(task_type(config, accelerator.device), accelerator)

@@ -14,7 +14,6 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -36,7 +35,7 @@ COURSE = {  # the discriminator is trained: name, options
     "every step, Adam (0.5, 0.999)": ("copied", "--discriminator-every 1 --beta1 0.5"),
 }
 COURSE_SEEDS = 3
-BEST = "--preset best --evaluate-every 4000"
+BEST = "--preset best --evaluate-every 4000 --precision bf16"
 BEST_SEEDS = 5
 DRAWS = 5  # of latents
 COMPARED = 1000  # samples whose nearest training images are looked for
@@ -45,12 +44,12 @@ Images = Float[Tensor, "images 1 28 28"]
 Points = Float[Tensor, "points components"]
 
 
-def trained(name: str, options: str = "", precision: str = "no") -> Path:
+def trained(name: str, options: str = "") -> Path:
     """The finished run of these options; `seconds` of it, if it was made in one go, is stored beside it."""
     run, began = RUNS / name, time.monotonic()
     new = not run.exists()
     arguments = (*options.split(), "--wandb", "disabled", "--run-dir", run)
-    run_python("launch/gan.py", *arguments, ACCELERATE_MIXED_PRECISION=precision)
+    run_python("launch/gan.py", *arguments, ACCELERATE_MIXED_PRECISION="no")
     if new:
         (run / "seconds").write_text(str(round(time.monotonic() - began)))
     return run
@@ -61,9 +60,9 @@ def quality(run: Path, seed: int = 0) -> Row:
     return json.loads(run_python("benchmarks/measure_gan.py", run, "--seed", seed))
 
 
-def measured(name: str, options: str = "", precision: str = "no") -> Row:
+def measured(name: str, options: str = "") -> Row:
     """What a run of these options achieves, and its curve: steps, distance, sure share."""
-    run = trained(name, options, precision=precision)
+    run = trained(name, options)
     made, seconds, found = read_run(run, name), run / "seconds", quality(run)
     shares = {f"share_of_{digit}": share for digit, share in enumerate(found.pop("shares"))}
     distances, sure = made.series("eval/frechet_distance"), made.series("eval/sure")
@@ -78,12 +77,9 @@ def measured(name: str, options: str = "", precision: str = "no") -> Row:
     }
 
 
-def seeds(name: str, count: int, options: str, precision: str = "no") -> list[Row]:
+def seeds(name: str, count: int, options: str) -> list[Row]:
     """Runs that differ in their seed."""
-    return [
-        {"trial": seed, **measured(f"{name}-{seed}", f"--seed {seed} {options}", precision=precision)}
-        for seed in range(count)
-    ]
+    return [{"trial": n, **measured(f"{name}-{n}", f"--seed {n} {options}")} for n in range(count)]
 
 
 def pictures(run: Path, step: int) -> None:
@@ -113,19 +109,19 @@ def fast() -> list[Row]:
 
 def bf16() -> list[Row]:
     """Preset `fast` in bf16, five seeds."""
-    return seeds("bf16", 5, "--evaluate-every 250", "bf16")
+    return seeds("bf16", 5, "--evaluate-every 250 --precision bf16")
 
 
 def best() -> list[Row]:
     """Preset `best` in bf16, five seeds."""
-    rows = seeds("best", BEST_SEEDS, BEST, "bf16")
+    rows = seeds("best", BEST_SEEDS, BEST)
     pictures(RUNS / "best-0", rows[0]["steps"])
     return rows
 
 
 def best_runs() -> list[Path]:
     """The finished runs of part `best`."""
-    return [trained(f"best-{seed}", f"--seed {seed} {BEST}", precision="bf16") for seed in range(BEST_SEEDS)]
+    return [trained(f"best-{seed}", f"--seed {seed} {BEST}") for seed in range(BEST_SEEDS)]
 
 
 def draws() -> list[Row]:
@@ -163,7 +159,7 @@ def ablation() -> list[Row]:
     rows = []
     for variant, options in variants.items():
         name, short = f"ablation-{options.replace(' ', '')}", "--steps 1250 --evaluate-every 1250"
-        for row in seeds(name, 3, f"{options} {short}", "bf16"):
+        for row in seeds(name, 3, f"{options} {short} --precision bf16"):
             rows.append({"variant": variant, **row, "options": options})
     return rows
 
@@ -172,21 +168,10 @@ def real_images(split: str) -> Images:
     return to_unit_range(load_images("mnist", split, REPOSITORY / "data").images)
 
 
-def distances(points: Points, known: Points) -> Iterator[Tensor]:
-    """Of some points after others to all known ones."""
-    return (torch.cdist(some, known) for some in points.split(500))
-
-
 def nearest(points: Points, known: Points) -> tuple[Tensor, Tensor]:
     """The distance of each point to the nearest known one, and the place of that one."""
-    found = [some.min(1) for some in distances(points, known)]
+    found = [torch.cdist(some, known).min(1) for some in points.split(500)]
     return torch.cat([some.values for some in found]), torch.cat([some.indices for some in found])
-
-
-def lies_among(points: Points, known: Points) -> Tensor:
-    """Which points are as near to a known one as its third neighbour is."""
-    reach = torch.cat([some.kthvalue(4).values for some in distances(known, known)])  # the first is itself
-    return torch.cat([(some <= reach).any(1) for some in distances(points, known)]).double()
 
 
 def memorised() -> list[Row]:
@@ -194,7 +179,8 @@ def memorised() -> list[Row]:
     known = real_images("train")
     generator = load_generator(trained("fast-0", "--seed 0 --evaluate-every 250"))
     images = generate(generator, latents(generator, 0, 10_000))
-    digits, confidence, _ = read_all(images)
+    read = zip(*(read_digits(some) for some in images.split(500)), strict=True)
+    digits, confidence, _ = map(torch.cat, read)
     surest = images[[int(torch.where(digits == digit, confidence, 0).argmax()) for digit in range(10)]]
     twins = known[nearest(surest.flatten(1), known.flatten(1))[1]]
     save_png(grid(torch.cat([surest, twins]), 10), IMAGES / "gan-neighbours.png")
@@ -205,31 +191,5 @@ def memorised() -> list[Row]:
     return rows
 
 
-def neighbours() -> list[Row]:
-    """Precision, recall and the way to the nearest training image, in the classifier's features.
-
-    Precision is the share of images that lie among as many training images, recall the share of those that
-    lie among the images (Kynkäänniemi et al. 2019, https://arxiv.org/abs/1904.06991).
-    """
-    generator = load_generator(trained("bf16-0", "--seed 0 --evaluate-every 250", "bf16"))
-    known, test, rows = read_all(real_images("train"))[2], real_images("test"), []
-    samples = generate(generator, latents(generator, 0, len(test)))
-    for name, images in (("samples", samples), ("test images", test)):
-        features, some = read_all(images)[2], known[: len(images)]
-        precision, recall = (
-            lies_among(*sides).mean().item() for sides in ((features, some), (some, features))
-        )
-        away = nearest(features, known)[0].median().item()
-        row = {"images": name, "count": len(images), "precision": precision, "recall": recall}
-        rows.append({**row, "to_nearest_training_image": away})
-    return rows
-
-
-def read_all(images: Images) -> tuple[Tensor, Tensor, Tensor]:
-    """The digit of each image, how sure the classifier is, and its features."""
-    digits, confidence, features = zip(*(read_digits(some) for some in images.split(500)), strict=True)
-    return torch.cat(digits), torch.cat(confidence), torch.cat(features)
-
-
 if __name__ == "__main__":
-    run_parts(__doc__, "gan", course, fast, bf16, best, draws, pace, ablation, memorised, neighbours)
+    run_parts(__doc__, "gan", course, fast, bf16, best, draws, pace, ablation, memorised)

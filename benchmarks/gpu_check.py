@@ -78,12 +78,14 @@ class Check:
 
     def train(self, run: str, command: tuple[str, ...], steps: int, *more: str, **environment: str) -> str:
         """Train in a folder below ours; returns what is wrong with the run, or nothing."""
+        from launched import metrics
+
         folder = self.folder / run
         options = ("--steps", steps, "--log-every", 1, "--wandb", "disabled", "--run-dir", folder)
         code, said = self.python(*command, *options, *more, **environment)
         if code:
             return said[-2000:]
-        return "a metric is not finite" * any(None in line.values() for line in metrics_in(folder))
+        return "a metric is not finite" * any(None in line.values() for line in metrics(folder))
 
     def child(self, name: str, *arguments: str, **environment: str) -> Any:
         """What a function of this module returns, in a process of its own."""
@@ -100,10 +102,6 @@ class Check:
         ours, theirs = (weights_in(newest_checkpoint(self.folder / run)) for run in (one, other))
         norms = ((ours[name].double() - theirs[name].double()).norm() for name in ours)
         return max(float(norm / ours[name].double().norm()) for norm, name in zip(norms, ours, strict=True))
-
-
-def metrics_in(run: Path) -> list[Row]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def facts_here() -> Row:  # these run in processes of their own
@@ -236,6 +234,8 @@ def tests(check: Check) -> Iterator[Finding]:
 
 def quality(check: Check) -> Iterator[Finding]:
     """Preset fast of both tasks, trained to its end, in float32 and bf16."""
+    from launched import metrics
+
     from cs324dist.tasks import find_task
 
     for task in ("lstm", "gan"):
@@ -244,7 +244,7 @@ def quality(check: Check) -> Iterator[Finding]:
             wrong = check.train(
                 run := f"{task} {precision}", (f"launch/{task}.py",), count, "--precision", precision
             )
-            last = {} if wrong else metrics_in(check.folder / run)[-1]
+            last = {} if wrong else metrics(check.folder / run)[-1]
             yield run, wrong or {k: v for k, v in last.items() if k.startswith("eval/")}, not wrong
 
 

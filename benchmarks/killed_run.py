@@ -39,23 +39,17 @@ def train(run: Path, processes: int, options: tuple[str, ...] = (), until: int |
         sys.exit(f"{run.name} was not killed")
 
 
-def curve(run: Path) -> list[Row]:
-    """The losses."""
+def looked_at(run: Path) -> Row:
+    """The losses; after which step each owner began, on how many processes; the last model's SHA-256."""
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{"step": row["step"], "loss": row["train/loss"]} for row in rows if "train/loss" in row]
-
-
-def owners(run: Path) -> list[Row]:
-    """After which step each owner of the run began, on how many processes."""
     files = sorted((run / "owners").glob("*.json"), key=lambda file: int(file.stem))
-    records = [json.loads(file.read_text()) for file in files]
-    return [{"step": one["from_step"], "processes": one["environment"]["processes"]} for one in records]
-
-
-def sha256(run: Path) -> str:
-    """Of the model in the last checkpoint."""
+    owners = [json.loads(file.read_text()) for file in files]
     newest = max(run.glob("checkpoints/*/lstm/model.safetensors"))
-    return hashlib.sha256(newest.read_bytes()).hexdigest()
+    return {
+        "curve": [{"step": row["step"], "loss": row["train/loss"]} for row in rows if "train/loss" in row],
+        "owners": [{"step": o["from_step"], "processes": o["environment"]["processes"]} for o in owners],
+        "sha256": hashlib.sha256(newest.read_bytes()).hexdigest(),
+    }
 
 
 if __name__ == "__main__":
@@ -66,10 +60,7 @@ if __name__ == "__main__":
             train(runs["killed"], processes, PARTS, until)
         for processes in (1, 2):
             train(runs[f"ddp {processes}"], processes)
-        found = {
-            name: {"curve": curve(run), "owners": owners(run), "sha256": sha256(run)}
-            for name, run in runs.items()
-        }
+        found = {name: looked_at(run) for name, run in runs.items()}
         store("killed_run", {"runs": found})
         for name, run in found.items():
             print(f"{name:8} {run['sha256']} processes: {[owner['processes'] for owner in run['owners']]}")

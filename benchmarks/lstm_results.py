@@ -86,11 +86,12 @@ def train(trainer: Trainer, most: int, least: int = 0) -> Row:
     return {"seed": config.seed, "solved": solved, "accuracy": accuracy, "steps": step, "curve": curve}
 
 
-def trained(length: int) -> nn.Module:
-    """A model of preset `fast`, after all its steps."""
-    trainer = new_trainer("fast", length=length)
-    train(trainer, FAST.steps, least=FAST.steps)
-    return trainer.task.model.eval()
+def finished(task: str, **options: Any) -> LSTM:
+    """The model of a task's preset `fast`, after all its steps."""
+    trainer = trainer_of(task, "fast", **options)
+    for step in tqdm(range(trainer.config.steps), task, disable=None):
+        trainer.step(step, is_logged=False)
+    return trainer.task.model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -170,7 +171,7 @@ def ablation() -> list[Row]:
 
 def generalisation() -> list[Row]:
     """One model trained to 1 000 digits, on lengths it never saw."""
-    model, rows = trained(1000), []
+    model, rows = finished("lstm", length=1000, schedule="constant"), []
     for length in UNSEEN_LENGTHS:
         trials = 1000 if length <= 10_000 else 200
         sampled = (palindromes(UNSEEN, some, length) for some in torch.arange(trials).split(200))
@@ -181,15 +182,8 @@ def generalisation() -> list[Row]:
 
 def certain() -> list[Row]:
     """All palindromes there are, up to 12 digits, by models of preset `fast`."""
-    return [count(trained(length), length, all_of(length)) for length in range(1, 13)]
-
-
-def finished(task: str, seed: int = 0) -> LSTM:
-    """The model of a task's preset `fast`, after all its steps."""
-    trainer = trainer_of(task, "fast", seed=seed)
-    for step in range(trainer.config.steps):
-        trainer.step(step, is_logged=False)
-    return trainer.task.model.eval().requires_grad_(False)
+    models = ((n, finished("lstm", length=n, schedule="constant")) for n in range(1, 13))
+    return [count(model, length, all_of(length)) for length, model in models]
 
 
 def proven() -> list[Row]:
@@ -199,7 +193,7 @@ def proven() -> list[Row]:
 
     rows = []
     for task, seed in product(("lstm", "examples/proven.py:ProvenTask"), SEEDS):
-        began, model = time.monotonic(), finished(task, seed)
+        began, model = time.monotonic(), finished(task, seed=seed)
         minutes, margin = (time.monotonic() - began) / 60, prove(model)
         precise, sure = copy.deepcopy(model).double(), 0
         box = first_states(precise, FLOAT32)

@@ -9,8 +9,7 @@ and its picture from them and from `lstm_results.py proven`.
 
 import sys
 import time
-from collections.abc import Callable
-from itertools import starmap
+from functools import partial
 
 import torch
 from common import REPOSITORY, Row, on_each_core, run_parts, trainer_of
@@ -57,14 +56,9 @@ def learn(cells: int, seed: int, bits: int) -> Row:
             "fewest_bits": fewest}  # fmt: skip
 
 
-def learning_with(cells: int, bits: int) -> Callable[[], list[Row]]:
+def learned(cells: int, bits: int) -> list[Row]:
     """Whether LSTMs of so many cells learn to be proven, in an arithmetic of so many bits."""
-
-    def part() -> list[Row]:
-        return on_each_core(learn, [cells] * SEEDS, range(SEEDS), [bits] * SEEDS)
-
-    part.__name__ = f"cells_{cells}_bits_{bits}"
-    return part
+    return on_each_core(learn, [cells] * SEEDS, range(SEEDS), [bits] * SEEDS)
 
 
 def boxes() -> list[Row]:
@@ -139,4 +133,5 @@ def shares_right(model: LSTM, weights: dict[str, Tensor], digits: Tensor, last: 
 
 
 if __name__ == "__main__":
-    run_parts(__doc__, "lstm", *starmap(learning_with, LEARNERS), boxes, guessed)
+    learners = {f"cells_{cells}_bits_{bits}": partial(learned, cells, bits) for cells, bits in LEARNERS}
+    run_parts(__doc__, "lstm", boxes, guessed, **learners)

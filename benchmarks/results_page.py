@@ -188,10 +188,6 @@ def readings(fuzz: dict[str, Any]) -> Row:
     return {**total, "all": total.total(), "bad": total.total() - fine}
 
 
-def mean_of(rows: Iterable[Row], name: str) -> float:
-    return statistics.mean(row[name] for row in rows)
-
-
 def ratios(result: Row, *comparisons: str) -> list[list[float]]:
     """The rounds' ratios of each comparison."""
     return [where(result["rows"], what=what)[0]["ratios"] for what in comparisons]
@@ -199,7 +195,7 @@ def ratios(result: Row, *comparisons: str) -> list[list[float]]:
 
 FUNCTIONS = (number, percent, share, deviation, spread, spread_of, met, yes, effect, machines, processors,
              commits, grouped, where, solved, median_steps, steps_of, accuracy, wrong, error_rate, seconds,
-             steps_to_fit, sure, digits, last_fifth, smallest, readings, least_to_most, mean_of, ratios,
+             steps_to_fit, sure, digits, last_fifth, smallest, readings, least_to_most, ratios,
              history, statistics.median, statistics.mean)  # fmt: skip
 
 

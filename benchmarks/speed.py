@@ -8,18 +8,14 @@
 Each case (see `cases.py`) runs in a process of its own, so that nothing of one reaches the other; the cases
 take turns, `--rounds` times, and a ratio is that of two measurements of one round. They are stored in
 benchmarks/results/GROUP.json, from which `python benchmarks/results_page.py` makes docs/performance.md and
-docs/distributed.md. What is slower than in the stored measurement of the same kind of machine, by more than
-the spread of either, is named at the end; the ratios of earlier commits stay in the file as its history.
+docs/distributed.md. The ratios of earlier commits stay in the file as its history.
 """
 
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
 
 from common import RESULTS, Row, command_line, load, run_python, store
-
-from cs324dist.runs.environment import environment
 
 COMPARISONS = {  # the slower case, the faster one, and the goal of their ratio
     "speed": {
@@ -65,14 +61,6 @@ COMPARISONS = {  # the slower case, the faster one, and the goal of their ratio
 }
 
 
-def slower(now: Mapping[str, list[float]], before: Mapping[str, list[float]]) -> Iterator[str]:
-    """A line for each case that takes more time than before, by more than the spread of either."""
-    for case in now.keys() & before.keys():
-        if min(now[case]) > max(before[case]):
-            then, here = (statistics.median(measured[case]) for measured in (before, now))
-            yield f"slower: {case} takes {here:.2f} ms, before {then:.2f}"
-
-
 def history(before: Row) -> list[Row]:
     """The ratios of a stored measurement, after those that it has from earlier ones."""
     ratios = {row["what"]: statistics.median(row["ratios"]) for row in before["rows"]}
@@ -104,8 +92,5 @@ if __name__ == "__main__":
     threads = {"threads": 1} if group == "scaling" else {}
     result = {"rounds": rounds, "rows": rows, "milliseconds": milliseconds}
     if (RESULTS / f"{group}.json").exists():
-        before = load(group)
-        result["history"] = history(before)
-        if before["environment"]["device"] == environment().device:
-            print(*slower(milliseconds, before["milliseconds"]), sep="\n")
+        result["history"] = history(load(group))
     store(group, result, **threads)

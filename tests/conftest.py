@@ -109,17 +109,21 @@ def launch_server(launch_environment: dict[str, str]) -> Iterator[LaunchServer]:
 def launch(launch_environment: dict[str, str], launch_server: LaunchServer) -> Launch:
     """Run a script of the repository as a user does, through a launcher, and wait for it.
 
-    `launcher` is "python", "torchrun" or "accelerate"; `options` are the launcher's. What Python runs is
-    forked from a process that has imported it, unless `environment` changes what an import reads.
+    `launcher` is "python" or "accelerate"; `options` are the launcher's. Several `processes` are torchrun's.
+    What Python runs is forked from a process that has imported it, unless `environment` changes what an
+    import reads.
     """
 
     def run(
         *command: str | Path,
         launcher: str = "python",
+        processes: int = 0,
         options: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
         check: bool = True,
     ) -> "subprocess.CompletedProcess[str]":
+        if processes:
+            launcher, options = "torchrun", ("--nproc_per_node", str(processes))
         words, changed = [*options, *map(str, command)], environment or {}
         if launcher == "python" and words[0] != "-c" and not READ_AT_IMPORT & changed.keys():
             done = launch_server.run(words, launch_environment | changed)

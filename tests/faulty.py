@@ -52,13 +52,6 @@ def dies_beside_a_busy_one(step: int) -> None:
         time.sleep(5)
 
 
-def killed_once(step: int) -> None:
-    """Rank 1 dies if the file VALUE does not exist yet."""
-    if step == 30 and RANK == "1" and not Path(VALUE).exists():
-        Path(VALUE).touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def waits(step: int) -> None:
     """Before every tenth step, until the folder VALUE has a file of its number, or a signal asks to stop."""
     asked = threading.Event()
@@ -84,7 +77,6 @@ def waits_in_c(step: int) -> None:
 BEFORE_A_STEP = {
     "hangs": hangs,
     "dies beside a busy one": dies_beside_a_busy_one,
-    "killed once": killed_once,
     "waits": waits,
     "waits in C": waits_in_c,
 }

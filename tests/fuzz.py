@@ -70,10 +70,7 @@ COMMON = (
     "--steps 6 --batch-size 8 --checkpoint-every 2 --log-every 1 --evaluate-every 6 --schedule constant "
     "--wandb disabled"
 )
-OPTIONS = {
-    "lstm": f"{COMMON} --length 6 --hidden-size 8",
-    "gan": f"{COMMON} --dataset fake --latent-dim 8",
-}
+OPTIONS = {"lstm": f"{COMMON} --length 6 --hidden-size 8", "gan": f"{COMMON} --dataset fake --latent-dim 8"}
 STATES = ({}, {"length": 4}, {"length": 5}, {"length": 6})  # that the tasks can be in
 STEPS = (2, 4, 6)  # of the three checkpoints
 NEWEST = f"{STEPS[-1]:09d}-1"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,9 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Queue
 from threading import Thread
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 from chaos import newest, processes_of
+from torch.nn import Module
 
 REPOSITORY = Path(__file__).parents[1]
 LIMIT = 120  # seconds that anything may take; on a quiet machine it is one or two
@@ -103,11 +107,23 @@ class Launched:
         return code
 
 
+def python(*words: object, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run Python in a process of its own, with options of `subprocess.run`."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
 def wait_until(what: Callable[[], bool]) -> None:
     until = time.monotonic() + LIMIT
     while not what():
         assert time.monotonic() < until, f"not within {LIMIT} s"
         time.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -136,6 +152,11 @@ def mend(checkpoint: Path, **changes: object) -> None:
             content["sha256"][name] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
     own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps({**content, "own_sha256": own}))
+
+
+def holding(**networks: Module) -> SimpleNamespace:
+    """What a checkpoint is written of: networks, and nothing else."""
+    return SimpleNamespace(networks=networks, optimizers={}, state_dict=dict, load_state_dict=dict)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

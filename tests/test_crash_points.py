@@ -3,26 +3,17 @@
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from launched import python
 
 HERE = Path(__file__).with_name("crash_points")
 CONTROLS = [
-    "fsync of files",
-    "fsync of metrics",
-    "fsync of folders",
-    "temporary names of files",
-    "temporary names of checkpoints",
-    "renaming what is deleted",
-    "metrics cut back",
-    "a new file of metrics",
-    "half a line taken back",
-    "the check before a write",
-    "generations",
-    "nonces",
+    *("fsync of files", "fsync of metrics", "fsync of folders", "temporary names of files"),
+    *("temporary names of checkpoints", "renaming what is deleted", "metrics cut back"),
+    *("a new file of metrics", "half a line taken back", "the check before a write", "generations", "nonces"),
 ]
 Enumerate = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -32,11 +23,7 @@ def crash_points(launch_environment: dict[str, str]) -> Enumerate:
     if shutil.which("cc") is None and "CS324DIST_CI" not in os.environ:
         pytest.skip("no C compiler, `cc`")
 
-    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, HERE, *arguments]
-        return subprocess.run(command, env=launch_environment, capture_output=True, text=True, check=False)
-
-    return run
+    return lambda *arguments: python(HERE, *arguments, env=launch_environment)
 
 
 @pytest.mark.slow

@@ -76,16 +76,6 @@ with errors_as_exit_codes():
     assert (process.returncode, said) == ((2, "") if refused else (0, "still here, 2\n"))
 
 
-def test_an_error_of_the_system_is_one_line_that_names_the_file():
-    code = """
-from cs324dist.errors import errors_as_exit_codes
-with errors_as_exit_codes():
-    open("/absent")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (1, "error: /absent: No such file or directory\n")
-
-
 def test_a_reader_that_has_enough_ends_it_quietly():
     command = [sys.executable, "launch/gan.py", "--dry-run"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

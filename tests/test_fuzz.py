@@ -1,16 +1,16 @@
 """Some of the mutations that `make fuzz` tries by the ten thousand."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from launched import python
 
 FUZZ = Path(__file__).with_name("fuzz.py")
 
 
 def test_every_reader_refuses_or_reads_what_was_there(tmp_path, launch_environment):
-    command = [sys.executable, FUZZ, "--mutations", "50", "--seed", "1", "--out", tmp_path / "fuzz.json"]
-    done = subprocess.run(command, env=launch_environment, capture_output=True, text=True, check=False)
+    options = ("--mutations", "50", "--seed", "1", "--out", tmp_path / "fuzz.json")
+    done = python(FUZZ, *options, env=launch_environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     results = json.loads((tmp_path / "fuzz.json").read_text())
     assert results["bad"] == []

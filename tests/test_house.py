@@ -30,7 +30,6 @@ PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSI
 
 
 def imports(module: Path) -> set[str]:
-    """The parts of the package that a module imports."""
     found = set()
     for node in ast.walk(ast.parse(module.read_text())):
         names = []

@@ -2,12 +2,10 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launched import metrics, status
+from launched import metrics, python, status
 
 from cs324dist.testing import assert_same_on, assert_same_when_killed
 
@@ -15,7 +13,6 @@ PAGE = Path(__file__).parents[1] / "docs" / "your_own_task.md"
 
 
 def blocks_of(page):
-    """The files of a page, and what is in them."""
     return re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
@@ -30,11 +27,7 @@ def run(tmp_path, launch_environment):
 
     def run(*words: str) -> str:
         path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**launch_environment, "PYTHONPATH": path}
-        command = [sys.executable, *words]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
+        done = python(*words, cwd=tmp_path, env={**launch_environment, "PYTHONPATH": path})
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stderr
 

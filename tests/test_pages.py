@@ -9,11 +9,11 @@ import re
 import runpy
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from launched import python
 
 import cs324dist
 from cs324dist import command_line, testing
@@ -60,21 +60,12 @@ def test_a_command_of_a_page_is_understood(command: str, monkeypatch: pytest.Mon
         words = words[words.index("--") + 1 :]
     if words[0] == "make":
         makefile = (REPOSITORY / "Makefile").read_text()
-        known = {
-            *re.findall(r"^([a-z-]+):.*##", makefile, re.MULTILINE),
-            *re.findall(r"\$\(([A-Z]+)\)", makefile),
-        }
+        known = set(re.findall(r"^[a-z-]+(?=:.*##)|(?<=\$\()[A-Z]+(?=\))", makefile, re.MULTILINE))
         assert {word.partition("=")[0] for word in words[1:]} <= known
         return
     if words[0] == "python" and (REPOSITORY / words[1] / "__main__.py").is_file():
-        help_text = subprocess.run(
-            [sys.executable, REPOSITORY / words[1], "--help"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        ).stdout
-        assert all(word in help_text for word in words if word.startswith("--"))
+        done = python(REPOSITORY / words[1], "--help")
+        assert all(word in done.stdout for word in words if word.startswith("--")), done.stderr
         return
     if "--config_file" in words:
         assert (REPOSITORY / words[words.index("--config_file") + 1]).is_file()
@@ -169,13 +160,12 @@ test "$(realpath "$(python elsewhere/where.py)")" = "$(realpath cs324dist)"
 
 def test_what_a_failing_page_says(tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text(COPY + "```bash\necho no >&2; exit 3\n```\n")
-    command = [sys.executable, str(REPOSITORY / "docs" / "check.py"), str(tmp_path / "page.md")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = python(REPOSITORY / "docs" / "check.py", tmp_path / "page.md")
     assert done.returncode == 1
     assert re.search(
         r"^page.md +2 +0 +1 +\d+\necho no >&2; exit 3\nno\nexit code 3$", done.stdout, re.MULTILINE
     )
     (tmp_path / "page.md").write_text("<!-- not run on this page: needs a cluster -->\n```bash\nfalse\n```\n")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = python(REPOSITORY / "docs" / "check.py", tmp_path / "page.md")
     assert done.returncode == 0
     assert re.search(r"^left out: +1  needs a cluster$", done.stdout, re.MULTILINE)

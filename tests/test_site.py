@@ -1,13 +1,12 @@
 """The site of docs/: links hold, nothing is loaded from elsewhere, links out of docs/ lead somewhere."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from launched import python
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -32,11 +31,9 @@ class Page(HTMLParser):
 def built(tmp_path_factory) -> Callable[[str], dict[Path, Page]]:
     def build(repository: str) -> dict[Path, Page]:
         site = tmp_path_factory.mktemp("site")
-        command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
         environment = {"REPOSITORY_URL": repository, "NO_MKDOCS_2_WARNING": "1"}
-        done = subprocess.run(
-            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
-        )
+        build = ("-m", "mkdocs", "build", "--strict", "--site-dir", site)
+        done = python(*build, cwd=REPOSITORY, env=environment)
         assert done.returncode == 0, done.stderr
         return {path: Page(path) for path in site.glob("*.html") if path.name != "404.html"}
 

@@ -1,4 +1,4 @@
-"""A task whose data come from workers, with augmentation, dropout and, if asked for, a BatchNorm."""
+"""A task whose data come from workers, with augmentation and dropout."""
 
 import random
 from dataclasses import dataclass
@@ -16,7 +16,6 @@ from cs324dist import MUTABLE, Config, Evaluation, Task, UserError, loader, main
 @dataclass(frozen=True)
 class LoadingConfig(Config):
     workers: Annotated[int, Interval(ge=0, le=9), MUTABLE] = 2
-    norm: bool = False
     bad_item: int = -1
 
 
@@ -43,8 +42,7 @@ class Loading(Task[LoadingConfig]):
         super().__init__(config, device)
         self.data = loader(Rows(config.bad_item), config.seed, "rows", workers=config.workers)
         with seeded(config.seed, "weights"):
-            middle = nn.BatchNorm1d(8) if config.norm else nn.Dropout(0.5)
-            self.model = nn.Sequential(nn.Linear(4, 8), middle, nn.Linear(8, 2)).to(device)
+            self.model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)).to(device)
         self.networks = {"model": self.model}
         self.optimizers = {"model": torch.optim.Adam(self.model.parameters(), 1e-2)}
 

@@ -58,20 +58,6 @@ class TestBits:
         assert bits.shape == (len(indices), components)
         assert [[x & MASK for x in row] for row in bits.tolist()] == words(seed, stream, indices, components)
 
-    def test_the_numbers_of_every_run_so_far_stay_what_they_are(self) -> None:
-        stream, indices = Stream(0, "latents/train"), torch.tensor([0, 1, 7_901_184])
-        assert [[x & MASK for x in row] for row in random_bits(0, stream.name, indices, 2).tolist()] == [
-            [0xDF1A8ADF64D78A70, 0x28D523B2B41A5411],
-            [0x2C8494B5967E563E, 0xBA593AD33AC5B8B9],
-            [0xAE8B459DF96CAF81, 0x770D463A61F31FD6],
-        ]
-        assert stream.integers(indices, 4, 10).tolist() == [[0, 6, 5, 6], [7, 6, 9, 5], [2, 5, 1, 6]]
-        normals = [[-0.4122189781563373, -0.5515809841930044], [-1.5925713062647784, 0.10197203720672106]]
-        expected = torch.tensor(normals, dtype=torch.float64)
-        torch.testing.assert_close(in_double(stream, indices[:2], 2), expected, rtol=1e-14, atol=1e-14)
-        signs = ["".join("-+"[x > 0] for x in row) for row in stream.signs(indices, 20).tolist()]
-        assert signs == ["----+++--+-+---++++-", "-+++++---++-+-+--+++", "+------+++++-+-+--++"]
-
 
 class TestIntegers:
     @settings(deadline=None)

@@ -180,16 +180,6 @@ class TestRuns:
             del end["trainer.json"]
         assert ends[0] == ends[1]
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("norm", [[], ["--norm"]], ids=["dropout", "BatchNorm"])
-    def test_one_process_and_three_are_the_same(self, launch, tmp_path, norm):
-        command = (*LOADING, "--micro-batches", "4", *norm)
-        launch(*command, "--run-dir", tmp_path / "one")
-        launch(*command, "--workers", "1", "--run-dir", tmp_path / "three",
-               launcher="torchrun", options=("--nproc_per_node", "3"))  # fmt: skip
-        one, three = (content_of(tmp_path / name) for name in ("one", "three"))
-        assert one == three
-
     @pytest.mark.parametrize(
         "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["TERM", "INT"]
     )

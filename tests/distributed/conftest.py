@@ -1,11 +1,10 @@
 """The paths that different numbers of processes take from one seed."""
 
-import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from launched import newest_checkpoint
+from launched import free_port, newest_checkpoint
 from paths import Weights, command, weights_in
 
 Follow = Callable[..., Weights]
@@ -20,10 +19,8 @@ def follow(launch, tmp_path_factory) -> Follow:
         key = f"{case} {config} {processes} {fault}"
         if key not in known:
             folder = tmp_path_factory.mktemp("follow") / "run"
-            launcher = "python" if processes == 1 else "torchrun"
-            options = ("--nproc_per_node", str(processes)) if processes > 1 else ()
-            fault_in = {"FAULT": fault}
-            launch(*command(case, config, folder), launcher=launcher, options=options, environment=fault_in)
+            several = {"processes": processes} if processes > 1 else {}
+            launch(*command(case, config, folder), environment={"FAULT": fault}, **several)
             known[key] = weights_in(newest_checkpoint(folder))
         return known[key]
 
@@ -35,13 +32,10 @@ def launch_on_two_nodes(launch) -> Callable[..., list[str]]:
     """Run a script on two nodes of two processes each; returns what each node says on stderr."""
 
     def run(*command: object) -> list[str]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         options = (
             *("--config_file", "accelerate_configs/multi_node.yaml", "--mixed_precision", "no"),
             *("--num_machines", "2", "--num_processes", "4"),
-            *("--main_process_ip", "127.0.0.1", "--main_process_port", str(port), "--machine_rank"),
+            *("--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()), "--machine_rank"),
         )
 
         def node(rank: str) -> str:

@@ -94,37 +94,18 @@ def test_a_part_without_values_is_refused():
         in_parts(Rank(0, 1), norm_for("vectors"), *inputs("vectors"), (4, 0, 8))
 
 
-def halves(layer: nn.Module, x: Tensor, *, autocast: bool = False) -> list[Tensor]:
-    """The output and the gradient of x, of two parts of one process."""
-    parts = Parts(2, CPU)
-    span_the_batch(layer, "layer", parts)
-
-    def work(index: int) -> list[Tensor]:
-        own = x.chunk(2)[index].clone().requires_grad_()
-        with torch.autograd.set_multithreading_enabled(False):
-            output = layer(own)
-            return [output.detach(), *torch.autograd.grad(output, own, x.flip(0).chunk(2)[index])]
-
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = parts.each(work, range(2), PartBelongings({}, CPU, 2))
-        return [torch.cat(both) for both in zip(*found, strict=True)]
-
-
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "a model of bf16"])
 def test_in_bf16_its_moments_are_those_of_torch(affine, autocast):
     dtype = torch.float32 if autocast else torch.bfloat16
     layers = [nn.BatchNorm1d(8, affine=affine).to(dtype) for _ in range(2)]
     x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    found = halves(layers[0], x, autocast=autocast)
-    plain = x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        expected = layers[1](plain)
-    assert found[0].dtype == torch.bfloat16
-    torch.testing.assert_close(found[0], expected.detach(), rtol=0.02, atol=0.02)
-    torch.testing.assert_close(
-        found[1], torch.autograd.grad(expected, plain, x.flip(0))[0], rtol=0.02, atol=0.02
-    )
+        found = put_together([in_parts(Rank(0, 1), layers[0], x, x.flip(0), (8, 8))])
+        expected = whole(layers[1], x, x.flip(0))
+    assert found["output"].dtype == torch.bfloat16
+    for name in ("output", "x"):
+        torch.testing.assert_close(found[name], expected[name], rtol=0.02, atol=0.02)
     assert layers[0].running_var.dtype == dtype
     close = {} if autocast else {"rtol": 0.02, "atol": 0.02}
     torch.testing.assert_close(layers[0].running_var, layers[1].running_var, **close)
@@ -162,10 +143,11 @@ def test_what_a_subclass_does_besides_stays(training):
     plain, spanning = (NormThenReLU(8).double().train(training) for _ in range(2))
     span_the_batch(spanning, "layer", Parts(2, CPU))
     x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).double()
-    found = halves(spanning, x)  # which lets it span once more
+    # Which lets it span once more.
+    found = put_together([in_parts(Rank(0, 1), spanning, x, x.flip(0), (8, 8))])
     assert isinstance(spanning, NormThenReLU)
     expected = plain(x)
-    torch.testing.assert_close(found[0], expected.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found["output"], expected.detach(), rtol=1e-10, atol=1e-10)
     assert not training or expected.min() == 0
     torch.testing.assert_close(spanning.running_var, plain.running_var, rtol=1e-12, atol=0)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from chaos import content_of, processes_of
-from launched import REPOSITORY, status, trainer, wait_until
+from launched import REPOSITORY, free_port, status, trainer, wait_until
 
 from cs324dist.runs.lease import newest_generation, owner_of
 
@@ -35,12 +35,6 @@ def agent(port: int, run: Path, environment: dict[str, str]) -> Iterator["subpro
     finally:
         process.kill()
         process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def answers(port: int) -> bool:

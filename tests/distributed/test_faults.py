@@ -6,12 +6,7 @@ import pytest
 from paths import command
 from safetensors.torch import load_file
 
-LSTM = {
-    "batch_size": 16,
-    "length": 12,
-    "curriculum": 1.0,
-    "steps": 20,
-}  # as in test_equality.py: a run is shared
+LSTM = {"batch_size": 16, "length": 12, "curriculum": 1.0, "steps": 20}  # as there: a run is shared
 GAN = {"batch_size": 16, "dataset": "fake", "steps": 20}
 
 
@@ -40,9 +35,8 @@ def test_the_fault_is_noticed(follow, fault, case, config):
 
 @pytest.mark.slow
 def test_gradients_that_are_not_reduced_end_the_run_after_the_first_step(launch, tmp_path):
-    several = {"launcher": "torchrun", "options": ("--nproc_per_node", "2")}
     faulty = {"environment": {"FAULT": "unreduced_gradients"}, "check": False}
-    done = launch(*command("lstm course", LSTM, tmp_path / "run"), **several, **faulty)
+    done = launch(*command("lstm course", LSTM, tmp_path / "run"), processes=2, **faulty)
     assert "error: after step 1, lstm: W_x on rank 1 is not as on rank 0" in done.stderr
 
 
@@ -51,7 +45,7 @@ def test_static_graph_breaks_the_exact_gradient_penalty_and_plain_ddp_does_not(l
     def gradients(processes, graph):
         out = tmp_path / f"{graph}{processes}.safetensors"
         script = Path(__file__).parent / "penalty.py"
-        launch(script, out, graph, launcher="torchrun", options=("--nproc_per_node", str(processes)))
+        launch(script, out, graph, processes=processes)
         return load_file(out)
 
     expected = gradients(1, "plain")

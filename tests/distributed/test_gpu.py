@@ -1,4 +1,6 @@
-"""A GPU takes the path of a CPU; two processes on one GPU do too. `pytest -m gpu`."""
+"""A GPU takes the path of a CPU, as two processes on it do; a step waits for nothing. `pytest -m gpu`."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,6 +8,9 @@ from launched import newest_checkpoint
 from paths import assert_same_path, command, weights_in
 
 from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream
+from cs324dist.distributed.process import start_accelerator
+from cs324dist.tasks import find_task
+from cs324dist.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 CASES = {
@@ -30,10 +35,26 @@ def test_a_gpu_draws_the_numbers_of_a_cpu():
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_gpu_takes_the_path_of_a_cpu(launch, tmp_path, case, processes):
     def weights(name: str, processes: int, environment: dict[str, str]):
-        options, run = ("--nproc_per_node", str(processes)), tmp_path / name
-        arguments = command(case, CASES[case], run)
-        launch(*arguments, launcher="torchrun", options=options, environment=environment)
+        run = tmp_path / name
+        launch(*command(case, CASES[case], run), processes=processes, environment=environment)
         return weights_in(newest_checkpoint(run))
 
     expected = weights("cpu", 1, {"CUDA_VISIBLE_DEVICES": ""})
     assert_same_path(weights("gpu", processes, {"BACKEND": "gloo"}), expected, tolerance=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize(("name", "preset"), [("lstm", "smoke"), ("gan", "smoke"), ("gan", "course")])
+def test_a_step_waits_for_nothing(name, preset):
+    """tests/gpu/ looks for waits without a GPU."""
+    changes = {"curriculum": 1.0} if name == "lstm" else {"dataset": "fake"}
+    task_type, accelerator = find_task(name), start_accelerator()
+    config = replace(task_type.presets[preset], **changes)
+    trainer = Trainer(task_type(config, accelerator.device), accelerator)
+    for step in range(3):
+        trainer.step(step, is_logged=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.step(3, is_logged=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

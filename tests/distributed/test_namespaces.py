@@ -24,7 +24,6 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture
 def namespaces() -> Iterator[dict[str, str]]:
-    """Two network namespaces, joined by a cable."""
     names = {node: f"{node}-{os.getpid()}" for node in NODES}
     ends = [f"cable{number}-{os.getpid()}"[-15:] for number in range(2)]
     try:

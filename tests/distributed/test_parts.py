@@ -20,7 +20,6 @@ COUNT = 5
 
 
 def spanned(count: int = COUNT, patience: float = 60) -> Parts:
-    """Parts with barriers in two layers."""
     parts = Parts(count, CPU, patience)
     parts.layers, parts.widest = ["first", "second"], 2
     return parts
@@ -68,24 +67,6 @@ class TestTurns:
         answers = Parts(COUNT, CPU).each(lambda index: begun.append(index) or index, range(COUNT))
         for index, answer in enumerate(answers):
             assert (answer, begun) == (index, list(range(index + 1)))
-
-    @pytest.mark.parametrize("processes", [1, 2, 3, 5])
-    def test_all_get_the_rows_of_all_parts_in_order(self, processes):
-        def work(index: int) -> list[list[float]]:
-            return [*meet(0, index), *meet(1, index, 0.5)]
-
-        expected = [[i] for i in range(COUNT)] + [[i, 0.5] for i in range(COUNT)]
-        for shift in (0, 1):
-            for found in as_ranks(processes, lambda rank: all_of(spanned(), work, shift=shift)):  # noqa: B023
-                assert all(of_part == expected for of_part in found)
-
-    @pytest.mark.parametrize("parts", [Parts(COUNT, CPU), spanned()], ids=["alone", "barrier"])
-    def test_a_part_knows_its_place(self, parts):
-        def work(index: int) -> tuple[int, bool]:
-            return current_place().index, current_place().is_first
-
-        assert all_of(parts, work) == [(index, index == 0) for index in range(COUNT)]
-        assert current_place() is None
 
     def test_a_thread_has_the_state_of_its_caller(self):
         variable = contextvars.ContextVar("variable", default=0)

@@ -136,13 +136,11 @@ GAN = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--steps", "1"
 @pytest.mark.parametrize(
     ("script", "launcher", "options"),
     [
-        (GAN, "python", ()),
         (GAN, "accelerate", ()),
-        ((*GAN, "--precision", "no"), "accelerate", CPU),
         (GAN, "accelerate", (*CPU, "--mixed_precision", "no")),
         (("launch/lstm.py", *GAN[1:3], *GAN[5:]), "python", ()),
     ],
-    ids=["gan", "gan, accelerate", "gan, float32", "gan, accelerate, float32", "lstm"],
+    ids=["gan", "gan, float32", "lstm"],
 )
 def test_the_gan_takes_bf16_where_there_is_bf16_and_nothing_else_was_asked_for(
     launch, tmp_path, script, launcher, options

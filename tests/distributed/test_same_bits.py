@@ -33,9 +33,8 @@ def found(launch, tmp_path_factory):
         key = f"{processes}-{threads}-{precision}"
         if key not in known:
             environment = {"CS324DIST_THREADS": str(threads), "ACCELERATE_MIXED_PRECISION": precision}
-            several = {"launcher": "torchrun", "options": ("--nproc_per_node", str(processes))}
-            how = several if processes > 1 else {}
-            launch(exact_steps.__file__, folder / key, environment=environment, **how)
+            several = {"processes": processes} if processes > 1 else {}
+            launch(exact_steps.__file__, folder / key, environment=environment, **several)
             known[key] = json.loads((folder / key).read_text())
         return known[key]
 

@@ -21,11 +21,9 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def train(request, launch):
-    """A function that takes a run to its end on so many processes."""
 
     def train(run: Path, processes: int) -> None:
-        options = ("--nproc_per_node", str(processes))
-        launch(*command(request.param, CASES[request.param], run), launcher="torchrun", options=options)
+        launch(*command(request.param, CASES[request.param], run), processes=processes)
         assert json.loads((newest_checkpoint(run) / "trainer.json").read_text())["processes"] == processes
 
     return train

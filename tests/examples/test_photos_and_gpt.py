@@ -11,7 +11,6 @@ SMALL = ("--steps", "6", "--batch-size", "12", "--micro-batches", "3", "--log-ev
 
 @pytest.fixture(scope="module")
 def photos(launch, tmp_path_factory):
-    """The command for a few steps."""
     folder = tmp_path_factory.mktemp("shapes")
     launch("examples/shapes.py", folder, "60")
     return ("examples/photos.py", "--data", folder, "--workers", "1", *SMALL)
@@ -19,7 +18,6 @@ def photos(launch, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gpt(launch, tmp_path_factory):
-    """The command for a few steps of a small one."""
     text = tmp_path_factory.mktemp("text") / "sentences.txt"
     launch("examples/sentences.py", text, "300")
     return ("examples/gpt.py", "--text", text, "--context", "24", "--head-size", "4", *SMALL)
@@ -52,15 +50,8 @@ def test_gpt_ends_the_same_when_killed(gpt, tmp_path):
 @pytest.mark.slow
 def test_photos_reads_what_it_is_said_to(launch, tmp_path):
     launch("examples/shapes.py", tmp_path / "shapes")
-    launch(
-        "examples/photos.py",
-        "--data",
-        tmp_path / "shapes",
-        "--run-dir",
-        tmp_path / "run",
-        "--wandb",
-        "disabled",
-    )
+    run = ("--run-dir", tmp_path / "run", "--wandb", "disabled")
+    launch("examples/photos.py", "--data", tmp_path / "shapes", *run)
     assert metrics(tmp_path / "run")[-1]["eval/accuracy"] >= 0.95
 
 

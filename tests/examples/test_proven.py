@@ -2,24 +2,16 @@
 
 import copy
 
+import proof
+import proven
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launched import REPOSITORY, metrics
+from launched import metrics
 
 from cs324dist.tasks.lstm.networks import LSTM
 from cs324dist.tasks.lstm.palindromes import DIGITS
-
-
-@pytest.fixture(scope="module")
-def proven():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(REPOSITORY / "examples")
-        import proven
-
-        yield proven
-
 
 ONE_EACH = 2 * torch.eye(DIGITS) - 1
 FOUR_BITS = 2.0 * (torch.arange(DIGITS)[:, None] >> torch.arange(4) & 1) - 1
@@ -45,25 +37,25 @@ def latches(feedback: float, code: torch.Tensor = ONE_EACH) -> LSTM:
     return model
 
 
-def test_an_lstm_that_is_right_by_construction_is_proven(proven):
+def test_an_lstm_that_is_right_by_construction_is_proven():
     # |h| is at least tanh(tanh(1)) after the first step, and the feedback outweighs the input from then on.
     assert (proven.prove(latches(feedback=4)) > 0).all()
 
 
-def test_four_cells_are_enough(proven):
+def test_four_cells_are_enough():
     assert (proven.prove(latches(4, FOUR_BITS)) > 0).all()
     assert (proven.prove(latches(4, FOUR_BITS), proven.BF16) > 0).all()
     assert (proven.prove(latches(4, FOUR_BITS[:, :3])) > 0).sum() < DIGITS  # two digits of one code
 
 
-def test_an_lstm_that_another_digit_can_overrule_is_not_proven(proven):
+def test_an_lstm_that_another_digit_can_overrule_is_not_proven():
     model = latches(feedback=1)
     assert (proven.prove(model) <= 0).all()
     digits = torch.tensor([[3]] + [[7]] * 20, dtype=torch.uint8)
     assert model(digits).argmax() == 7
 
 
-def test_no_more_than_the_arithmetic_allows_is_proven(proven):
+def test_no_more_than_the_arithmetic_allows_is_proven():
     coarse = proven.Arithmetic(2.0**-12, 2.0**-12)
     margins = [proven.prove(latches(4), by).min() for by in (proven.EXACT, proven.FLOAT32, coarse)]
     assert margins[0] > margins[1] > margins[2] > 0
@@ -73,7 +65,7 @@ def test_no_more_than_the_arithmetic_allows_is_proven(proven):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast to bfloat16"])
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32), digit=st.integers(0, 9), scale=st.sampled_from([0.1, 1.0, 4.0]))
-def test_a_box_holds_every_state_that_a_digit_leads_to(proven, precision, seed, digit, scale):
+def test_a_box_holds_every_state_that_a_digit_leads_to(precision, seed, digit, scale):
     """Corners of a box are stepped by torch."""
     generator = torch.Generator().manual_seed(seed)
     kernel = "fused" if "autocast" in precision else "equations"
@@ -101,31 +93,8 @@ def test_a_box_holds_every_state_that_a_digit_leads_to(proven, precision, seed, 
         assert (logits.diagonal()[:, None] - logits >= margins).all()
 
 
-def test_there_is_room_for_the_rounding_of_float32(proven):
-    """What float32 makes of a point is in the interval around what float64 makes of it."""
-    torch.manual_seed(0)
-    model = LSTM(DIGITS, hidden_size=64).requires_grad_(False)
-    h, x = torch.rand(DIGITS, 64) - 0.5, torch.randn(1000)
-    sums = h @ model.W_h.T + model.W_x[:, 3] + model.b
-    logits = model.output(h)
-    precise = copy.deepcopy(model).double()
-    point = proven.Interval(h.double(), h.double())
-    digit = proven.Interval(precise.W_x[:, 3], precise.W_x[:, 3])
-    low, high = (
-        torch.cat(ends, dim=-1)
-        for ends in zip(*proven.gates(precise, point, digit, proven.FLOAT32), strict=True)
-    )
-    assert ((low <= sums) & (sums <= high)).all()
-    for function in ("sigmoid", "tanh"):
-        low, high = getattr(proven.Interval(x.double(), x.double()), function)(proven.FLOAT32)
-        found = getattr(x, function)()
-        assert ((low <= found) & (found <= high)).all()
-    above = logits.double().diagonal()[:, None] - logits.double()
-    assert (proven.margins(precise, point, proven.FLOAT32) <= above).all()
-
-
 @pytest.mark.parametrize(("bits", "dtype"), [(24, torch.float32), (8, torch.bfloat16)])
-def test_what_is_computed_of_a_point_is_in_the_box_around_what_is_exact(proven, bits, dtype):
+def test_what_is_computed_of_a_point_is_in_the_box_around_what_is_exact(bits, dtype):
     """All digits are the same to this model, so that only rounding makes a box larger than a point."""
     torch.manual_seed(0)
     model = LSTM(DIGITS, hidden_size=16, kernel="equations").requires_grad_(False)
@@ -143,7 +112,14 @@ def test_what_is_computed_of_a_point_is_in_the_box_around_what_is_exact(proven, 
     assert not proven.next_states(precise, points, finer).holds(reached).all()
 
 
-def test_one_component_outside_is_outside(proven):
+def test_there_is_room_for_the_rounding_of_functions():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    for function in ("sigmoid", "tanh"):
+        low, high = getattr(proven.Interval(x.double(), x.double()), function)(proven.FLOAT32)
+        assert ((low <= getattr(x, function)()) & (getattr(x, function)() <= high)).all()
+
+
+def test_one_component_outside_is_outside():
     zeros, ones = torch.zeros(3, 2), torch.ones(3, 2)
     box = proven.Box(proven.Interval(zeros, ones), proven.Interval(zeros, ones))
     high = ones.clone()
@@ -153,26 +129,26 @@ def test_one_component_outside_is_outside(proven):
     assert box.holds(proven.Box(box.h, proven.Interval(-high, ones))).tolist() == [False, False, False]
 
 
-def test_a_box_that_steps_still_leave_proves_nothing(proven, monkeypatch):
+def test_a_box_that_steps_still_leave_proves_nothing(monkeypatch):
     monkeypatch.setattr(proven, "MOST_STEPS", 1)
     assert (proven.prove(latches(feedback=4)) == -torch.inf).all()
 
 
-def test_cells_that_count_the_steps_are_no_obstacle(proven):
+def test_cells_that_count_the_steps_are_no_obstacle():
     model = latches(feedback=4)
     with torch.no_grad():
         model.gate("f")[2].fill_(40)  # open: nothing is forgotten
     assert (proven.prove(model) > 0).all()
 
 
-def test_there_is_room_for_numbers_too_small_for_float32(proven):
+def test_there_is_room_for_numbers_too_small_for_float32():
     x = torch.tensor([-89.0, -200.0])  # exp(89) is infinite in float32, so that the sigmoid is 0
     assert (proven.Interval(x.double(), x.double()).sigmoid(proven.FLOAT32).low == 0).all()
     tiny = torch.tensor([1e-42], dtype=torch.float64)
     assert proven.Interval(tiny, tiny).widened(proven.FLOAT32.stored).low < 0
 
 
-def test_sums_that_overflow_in_float32_prove_nothing(proven):
+def test_sums_that_overflow_in_float32_prove_nothing():
     model = latches(feedback=4)
     with torch.no_grad():
         model.output.weight.mul_(1e38)
@@ -183,9 +159,6 @@ def test_sums_that_overflow_in_float32_prove_nothing(proven):
 
 
 def test_a_guess_that_latches_is_counted(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
-    import proof
-
     def drawn(model, count, generator):
         """The fourth is right by construction, and the others are all zero."""
         is_fourth = (torch.arange(count) == 3).float()
@@ -200,13 +173,6 @@ def test_a_guess_that_latches_is_counted(monkeypatch):
     found = proof.guess(DIGITS, DIGITS)  # always 0
     assert (found["latching"], found["first"]) == (0, None)
     assert found["best"] < 0.3
-
-
-def test_the_page_is_the_one_that_the_stored_results_make(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
-    from results_page import page
-
-    assert (REPOSITORY / "docs" / "proof.md").read_text() == page("proof")
 
 
 def test_other_networks_are_refused(launch, tmp_path):

@@ -63,7 +63,6 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def mirror(small, tmp_path, monkeypatch) -> Iterator[Path]:
-    """The folder of a mirror that has them."""
     folder = put(tmp_path / "mirror", {f"{name}.gz": gzip.compress(data) for name, data in small.items()})
     archives = content(folder).items()
     monkeypatch.setattr(

@@ -1,11 +1,11 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from launched import holding
 from torch import Tensor, nn
 
 from cs324dist import Run
@@ -91,15 +91,11 @@ def test_latents_are_a_slice_of_the_seed_s_stream() -> None:
 
 
 def write(checkpoint: Path, step: int, **networks: nn.Module) -> Path:
-    trained = SimpleNamespace(
-        networks=networks, optimizers={}, state_dict=dict, load_state_dict=lambda state: None
-    )
-    write_checkpoint(checkpoint, trained, TrainerState(step))
+    write_checkpoint(checkpoint, holding(**networks), TrainerState(step))
     return checkpoint
 
 
 def empty_run(path: Path, task: str, **config: object) -> RunDir:
-    """A run without checkpoints."""
     path.mkdir(exist_ok=True)
     write_record(path / "config.json", RunRecord(task, f"launch/{task}.py", config, {}))
     return RunDir(path)

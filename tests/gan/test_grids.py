@@ -28,21 +28,6 @@ def test_tiles_lie_row_by_row_two_pixels_apart(dtype: torch.dtype) -> None:
     assert np.array_equal(picture[0].numpy(), expected)
 
 
-def test_a_tile_is_neither_turned_nor_mirrored() -> None:
-    image = torch.linspace(-1, 1, 28 * 28).view(1, 1, 28, 28)
-    tiles = grid(image.repeat(2, 1, 1, 1), columns=1)[0]
-    assert tiles.shape == (62, 32)
-    expected = ((image[0, 0] + 1) * 127.5).round().to(torch.uint8)
-    assert torch.equal(tiles[2:30, 2:30], expected)
-    assert torch.equal(tiles[32:60, 2:30], expected)
-
-
-@given(st.floats(-1, 1, width=32))
-def test_a_pixel_is_the_nearest_of_256_greys(value: float) -> None:
-    shown = grid(constant(value, value), columns=2)[0, 10, 10].item()
-    assert abs(shown - 255 * (value + 1) / 2) <= 0.5 + 1e-4
-
-
 def test_a_picture_is_read_back_to_the_pixel(tmp_path: Path) -> None:
     picture = torch.arange(256, dtype=torch.uint8).repeat(4).view(1, 32, 32)
     save_png(picture, tmp_path / "picture.png")

@@ -82,14 +82,6 @@ def test_they_count_what_the_classifier_says(digits: LabelledImages, whole: dict
     torch.testing.assert_close(whole["outer"], stacked.T @ stacked, rtol=1e-5, atol=1e-2)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 5])
-def test_any_number_of_ranks_finds_the_same_to_the_last_bit(digits, whole, ranks: int) -> None:
-    """Also with ranks that are left without images."""
-    for found in on_ranks(ranks, of(digits.images)):
-        assert found.keys() == whole.keys()
-        assert all(torch.equal(found[name], whole[name]) for name in whole)
-
-
 def test_they_are_compared_as_shares(digits: LabelledImages, whole: dict[str, Tensor]) -> None:
     sum_over = SumOver(Rank(0, 1))
     statistics, half = (

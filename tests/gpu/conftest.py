@@ -14,7 +14,6 @@ COMPILER = os.environ.get("CXX") or shutil.which("c++")
 
 @pytest.fixture(scope="session")
 def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """guard.cpp, compiled."""
     if torch.version.cuda or sys.platform != "linux":
         pytest.skip("this torch has a CUDA of its own, or is not Linux's: a CPU build is needed")
     if COMPILER is None:

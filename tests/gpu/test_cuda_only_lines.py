@@ -12,15 +12,7 @@ import pytest
 from coverage import CoverageData
 
 HERE, REPOSITORY = Path(__file__).parent, Path(__file__).parents[2]
-ON_A_GPU = {
-    "cuda",
-    "is_cuda",
-    "gpu",
-    "on_gpu",
-    "in_bf16",
-    "scaler",
-    "_scaler",
-}  # fp16's scaler needs one
+ON_A_GPU = {"cuda", "is_cuda", "gpu", "on_gpu", "in_bf16", "scaler", "_scaler"}  # fp16's scaler needs one
 ELSEWHERE = ("on_cpu", "not on_gpu")  # conditions of the others
 CASES = (("fp16", "gan", "lstm course"), ("bf16", "lstm"), ("no", "gan exact"))
 TESTS = (

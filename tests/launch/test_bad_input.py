@@ -83,10 +83,7 @@ def test_a_truncated_file_of_the_data_set_is_named_before_a_run_begins(launch, t
 
 def test_a_batch_that_two_processes_cannot_share_is_refused_once(launch, tmp_path):
     run = tmp_path / "run"
-    two = ("--nproc_per_node", "2")
-    done = launch(
-        *TINY, "--batch-size", "63", "--run-dir", run, launcher="torchrun", options=two, check=False
-    )
+    done = launch(*TINY, "--batch-size", "63", "--run-dir", run, processes=2, check=False)
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1
     assert "error: --batch-size 63 is not divisible by the number of processes, 2: give a" in done.stderr

@@ -1,13 +1,11 @@
 """What sample.py draws from a run is what the run's generator makes of the seed's latents."""
 
-import json
 import os
 import runpy
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +18,6 @@ from torch import Tensor
 
 import cs324dist
 from cs324dist.data.streams import Stream
-from cs324dist.runs.checkpoints import TrainerState, write_checkpoint
-from cs324dist.runs.environment import environment as environment_here
-from cs324dist.runs.records import RunRecord
-from cs324dist.runs.run_dir import RunDir
 from cs324dist.tasks.gan.networks import Generator
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "sample.py"
@@ -119,23 +113,6 @@ class TestGrid:
         assert_shows(tiles(out, 1, 3), raw)
         assert (raw - averaged).abs().max() > 0.01  # more than `assert_shows` overlooks
 
-    def test_of_a_run_that_keeps_its_best_that_is_taken_if_it_is_wanted(self, draw, gan_run, tmp_path):
-        run, out = tmp_path / "run", tmp_path / "grid.png"
-        shutil.copytree(gan_run, run)
-        size = ("--rows", 1, "--columns", 2, "--best", "--out", out)
-        answer = draw("grid", run, *size)
-        assert (answer.code, out.exists()) == (2, False)
-        (line,) = answer.errors
-        assert line.startswith(f"error: {run} was trained without --keep-best: ")
-        config = (run / "config.json").read_text()
-        (run / "config.json").write_text(config.replace('"keep_best": ""', '"keep_best": "score:min"'))
-        rows = ({"step": 3, "score": 0.5}, {"step": 6, "score": 0.7})
-        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        assert draw("grid", run, *size).code == 0
-        assert_shows(
-            tiles(out, 1, 2), images_of(gan_run / "checkpoints" / "000000003-1" / "generator_ema", 0, 2)
-        )
-
 
 class TestTensor:
     def test_the_file_holds_the_seeds_images_as_float32(self, draw, gan_run, newest, tmp_path):
@@ -205,20 +182,11 @@ class TestRefusals:
         path.write_bytes(content)
         assert refused(run).startswith(f"error: {path} is damaged")
 
-    def test_a_run_without_a_checkpoint(self, refused, tmp_path):
-        started(tmp_path / "young")
-        assert "has no checkpoint yet" in refused(tmp_path / "young")
+    def test_the_best_of_a_run_that_keeps_none(self, refused, gan_run):
+        assert refused(gan_run, "--best").startswith(f"error: {gan_run} was trained without --keep-best: ")
 
 
 class TestLoadGenerator:
-    def test_without_an_average_both_are_the_one_that_trains(self, tmp_path):
-        save(tmp_path / "run", untrained())
-        folder = tmp_path / "run" / "checkpoints" / "000000001-1" / "generator"
-        for weights in ("averaged", "raw"):
-            generator = cs324dist.load_generator(tmp_path / "run", weights)
-            assert generator.config == {"input_dim": 8}
-            assert_holds(generator, folder)
-
     def test_a_network_s_folder_needs_no_checkpoint_around_it(self, draw, newest, tmp_path):
         folder = tmp_path / "digits"
         shutil.copytree(newest / "generator_ema", folder)
@@ -232,24 +200,6 @@ class TestLoadGenerator:
             assert_holds(generator, folder)
         assert draw("grid", folder, "--rows", 1, "--columns", 2, "--out", tmp_path / "grid.png").code == 0
         assert_shows(tiles(tmp_path / "grid.png", 1, 2), images_of(folder, 0, 2))
-
-
-def untrained() -> Generator:
-    return Generator(input_dim=8)
-
-
-def save(run_dir: Path, generator: Generator) -> None:
-    trained = SimpleNamespace(
-        networks={"generator": generator}, optimizers={}, state_dict=dict, load_state_dict=dict
-    )
-    write_checkpoint(started(run_dir).checkpoint(1), trained, TrainerState(1))
-
-
-def started(run_dir: Path) -> RunDir:
-    run = RunDir(run_dir)
-    with run.claimed(lambda: None, lambda work: work()):
-        run.start(RunRecord("gan", "launch/gan.py", {}, {}), environment_here(), 0, 0)
-    return run
 
 
 def assert_holds(generator: Generator, folder: Path) -> None:

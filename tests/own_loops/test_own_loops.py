@@ -6,10 +6,11 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launched import REPOSITORY, metrics, newest_checkpoint, status, trainer
+from launched import REPOSITORY, metrics, newest_checkpoint, python, status, trainer
 
 from cs324dist.testing import assert_same_on, assert_same_when_killed
 
@@ -18,11 +19,13 @@ COMMAND = (SCRIPT, "{run}", "30")
 Done = subprocess.CompletedProcess
 
 
-def run(variant: str, folder: Path, processes: int = 1, steps: int = 15) -> Done:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
-    command = [sys.executable, *(launcher if processes > 1 else ()), SCRIPT, folder, str(steps)]
-    environment = {**os.environ, "VARIANT": variant}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+@pytest.fixture(scope="module")
+def run(launch) -> Callable[..., Done]:
+    def run(variant: str, folder: Path, processes: int = 0, steps: int = 15) -> Done:
+        environment = {"VARIANT": variant}
+        return launch(SCRIPT, folder, steps, processes=processes, environment=environment, check=False)
+
+    return run
 
 
 def errors(done: Done) -> list[str]:
@@ -30,8 +33,7 @@ def errors(done: Done) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """A run of the variant `exact`."""
+def finished(run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert run("exact", folder).returncode == 0
     return folder
@@ -51,7 +53,7 @@ def test_it_ends_the_same_when_killed(variant, processes, monkeypatch, tmp_path)
     assert_same_when_killed((SCRIPT, "{run}", "200"), tmp_path, processes=processes)
 
 
-def test_a_second_start_says_that_it_is_finished_and_more_steps_go_on(finished, tmp_path):
+def test_a_second_start_says_that_it_is_finished_and_more_steps_go_on(run, finished, tmp_path):
     before = newest_checkpoint(finished)
     again = run("exact", finished)
     assert again.returncode == 0
@@ -64,7 +66,7 @@ def test_a_second_start_says_that_it_is_finished_and_more_steps_go_on(finished, 
     assert [row["loss"] for row in metrics(whole)] == [row["loss"] for row in metrics(finished)]
 
 
-def test_break_saves_finishes_and_is_not_gone_past(tmp_path):
+def test_break_saves_finishes_and_is_not_gone_past(run, tmp_path):
     folder = tmp_path / "run"
     assert run("break", folder).returncode == 0
     assert (status(folder)["state"], trainer(folder)["step"], len(metrics(folder))) == ("finished", 12, 12)
@@ -74,7 +76,7 @@ def test_break_saves_finishes_and_is_not_gone_past(tmp_path):
     assert trainer(folder)["step"] == 12
 
 
-def test_an_error_of_the_loop_is_a_traceback_and_the_status_says_it(tmp_path):
+def test_an_error_of_the_loop_is_a_traceback_and_the_status_says_it(run, tmp_path):
     done = run("own error", tmp_path / "run")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
@@ -93,14 +95,14 @@ def test_a_scheduler_and_its_rate_come_back(finished):
     assert rates["lr"] == pytest.approx(1e-2 * 0.1**passed)
 
 
-MISTAKES = {  # on how many processes, and what is said
-    "prepared network": (1, r"Sequential went through accelerator.prepare, which would add gradients"),
-    "prepared loader": (1, r"the DataLoader of 'train' went through accelerator.prepare, which gives each"),
-    "prepared scheduler": (1, r"accelerator.prepare was given a scheduler, which it would step once"),
-    "unshuffled loader": (1, r"the DataLoader of 'train' has the order of a SequentialSampler"),
-    "forgotten scheduler": (1, r"optimizer 'net' has a scheduler that no checkpoint would hold"),
-    "logged too soon": (1, r"log was called before the first step"),
-    "more threads": (1, r"torch has 2 threads, on which sums depend"),
+MISTAKES = {  # on how many processes (0: without a launcher), and what is said
+    "prepared network": (0, r"Sequential went through accelerator.prepare, which would add gradients"),
+    "prepared loader": (0, r"the DataLoader of 'train' went through accelerator.prepare, which gives each"),
+    "prepared scheduler": (0, r"accelerator.prepare was given a scheduler, which it would step once"),
+    "unshuffled loader": (0, r"the DataLoader of 'train' has the order of a SequentialSampler"),
+    "forgotten scheduler": (0, r"optimizer 'net' has a scheduler that no checkpoint would hold"),
+    "logged too soon": (0, r"log was called before the first step"),
+    "more threads": (0, r"torch has 2 threads, on which sums depend"),
     "network before": (2, r"Sequential: .* on rank 1 is not as on rank 0: make ExactGradients"),
     "each alone": (2, r"2 processes were started, and the Accelerator lets each train alone"),
     "skipped backward": (2, r"the place in the program on rank 1 is not as on rank 0 \(.* in loss of step 1"),
@@ -108,7 +110,7 @@ MISTAKES = {  # on how many processes, and what is said
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_of_the_first_hour_is_one_line(mistake, tmp_path):
+def test_a_mistake_of_the_first_hour_is_one_line(run, mistake, tmp_path):
     processes, said = MISTAKES[mistake]
     done = run(mistake, tmp_path / "run", processes)
     assert done.returncode != 0
@@ -117,7 +119,7 @@ def test_a_mistake_of_the_first_hour_is_one_line(mistake, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists() or not list(
         (tmp_path / "run").glob("checkpoints/0*")
     )
-    if processes == 1:
+    if not processes:
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
 
@@ -132,7 +134,7 @@ def test_a_mistake_of_the_first_hour_is_one_line(mistake, tmp_path):
         ("other setting", r"error: lr = 0.02 differs from the run's 0.01: give the run's value"),
     ],
 )
-def test_a_run_goes_on_only_as_what_it_was(finished, variant, said):
+def test_a_run_goes_on_only_as_what_it_was(run, finished, variant, said):
     before = newest_checkpoint(finished)
     done = run(variant, finished, steps=40)
     assert done.returncode == 2
@@ -141,13 +143,13 @@ def test_a_run_goes_on_only_as_what_it_was(finished, variant, said):
     assert newest_checkpoint(finished) == before
 
 
-def test_a_detached_loss_is_warned_of(tmp_path):
+def test_a_detached_loss_is_warned_of(run, tmp_path):
     done = run("detached loss", tmp_path / "run")
     assert "warning: the loss of no part depends on a parameter" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_the_next_start_goes_on(tmp_path, number):
+def test_a_signal_saves_and_the_next_start_goes_on(run, tmp_path, number):
     folder = tmp_path / "run"
     environment = {**os.environ, "VARIANT": "exact"}
     command = [sys.executable, SCRIPT, folder, "100000"]
@@ -182,6 +184,6 @@ os.environ["VARIANT"] = "without an accelerator"
 sys.argv = ["", {str(tmp_path / "run")!r}, "5"]
 print("after", runpy.run_path({str(SCRIPT)!r})["STEPS"])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python("-c", code)
     assert done.stdout == "after 5\n"
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"] == {"lr": 0.01, "steps": 5}

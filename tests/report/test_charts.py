@@ -87,16 +87,10 @@ def test_all_charts_have_the_same_steps_and_a_run_that_has_ended_no_numbers(tmp_
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
     [
-        (1.0, "%", "100 %"),
-        (0.99999, "%", "99.99 %"),
-        (0.5256, "%", "52.6 %"),
-        (0.0, "%", "0 %"),
-        (187_500.0, "", "187 500"),
-        (0.012345, "", "0.0123"),
-        (-2.5, "", "\N{MINUS SIGN}2.5"),
-        (1e11, "", "1e11"),
-        (None, "", "\N{EN DASH}"),
+        (1.0, "%", "100 %"), (0.99999, "%", "99.99 %"), (0.5256, "%", "52.6 %"), (0.0, "%", "0 %"),
+        (187_500.0, "", "187 500"), (0.012345, "", "0.0123"), (-2.5, "", "\N{MINUS SIGN}2.5"),
+        (1e11, "", "1e11"), (None, "", "\N{EN DASH}"),
     ],
-)
+)  # fmt: skip
 def test_numbers_for_people(value: float | None, unit: str, text: str) -> None:
     assert re.sub(r"\s", " ", formatted(value, unit)) == text

@@ -84,24 +84,16 @@ class OwnTask(Task[OwnConfig]):
     presets: ClassVar = {"default": OwnConfig(), "deep": OwnConfig(steps=7)}
 
 
+OF_OWN = {"betas": (0.0, 0.5), "tied": False, "noisy": True, "shift": -1.5, "limit": None, "words": "-ü'$x"}
+
+
 @pytest.mark.parametrize(
     ("task", "preset", "changes"),
     [
         (LSTMTask, "course", {"length": 7, "learning_rate": 3e-5, "seed": 5}),
         (LSTMTask, "fast", {"model": "rnn", "max_grad_norm": None, "micro_batches": 4}),
         (GANTask, "fast", {"dataset": "fake", "data_root": Path("a folder; with 'quotes'")}),
-        (
-            OwnTask,
-            "deep",
-            {
-                "betas": (0.0, 0.5),
-                "tied": False,
-                "noisy": True,
-                "shift": -1.5,
-                "limit": None,
-                "words": "-ü'$x",
-            },
-        ),
+        (OwnTask, "deep", OF_OWN),
     ],
     ids=["lstm", "rnn", "gan", "own"],
 )
@@ -174,12 +166,7 @@ def test_a_command_from_a_stranger_s_folder_is_quoted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"script": ""},
-        {"script": "-cimport os"},
-        {"script": "x\u202egp.py"},
-        {"config": {"preset": "a\nb"}},
-    ],
+    [{"script": ""}, {"script": "-cimport os"}, {"script": "x\u202egp.py"}, {"config": {"preset": "a\nb"}}],
 )
 def test_there_is_no_command_where_it_cannot_be_shown(tmp_path: Path, changes: dict[str, Any]) -> None:
     run = read(make_lstm(tmp_path / "run"))

@@ -12,7 +12,7 @@ from launched import mend
 from torch import nn
 from torch.nn import functional as F
 
-from cs324dist.errors import RunFailed, UserError
+from cs324dist.errors import ReportedError, RunFailed, UserError
 from cs324dist.runs.checkpoints import (
     TrainerState,
     check_names,
@@ -74,12 +74,13 @@ def intact(tmp_path_factory) -> Path:
 
 
 def test_a_checkpoint_comes_back_to_the_last_bit(tmp_path):
-    learner, other = Learner(length=19), Learner()
+    own = {"length": 19, "plain": [None, True, -0.1, 1 << 70, "\x00 ü", {"": [{"a": []}]}]}
+    learner, other = Learner(**own), Learner()
     learner.train(range(3))
     write(tmp_path / "3", learner)
     state = read_checkpoint(tmp_path / "3", other)
-    assert replace(state, sha256={}) == replace(STATE, task={"length": 19})
-    assert other.own == {"length": 19}
+    assert replace(state, sha256={}) == replace(STATE, task=own)
+    assert other.own == own
     assert other.bits() == learner.bits()
     assert "rnn/rnn.input.weight/exp_avg" in other.bits()
 
@@ -121,6 +122,7 @@ def test_a_file_that_is_absent_or_empty_is_named(intact, name, content):
         {"loss_scale": {"scale": "1024"}},
         {"sha256": {}},
         {"colour": "red"},
+        {"format": 3, "colour": "red"},
     ],
     ids=str,
 )
@@ -130,21 +132,9 @@ def test_a_state_that_cannot_be_is_refused_though_its_digest_is_right(tmp_path, 
     with pytest.raises(UserError) as caught:
         verify_checkpoint(folder)
     (line,) = caught.value.lines
-    ((name, _),) = change.items()
+    name = next(iter(change))
     assert line.startswith(f"{folder}")
     assert name in line or "holds no optimizers.safetensors" in line
-
-
-@pytest.mark.parametrize("written", [3, "4"])
-def test_a_checkpoint_of_another_format_is_refused_in_one_line_that_names_it(tmp_path, written):
-    folder = write(tmp_path / "3")
-    mend(folder, format=written, colour="red")
-    with pytest.raises(UserError) as caught:
-        verify_checkpoint(folder)
-    assert caught.value.lines == (
-        f"{folder / 'trainer.json'} has format {written}, this version reads format 4: "
-        f"use the version that wrote it, or give another folder",
-    )
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
@@ -172,16 +162,6 @@ def in_order(folder: Path) -> list[tuple[int, int]]:
     return [(int(name[:-2]), int(name[-1])) for name in (path.name for path in checkpoints_in(folder))]
 
 
-@settings(max_examples=60)
-@given(written=WRITTEN)
-def test_those_of_the_latest_owner_come_first_and_of_one_owner_the_newest(tmp_path_factory, written):
-    folder = named(tmp_path_factory.mktemp("checkpoints"), written)
-    others = ".000000007-1.tmp damaged-000000005-1 notes 1-1 000000005 000000005-0 000000005-01 0000000005-1"
-    for other in others.split():
-        (folder / other).mkdir()
-    assert in_order(folder) == sorted(written, key=lambda one: (-one[1], -one[0]))
-
-
 @settings(max_examples=100)
 @given(written=WRITTEN, count=st.integers(1, 4), generation=st.integers(1, 4))
 def test_an_owner_keeps_those_that_led_to_the_newest_and_all_of_later_owners(
@@ -192,6 +172,10 @@ def test_an_owner_keeps_those_that_led_to_the_newest_and_all_of_later_owners(
         (folder / f".000000007-{writer}.tmp").mkdir()
         (folder / f".000000008-{writer}.deleted.tmp").mkdir()
     (folder / ".stray.tmp").touch()
+    others = "damaged-000000005-1 notes 1-1 000000005 000000005-0 000000005-01 0000000005-1"
+    for other in others.split():
+        (folder / other).mkdir()
+    assert in_order(folder) == sorted(written, key=lambda one: (-one[1], -one[0]))
     keep_newest(folder, count, generation)
     kept, below = set(), math.inf
     for step, owner in sorted(written, key=lambda one: (-one[1], -one[0])):
@@ -237,15 +221,6 @@ def assert_refused(folder: Path, name: str, content: bytes | None) -> None:
 def test_a_model_that_no_checkpoint_could_hold_is_refused(name):
     with pytest.raises(UserError, match="give letters, digits and underscores"):
         check_names(["mlp", name])
-
-
-def test_a_model_may_be_called_optimizer(tmp_path):
-    model = nn.Linear(1, 1)
-    model.weight.data.fill_(math.nan)
-    learner = Learner(model)
-    learner.networks = {"optimizer": model}
-    with pytest.raises(RunFailed, match="the optimizer holds values that are not finite"):
-        write(tmp_path / "000000001", learner)
 
 
 class Odd(nn.Module):
@@ -306,41 +281,22 @@ class TestWhatCanBeBuilt:
             assert torch.equal(after[name], tensor), name
             assert after[name].dtype == tensor.dtype
 
-    @pytest.mark.parametrize(
-        ("build", "line"),
-        [
-            (lambda: Odd({"widths": [1, 2]}), "Odd.config['widths'] is [1, 2]: give a string, a boolean"),
-            (lambda: Odd(STATE), "Odd.config is no dictionary of the arguments of its constructor"),
-        ],
-        ids=["a list", "no dictionary"],
-    )
-    def test_or_it_is_refused_in_one_line_and_nothing_is_left(self, tmp_path, build, line):
-        with pytest.raises(UserError) as caught:
-            write(tmp_path / "000000003", Learner(build()))
-        (said,) = caught.value.lines
-        assert said.startswith(line)
-        assert list(tmp_path.iterdir()) == []
-
     def test_a_mask_may_be_infinite_and_a_weight_may_not(self, tmp_path):
-        model = Odd(mask=torch.tensor([0.0, -math.inf]))
-        write(tmp_path / "3", Learner(model))
+        learner = Learner(model := Odd(mask=torch.tensor([0.0, -math.inf])))
+        learner.networks = {"optimizer": model}  # which may be called so
+        write(tmp_path / "3", learner)
         for broken in (model.linear.weight, model.mask):
             value = math.inf if broken is model.linear.weight else math.nan
             with torch.no_grad():
                 kept = broken.clone()
                 broken[0] = value
-            with pytest.raises(RunFailed, match=r"^after step 3, the rnn holds values that are not finite$"):
-                write(tmp_path / "4", Learner(model))
+            with pytest.raises(RunFailed, match=r"^after step 3, the optimizer holds values that are not"):
+                write(tmp_path / "4", learner)
             with torch.no_grad():
                 broken.copy_(kept)
 
 
 class TestTheTasksOwnState:
-    def test_numbers_and_words_come_back(self, tmp_path):
-        plain, other = [None, True, -0.1, 1 << 70, "\x00 ü", {"": [{"a": []}]}], Learner()
-        read_checkpoint(write(tmp_path / "3", Learner(plain=plain)), other)
-        assert other.own == {"length": 17, "plain": plain}
-
     def test_tensors_come_back_wherever_they_are(self, tmp_path):
         def own(start: float) -> dict[str, object]:
             return {
@@ -372,18 +328,18 @@ class TestTheTasksOwnState:
             ({"a": [1, {2}]}, "the task's state holds a.1 = {2}: give tensors"),
             ({"a": {1.5: 2}}, "the task's state holds a = {1.5: 2}: give tensors"),
             ({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, "two tensors of the task's state are both "),
+            (
+                {"a": torch.tensor([1.0, math.nan])},
+                "after step 3, the task's state holds values that",
+            ),
+            ({"model": Odd({"widths": [1, 2]})}, "Odd.config['widths'] is [1, 2]: give a string, a boolean"),
+            ({"model": Odd(STATE)}, "Odd.config is no dictionary of the arguments of its constructor"),
         ],
-        ids=["NaN", "set", "number as key", "same name"],
+        ids=["NaN", "set", "number as key", "same name", "NaN in a tensor", "list", "no dictionary"],
     )
     def test_what_no_checkpoint_can_hold_is_refused_and_nothing_is_left(self, tmp_path, own, line):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(ReportedError) as caught:
             write(tmp_path / "000000003", Learner(**own))
         (said,) = caught.value.lines
         assert said.startswith(line)
         assert list(tmp_path.iterdir()) == []
-
-    def test_a_tensor_of_it_that_is_not_a_number_is_not_written(self, tmp_path):
-        with pytest.raises(
-            RunFailed, match=r"^after step 3, the task's state holds values that are not finite$"
-        ):
-            write(tmp_path / "000000003", Learner(average=torch.tensor([1.0, math.nan])))

@@ -110,16 +110,8 @@ def missing() -> str:
 
 
 UNSHARE = [
-    "unshare",
-    "--net",
-    "--uts",
-    "--ipc",
-    "--mount",
-    "--pid",
-    "--fork",
-    "--kill-child=KILL",
-    "--mount-proc",
-    "--",
+    *("unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork"),
+    *("--kill-child=KILL", "--mount-proc", "--"),
 ]
 
 
@@ -171,17 +163,12 @@ class Cluster:
         boot = self._boot(node, NODE, wait="booted")
         number = int(node[1:])
         # Always the same hardware address, or others would look for the node's old one for a while.
-        self._in(
-            "head",
-            "sh",
-            "-ec",
-            f"""
+        plug = f"""
             ip link delete port{number} 2>/dev/null || true
             ip link add name port{number} type veth \\
                 peer name eth0 address 02:00:00:00:00:{number:02x} netns /proc/{boot.pid}/ns/net
-            ip link set port{number} master br0 up""",
-            pid_namespace=False,
-        )
+            ip link set port{number} master br0 up"""
+        self._in("head", "sh", "-ec", plug, pid_namespace=False)
         self._in(node, "sh", "-ec", f"ip addr add {SUBNET}.{number}/24 dev eth0; ip link set eth0 up")
         wait_until(f"{node} is ready", (self.folder / "run" / f"{node}.ready").exists)
 

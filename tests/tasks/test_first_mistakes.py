@@ -1,6 +1,7 @@
 """The first mistakes of who writes or names a task: one line each, that says what to do."""
 
 import pytest
+from launched import metrics
 
 from cs324dist.errors import UserError
 from cs324dist.tasks import find_task
@@ -40,6 +41,7 @@ class Own(Task[OwnConfig]):
 if __name__ == "__main__":
     main(Own, __doc__)
 """
+MADE = 'self.networks = {"net": nn.Linear(2, 1).to(device)}'
 MISTAKES = {
     "no name": ('name = "own"', "", 'Own has no name: write name = \'own\' in the class'),
     "no presets": (
@@ -51,6 +53,9 @@ MISTAKES = {
     "a default that is not allowed": ("Positive = 1e-2", "Positive = -1.0", "learning_rate is -1.0"),
     "no call of super": (
         "super().__init__(config, device)", "pass", "Own has to call super().__init__(config, device) first"),
+    "data that is not there": (
+        "super().__init__(config, device)", "super().__init__(config, device); open('/no/data')",
+        "error: Own cannot be made: /no/data: No such file or directory"),
     "no metrics": (
         'return loss, {"loss": loss}', "return loss",
         "a loss has to return two things, the loss and a dict of metrics: return loss, {}"),
@@ -59,6 +64,20 @@ MISTAKES = {
     "a dict of an evaluation": (
         'Evaluation({"accuracy": 0.5})', '{"accuracy": 0.5}',
         "evaluate has to return an Evaluation, such as Evaluation({'accuracy': 0.5})"),
+    "a word for a metric": (
+        '{"accuracy": 0.5}', '{"a": "high"}', "the metric a = 'high' is no number: give one"),
+    "two numbers for a metric": (
+        '{"accuracy": 0.5}', '{"a": torch.ones(2)}', "the metric a = tensor([1., 1.]) is no number: give"),
+    "a state that becomes a tensor": (
+        '        return loss, {"loss": loss}\n',
+        '        self.best = loss.detach()\n        return loss, {}\n\n    best = None\n\n'
+        '    def state_dict(self):\n        return {"best": self.best}\n',
+        "after step 2, best of the task's state is torch.float32 of shape (), and was no tensor"),
+    "a buffer that grows": (
+        MADE, f'{MADE}; self.networks["net"].register_buffer("history", torch.zeros(0)); '
+        'self.networks["net"].register_forward_hook('
+        'lambda net, *_: setattr(net, "history", torch.zeros(1 + len(net.history))))',
+        "after step 2, net.history is torch.float32 of shape ("),
 }  # fmt: skip
 
 
@@ -66,10 +85,10 @@ MISTAKES = {
 def train(launch, tmp_path):
     (tmp_path / "beside.py").write_text("import torch\nDATA = torch.ones(8, 2)\n")
 
-    def train(old: str = "", new: str = ""):
+    def train(old: str = "", new: str = "", *words: object, **how: int):
         assert old in TASK
         (tmp_path / "own_task.py").write_text(TASK.replace(old, new))
-        return launch(tmp_path / "own_task.py", "--run-dir", tmp_path / "run", check=False)
+        return launch(tmp_path / "own_task.py", "--run-dir", tmp_path / "run", *words, check=False, **how)
 
     return train
 
@@ -78,15 +97,9 @@ def train(launch, tmp_path):
 def test_it_is_one_line(train, old, new, said):
     done = train(old, new)
     assert "Traceback" not in done.stderr
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == (1 if said.startswith("after step") else 2), done.stderr
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert said in line
-
-
-def test_data_that_is_not_there_is_refused(train):
-    done = train("super().__init__(config, device)", "super().__init__(config, device); open('/no/data')")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "error: Own cannot be made: /no/data: No such file or directory"
 
 
 def test_a_mistake_in_code_ends_with_the_step_and_the_users_line(train, tmp_path):
@@ -103,14 +116,34 @@ def test_a_mistake_in_code_ends_with_the_step_and_the_users_line(train, tmp_path
     assert said in (tmp_path / "run" / "status.json").read_text()
 
 
-def test_without_one_it_trains(train):
-    done = train()
-    assert done.returncode == 0, done.stderr
-
-
 def test_a_metric_may_be_a_number(train, tmp_path):
     assert train('{"loss": loss}', '{"loss": loss, "half": 0.5, "item": loss.item()}').returncode == 0
     assert '"train/half": 0.5' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    of_kinds = "{'a': True, 'b': torch.tensor(0.5), 'c': torch.ones(1), 'd': 3}"
+    assert train('{"accuracy": 0.5}', of_kinds, "--steps", "4").returncode == 0
+    assert train('{"accuracy": 0.5}', of_kinds, "--steps", "6").returncode == 0  # they can be read again
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_parameter_without_a_gradient_on_several_processes_is_one_line(train, tmp_path, processes):
+    unused = (MADE, f'{MADE}; self.networks["net"].w = nn.Parameter(torch.ones(1))', "--batch-size", "12")
+    assert train(*unused).returncode == 0
+    done = train(*unused, "--steps", "8", processes=processes)
+    assert done.returncode == 1
+    assert "a loss has to use every parameter of its networks" in done.stderr
+    parts = ("--micro-batches", processes, "--run-dir", tmp_path / "parts")
+    assert train(*unused, *parts, processes=processes).returncode == 0
+
+
+def test_on_three_processes_metrics_are_put_together_by_their_names(train, tmp_path):
+    swapped = '{"a": 1.0, "b": 100.0} if batch.index != 1 else {"b": 100.0, "a": 1.0}'
+    assert train('{"loss": loss}', swapped, "--batch-size", "9", processes=3).returncode == 0
+    rows = [row for row in metrics(tmp_path / "run") if "train/a" in row]
+    assert {(row["train/a"], row["train/b"]) for row in rows} == {(1.0, 100.0)}
+    missing = ("{'a': 1.0} if batch.index != 1 else {}", "--batch-size", "9", "--run-dir", tmp_path / "other")
+    done = train('{"loss": loss}', *missing, processes=3)
+    assert "give other metrics than those of others" in done.stderr
+    assert "SIGABRT" not in done.stderr
 
 
 def test_an_audit_by_the_files_name_finds_what_lies_beside_it(train, launch, tmp_path):

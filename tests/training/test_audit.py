@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from launched import files_of, mend
-from safetensors.torch import load_file, save_file
 
 from cs324dist import audit
 from cs324dist.errors import UserError
@@ -33,15 +32,14 @@ def copy(honest, tmp_path) -> Path:
 
 
 def change_owner(run: Path, number: int, **changes: object) -> None:
-    """Change an owner's options behind its back."""
     path = run / "owners" / f"{number}.json"
     owner = json.loads(path.read_text())
     owner["config"].update(changes)
     path.write_text(json.dumps(owner))
 
 
-def flip_a_bit(checkpoint: Path) -> None:
-    path = checkpoint / "lstm" / "model.safetensors"
+def flip_a_bit(checkpoint: Path, file: str = "lstm/model.safetensors") -> None:
+    path = checkpoint / file
     content = bytearray(path.read_bytes())
     content[-1000] ^= 1  # the last bit of a mantissa
     path.write_bytes(content)
@@ -62,14 +60,17 @@ def test_without_more_only_intervals_between_checkpoints_are_replayed(launch, ho
     assert launch("launch/audit.py", honest).stdout.splitlines() == equal(5, 10, 15)
 
 
-@pytest.mark.parametrize(("step", "found"), [(10, {(5, 10), (10, 15)}), (20, {(15, 20)})])
-def test_one_flipped_bit_of_one_weight_is_found_and_named(launch, copy, step, found):
-    flip_a_bit(copy / "checkpoints" / f"{step:09d}-1")
+@pytest.mark.parametrize(
+    ("step", "file", "found"),
+    [(10, "lstm/model.safetensors", {(5, 10), (10, 15)}), (20, "optimizers.safetensors", {(15, 20)})],
+)
+def test_one_flipped_bit_of_one_tensor_is_found_and_named(launch, copy, step, file, found):
+    flip_a_bit(copy / "checkpoints" / f"{step:09d}-1", file)
     done = launch("launch/audit.py", copy, check=False)
     assert done.returncode == 1
     intervals = [(start, start + 5) for start in (5, 10, 15)]
     assert {(a, b) for a, b in intervals if f"steps {a} to {b}: DIFFERENT" in done.stdout} == found
-    named = f"error: steps {step - 5} to {step}: lstm/model.safetensors: "
+    named = f"error: steps {step - 5} to {step}: {file}: "
     assert any(line.startswith(named) and " differs in 1 of " in line for line in done.stderr.splitlines())
     assert "Traceback" not in done.stderr
 
@@ -77,8 +78,7 @@ def test_one_flipped_bit_of_one_weight_is_found_and_named(launch, copy, step, fo
 @pytest.mark.slow
 def test_what_three_processes_made_of_micro_batches_is_audited_by_one(launch, tmp_path):
     run = tmp_path / "run"
-    three = {"launcher": "torchrun", "options": ("--nproc_per_node", "3")}
-    launch(*LSTM, "--micro-batches", "4", "--run-dir", run, **three)
+    launch(*LSTM, "--micro-batches", "4", "--run-dir", run, processes=3)
     assert json.loads((run / "owners" / "1.json").read_text())["environment"]["processes"] == 3
     assert launch("launch/audit.py", run, "--from-start").stdout.splitlines() == equal(0, 5, 10, 15)
     flip_a_bit(run / "checkpoints" / "000000020-1")
@@ -98,16 +98,6 @@ def test_a_metric_that_was_written_otherwise_is_found(launch, copy):
     done = launch("launch/audit.py", copy, check=False)
     assert done.returncode == 1
     assert "train/loss after step 12 was" in done.stderr
-
-
-def test_a_run_that_was_continued_with_other_code_is_found(launch, copy):
-    """Other code makes other steps: here an optimizer whose state was doubled on the way."""
-    checkpoint = copy / "checkpoints" / "000000015-1"
-    path = checkpoint / "optimizers.safetensors"
-    tensors = load_file(path)
-    save_file({name: t * 2 if "exp_avg_sq" in name else t for name, t in tensors.items()}, path)
-    mend(checkpoint)
-    assert launch("launch/audit.py", copy, check=False).returncode == 1
 
 
 EMPTY = """

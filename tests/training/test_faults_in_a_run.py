@@ -1,13 +1,12 @@
 """Faults that are no crashes: a full disk, a loss that is no number, a process that hangs, no memory."""
 
-import json
 import math
 import resource
 import signal
 from pathlib import Path
 
 import pytest
-from launched import Launched, status
+from launched import Launched, metrics, status
 from safetensors.torch import load_file
 
 from cs324dist.runs.checkpoints import verify_checkpoint
@@ -18,17 +17,6 @@ pytestmark = pytest.mark.slow  # real processes, signals and faults: minutes
 LSTM = ("launch/lstm.py", "--length", "4", "--batch-size", "8", "--log-every", "1", "--wandb", "disabled")
 FAULTY = ("launch/train.py", "tests/faulty.py:LSTM")
 TWO = "torchrun with two"
-
-
-def metrics(run: Path) -> list[dict]:
-    """Every line, read as strictly as JSON has it."""
-
-    def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is not JSON")
-
-    content = (run / "metrics.jsonl").read_text()
-    assert content.endswith("\n") or not content
-    return [json.loads(line, parse_constant=refuse) for line in content.splitlines()]
 
 
 def checkpoints(run: Path) -> list[str]:

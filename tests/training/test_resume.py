@@ -7,24 +7,13 @@ import signal
 
 import pytest
 from chaos import TASKS, content_of
-from launched import Launched, metrics, newest_checkpoint, status
+from launched import Launched, newest_checkpoint, status
 
 from cs324dist.runs.history import step_of
 
 LSTM = ("launch/lstm.py", "--length", "10", "--steps", "60", "--log-every", "1", "--evaluate-every", "20",
         "--checkpoint-every", "20", "--learning-rate", "1e-2", "--wandb", "disabled")  # fmt: skip
 SMOKE = ("launch/lstm.py", "--preset", "smoke", "--wandb", "disabled")
-
-
-def interrupted(command, run, at_step, number, environment, launcher="python") -> int:
-    """Start a run and send it a signal once it has logged `at_step`, SIGKILL to all its processes."""
-    with Launched(command, run, environment, launcher) as started:
-        started.wait_for_line(f"step {at_step}/")
-        for process in (
-            [started.process, *started.workers()] if number == signal.SIGKILL else [started.process]
-        ):
-            process.send_signal(number)
-        return started.end()
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +31,10 @@ def test_a_signal_leads_to_a_checkpoint_and_exit_code_75(
     tmp_path, launch_environment, launch, never_stopped, number
 ):
     run = tmp_path / "run"
-    assert interrupted(LSTM, run, 30, number, launch_environment) == 75
+    with Launched(LSTM, run, launch_environment) as started:
+        started.wait_for_line("step 30/")
+        started.send_signal(number)
+        assert started.end() == 75
     assert status(run)["state"] == "stopped"
     stopped_at = status(run)["step"]
     assert 30 <= stopped_at < 60
@@ -51,25 +43,18 @@ def test_a_signal_leads_to_a_checkpoint_and_exit_code_75(
     assert content_of(run) == never_stopped
 
 
-@pytest.mark.parametrize(
-    ("task", "processes", "precision"),
-    [("gan", 1, "no"), pytest.param("classifier", 2, "bf16", marks=pytest.mark.slow)],
-)
-def test_killed_and_continued_it_ends_with_the_same_bits(
-    tmp_path, launch_environment, launch, task, processes, precision
-):
+def test_killed_and_continued_it_ends_with_the_same_bits(tmp_path, launch_environment, launch):
+    """chaos.py does so at random moments, on several processes too."""
     whole, run = tmp_path / "whole", tmp_path / "run"
-    how = {"environment": {"ACCELERATE_MIXED_PRECISION": precision}}
-    if processes == 2:
-        how |= {"launcher": "torchrun", "options": ("--nproc_per_node", "2")}
-    launcher = "torchrun with two" if processes == 2 else "python"
-    launch(*TASKS[task], "--run-dir", whole, **how)
-    interrupted(TASKS[task], run, 17, signal.SIGKILL, launch_environment | how["environment"], launcher)
+    launch(*TASKS["gan"], "--run-dir", whole)
+    with Launched(TASKS["gan"], run, launch_environment) as started:
+        started.wait_for_line("step 17/")
+        started.send_signal(signal.SIGKILL)
+        started.end()
     assert status(run)["state"] == "running"
-    done = launch(*TASKS[task], "--run-dir", run, **how)
+    done = launch(*TASKS["gan"], "--run-dir", run)
     (step,) = re.findall(r"continuing from step (\d+)", done.stderr)
     assert 10 <= int(step) < 30
-    assert f"precision: {'float32' if precision == 'no' else precision}" in done.stderr
     assert content_of(run) == content_of(whole)
 
 
@@ -84,14 +69,6 @@ def finished(launch, tmp_path_factory):
 def run(finished, tmp_path):
     """A finished run of 20 steps; the checkpoint before the last is of step 10."""
     return shutil.copytree(finished, tmp_path / "run")
-
-
-def test_a_finished_run_says_so(run, launch):
-    command, before = (*SMOKE, "--run-dir", run), content_of(run)
-    assert f"{run} is finished, 20 steps" in launch(*command).stderr
-    assert content_of(run) == before
-    assert "continuing from step 20 of 25" in launch(*command, "--steps", "25").stderr
-    assert [line["step"] for line in metrics(run)] == sorted(line["step"] for line in metrics(run))
 
 
 def test_on_a_read_only_disk_a_run_is_refused(run, launch):

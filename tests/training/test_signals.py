@@ -9,15 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from chaos import content_of
-from launched import (
-    LIMIT,
-    Launched,
-    metrics,
-    newest_checkpoint,
-    status,
-    trainer,
-    wait_until,
-)
+from launched import LIMIT, Launched, metrics, newest_checkpoint, status, trainer, wait_until
 
 from cs324dist.runs.history import step_of
 
@@ -47,15 +39,6 @@ def whole(launch, tmp_path_factory):
 
 
 class TestTraining:
-    def test_signals_within_a_second_count_as_one(self, tmp_path, launch_environment):
-        run = tmp_path / "run"
-        with Launched(LONG, run, launch_environment) as started:
-            started.wait_for_line("step 10/")
-            for number in (TERM, TERM, INT):  # as Slurm and a launcher may send them
-                started.send_signal(number)
-            assert started.end() == 75
-        assert_stopped_with_a_checkpoint(run, 10)
-
     def test_a_third_signal_ends_at_once_even_within_a_long_step(self, tmp_path, launch_environment):
         run = tmp_path / "run"
         command = ("launch/train.py", "tests/faulty.py:LSTM", *SMOKE[1:])

@@ -214,7 +214,7 @@ def test_a_login_without_a_network_falls_back_to_offline(launch, tmp_path, login
     written = tmp_path / "netrc"  # as `wandb login` writes it
     written.write_text(f"machine 127.0.0.1\n  login user\n  password {key}\n")
     done = launch(
-        "launch/lstm.py", "--preset", "smoke", "--run-dir", run,
+        *LSTM_SMOKE, "--run-dir", run,
         environment={login: {"WANDB_API_KEY": key, "NETRC": str(written)}[login],
                      "WANDB_BASE_URL": "http://127.0.0.1:9"},
     )  # fmt: skip
@@ -234,7 +234,7 @@ def no_tracker() -> Iterator[str]:
 def test_a_server_that_is_another_falls_back_to_offline(launch, tmp_path, no_tracker):
     run = tmp_path / "run"
     environment = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": no_tracker}
-    done = launch("launch/lstm.py", "--preset", "smoke", "--run-dir", run, environment=environment)
+    done = launch(*LSTM_SMOKE, "--run-dir", run, environment=environment)
     lines = [line for line in done.stderr.splitlines() if line.startswith("Weights & Biases: ")]
     assert len(lines) == 1
     assert lines[0].endswith(f"; recording offline in {run}/wandb")
@@ -245,16 +245,19 @@ def test_a_server_that_is_another_falls_back_to_offline(launch, tmp_path, no_tra
 def test_a_key_that_cannot_be_one_does_not_end_the_run(launch, tmp_path):
     run = tmp_path / "run"
     environment = {"WANDB_API_KEY": "0" * 40 + "\n"}
-    done = launch("launch/lstm.py", "--preset", "smoke", "--run-dir", run, environment=environment)
+    done = launch(*LSTM_SMOKE, "--run-dir", run, environment=environment)
     assert "Weights & Biases: " in done.stderr
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
 
-@pytest.mark.parametrize(("mode", "segments"), [("offline", 1), ("disabled", 0)])
-def test_its_own_variable_is_heeded(launch, tmp_path, mode, segments):
+@pytest.mark.parametrize(
+    ("mode", "words", "segments"),
+    [("offline", (), 1), ("disabled", (), 0), ("online", ("--wandb", "disabled"), 0)],
+)
+def test_its_own_variable_and_our_option_are_heeded(launch, tmp_path, mode, words, segments):
     run = tmp_path / "run"
     environment = {"WANDB_MODE": mode, "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    done = launch("launch/lstm.py", "--preset", "smoke", "--run-dir", run, environment=environment)
+    done = launch(*LSTM_SMOKE, *words, "--run-dir", run, environment=environment)
     assert "Weights & Biases" not in done.stderr
     assert len(list(run.glob("wandb/offline-run-*"))) == segments
 
@@ -271,21 +274,7 @@ def test_a_client_that_dies_does_not_end_the_run(launch_environment, tmp_path):
     assert list(metrics_by_step(run)) == list(range(1, 61))
 
 
-def test_disabled_leaves_no_trace(launch, tmp_path):
-    run = tmp_path / "run"
-    done = launch("launch/lstm.py", "--preset", "smoke", "--wandb", "disabled", "--run-dir", run)
-    assert not (run / "wandb").exists()
-    assert "Weights" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGTERM,
-        signal.SIGKILL,
-    ],
-    ids=["TERM", "KILL"],
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["TERM", "KILL"])
 @pytest.mark.slow
 def test_the_segments_of_an_interrupted_run_make_up_its_metrics(launch, launch_environment, tmp_path, number):
     run = tmp_path / "run"

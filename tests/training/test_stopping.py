@@ -1,12 +1,37 @@
-"""--keep-best: the checkpoint with the best value of a metric stays, however old it is."""
+"""A task that says it is done ends its run and stays done; with --keep-best, the best checkpoint stays."""
 
 import pytest
-from launched import metrics, status
+from chaos import content_of
+from launched import metrics, newest_checkpoint, status
 
 from cs324dist.runs.history import step_of
 
-STOPPING = ("tests/training/stopping.py", "--patience", "9", "--keep-last", "1", "--steps", "50")
+STOPPING = ("tests/training/stopping.py",)
+KEEPING = (*STOPPING, "--patience", "9", "--keep-last", "1", "--steps", "50")
 VALUES = (5, 3, 8, 8, 4)
+
+
+@pytest.fixture(scope="module")
+def done(launch, tmp_path_factory):
+    run = tmp_path_factory.mktemp("done") / "run"
+    return run, launch(*STOPPING, "--run-dir", run).stderr
+
+
+def test_it_ends_after_the_evaluation_that_says_so_with_a_checkpoint(done):
+    run, said = done
+    assert f"{run}: finished after 40 steps" in said
+    assert status(run) == {"state": "finished", "step": 40, "why": ""}
+    assert step_of(newest_checkpoint(run)) == 40
+    assert [row["eval/score"] for row in metrics(run) if "eval/score" in row] == [3, 5, 4, 4.5]
+
+
+def test_it_is_not_taken_up_again_by_the_same_command_or_more_steps(launch, done):
+    run, _ = done
+    before = content_of(run)
+    for more in ([], ["--steps", "600"]):
+        said = launch(*STOPPING, *more, "--run-dir", run).stderr
+        assert f"{run} is finished, 40 steps: its task is done" in said
+    assert content_of(run) == before
 
 
 def checkpoints(run) -> list[int]:
@@ -17,7 +42,7 @@ def checkpoints(run) -> list[int]:
 def test_the_best_checkpoint_is_kept_and_the_run_goes_on_from_the_newest(launch, tmp_path, best, kept):
     run = tmp_path / "run"
     values = tuple(map(str, VALUES))
-    command = (*STOPPING, "--keep-best", best, "--run-dir", run, "--values", *values)
+    command = (*KEEPING, "--keep-best", best, "--run-dir", run, "--values", *values)
     end = launch(*command).stderr.splitlines()[-1]
     assert checkpoints(run) == kept
     value = {30: 8, 20: 3}[kept[0]]
@@ -30,7 +55,7 @@ def test_the_best_checkpoint_is_kept_and_the_run_goes_on_from_the_newest(launch,
 
 
 def test_a_name_that_no_metric_of_an_evaluation_has_is_refused_before_the_first_step(launch, tmp_path):
-    done = launch(*STOPPING, "--keep-best", "score:min", "--run-dir", tmp_path / "run", check=False)
+    done = launch(*KEEPING, "--keep-best", "score:min", "--run-dir", tmp_path / "run", check=False)
     assert done.returncode == 2
     assert done.stderr == (
         "error: --keep-best score is no metric of an evaluation: "
@@ -43,7 +68,7 @@ def test_a_metric_that_is_not_measured_fails_the_run_after_a_checkpoint_which_an
     launch, tmp_path
 ):
     run = tmp_path / "run"
-    command = (*STOPPING, "--run-dir", run, "--values", *map(str, VALUES), "--keep-best")
+    command = (*KEEPING, "--run-dir", run, "--values", *map(str, VALUES), "--keep-best")
     wrong = "--keep-best eval/acuracy is no metric of an evaluation: give one of eval/score, eval/step"
     done = launch(*command, "eval/acuracy", check=False)
     assert done.returncode == 1
