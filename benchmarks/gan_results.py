@@ -32,7 +32,8 @@ from cs324dist.tasks.gan.statistics import read_digits
 RUNS = REPOSITORY / "runs" / "results"
 COURSE = {  # the discriminator is trained: name, options
     "every second step": ("course-steps", ""),
-    "every step, Adam (0.5, 0.999)": ("copied", "--discriminator-every 1 --beta1 0.5"),
+    "every second epoch": ("course-epochs", "--discriminator-unit epoch"),
+    "every step, Adam (0.5, 0.999)": ("copied", "--discriminator-every 1 --betas 0.5 0.999"),
 }
 COURSE_SEEDS = 3
 BEST = "--preset best --evaluate-every 4000 --precision bf16"
@@ -97,7 +98,7 @@ def course_run(recipe: str, seed: int) -> Row:
 
 
 def course() -> list[Row]:
-    """The course recipe, and the recipe of most tutorials."""
+    """The course recipe in both readings of "every two epochs", and the recipe of most tutorials."""
     recipes, trials = zip(*product(COURSE, range(COURSE_SEEDS)), strict=True)
     return on_each_core(course_run, recipes, trials)
 
@@ -154,7 +155,7 @@ def ablation() -> list[Row]:
         "constant learning rates": "--schedule constant",
         "no gradient penalty": "--gradient-penalty 0",
         "equal learning rates, 1e-3": "--generator-lr 1e-3",
-        "Adam's beta1 0.5": "--beta1 0.5",
+        "Adam's beta1 0.5": "--betas 0.5 0.99",
     }
     rows = []
     for variant, options in variants.items():

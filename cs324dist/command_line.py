@@ -100,7 +100,7 @@ def _parsed(
                 continue
             shown = words if isinstance(words, str) else " ".join(words)
             is_of_another_kind = invalid.errors()[0]["type"].endswith(("_parsing", "_type", "_from_float"))
-            allowed = _allowed(hints[name], with_kind=is_of_another_kind)
+            allowed = _allowed(_schema_of(hints[name]), with_kind=is_of_another_kind)
             problems.append(f"{parser.names[name]} {shown} is not allowed: give {allowed}")
     if problems:
         raise UserError(*problems)
@@ -120,14 +120,21 @@ def _choices(schema: Schema) -> Mapping[str, Any]:
     return {str(choice): choice for choice in listed}
 
 
-def _allowed(hint: Any, with_kind: bool) -> str:
+def _allowed(schema: Schema, with_kind: bool) -> str:
     """The values that a type allows, in words: their choices or range, and `with_kind` also what they are."""
-    schema = _schema_of(hint)
+    if items := _items(schema):
+        number = len(items) if "prefixItems" in schema else "one or more"
+        return f"{number} values, each {_allowed(items[0], with_kind)}"
     if choices := _choices(schema):
         return "one of " + ", ".join(choices)
     _, kind = NAMES.get(schema.get("type", ""), ("", "a value of its type"))
     range_ = " and ".join(f"{words} {_number(schema[end])}" for end, words in ENDS.items() if end in schema)
     return f"{kind}, {range_}" if range_ and with_kind else range_ or kind
+
+
+def _items(schema: Schema) -> Sequence[Schema]:
+    """The types of a list's values; empty for another type."""
+    return schema.get("prefixItems") or ([schema["items"]] if "items" in schema else [])
 
 
 def _number(value: int | float) -> str:
@@ -161,11 +168,11 @@ class _Parser(argparse.ArgumentParser):
             if is_flag:
                 words |= {"action": "store_const", "const": str(not default)}
             else:
-                of_one = schema.get("items") or [*schema.get("prefixItems", ()), schema][0]
+                of_one = [*_items(schema), schema][0]
                 kind, _ = NAMES.get(of_one.get("type", ""), ("TEXT", ""))
                 choices = "{" + ",".join(_choices(schema)) + "}" if _choices(schema) else ""
                 words["metavar"] = choices or ("PATH" if of_one.get("format") == "path" else kind)
-                words["nargs"] = "+" if schema.get("type") == "array" else None
+                words["nargs"] = "+" if _items(schema) else None
             group = groups[next((title for title, names in headings.items() if name in names), titles[0])]
             if POSITIONAL in get_args(hint):
                 self.names[name] = name
@@ -205,7 +212,9 @@ def _help(doc: str, default: Any) -> str:
     default = default.value if isinstance(default, enum.Enum) else default
     if default is None or isinstance(default, bool) or default in ("", ()):
         return doc
-    return f"{doc} (default: {default:.4g})" if isinstance(default, float) else f"{doc} (default: {default})"
+    values = default if isinstance(default, tuple) else (default,)
+    shown = " ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
+    return f"{doc} (default: {shown})"
 
 
 def _docstrings(options_type: Any) -> dict[str, str]:

@@ -26,7 +26,7 @@ LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.py"))
 TASKS = {name: find_task(name) for name in ("gan", "lstm")}
 PRESETS = {name: task.presets for name, task in TASKS.items()}
-MOST_OPTIONS = 32
+MOST_OPTIONS = 31
 STEPS = "give a whole number, at least 1 and at most 1 000 000 000"
 LAUNCHER = "is an option of accelerate launch: give it before the name of the script"
 COMMANDS = {"sample.py": ["grid", "tensor", "interpolate"], "train.py": ["examples/mlp.py:MLPTask"]}
@@ -297,10 +297,10 @@ class TestPresets:
         assert command_line(TASKS["lstm"], *words) == replace(expected, run_dir=folder)
 
     def test_an_unknown_preset_is_named_with_everything_else_that_is_wrong(self):
-        assert refused(TASKS["gan"], "--preset", "slow", "--steps", "0", "--beta2", "1.0") == (
+        assert refused(TASKS["gan"], "--preset", "slow", "--steps", "0", "--betas", "0.5", "1.0") == (
             "--preset slow is not allowed: give one of fast, best, course, smoke",
             "--steps 0 is not allowed: give at least 1 and at most 1 000 000 000",
-            "--beta2 1.0 is not allowed: give at least 0 and less than 1",
+            "--betas 0.5 1.0 is not allowed: give 2 values, each at least 0 and less than 1",
         )
 
     def test_the_only_preset_of_a_task_may_have_any_name(self):

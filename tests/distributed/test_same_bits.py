@@ -105,7 +105,7 @@ def generators_stay_at_a_switch(patch: Patch) -> None:
 
 
 def attributes_stay_at_a_switch(patch: Patch) -> None:
-    def take_out(self: PartBelongings, kept: belongings.Kept) -> None:
+    def take_out(self: PartBelongings, kept: belongings.Kept, **_: bool) -> None:
         belongings.set_generators(self._device, kept.generators)
 
     patch.setattr(PartBelongings, "take_out", take_out)

@@ -77,6 +77,7 @@ CASES = {
     "rnn, adam": ("lstm", "course", {"length": 4, "model": "rnn", "optimizer": "adam"}),
     "gan": ("gan", "fast", FAKE_DATA),
     "gan course": ("gan", "course", FAKE_DATA),
+    "gan epochs": ("gan", "course", {**FAKE_DATA, "discriminator_unit": "epoch"}),
     "gan exact": ("gan", "fast", {**FAKE_DATA, "micro_batches": 2}),
     "gan whole": ("gan", "fast", {**FAKE_DATA, "micro_batches": 1}),
     "mlp": MLP,

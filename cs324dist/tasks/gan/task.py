@@ -52,11 +52,8 @@ class GANConfig(Config):
     discriminator_lr: Positive = 1e-3
     """Adam's learning rate for the discriminator, at the start."""
 
-    beta1: Fraction = 0.0
-    """Adam's decay of the mean gradient, for both networks."""
-
-    beta2: Fraction = 0.99
-    """Adam's decay of the mean squared gradient, for both networks."""
+    betas: tuple[Fraction, Fraction] = (0.0, 0.99)
+    """Adam's decays of the mean gradient and of the mean squared gradient, for both networks."""
 
     gradient_penalty: Annotated[float, Interval(ge=0, le=1e9)] = 0.1
     """Weight of the discriminator's squared gradient at real and generated images; 0: no penalty."""
@@ -70,7 +67,10 @@ class GANConfig(Config):
     images of a clear class. 0: labels are not used."""
 
     discriminator_every: Count = 1
-    """The discriminator is trained in every n-th step, beginning with the first."""
+    """The discriminator is trained in every n-th step or epoch, beginning with the first."""
+
+    discriminator_unit: Literal["step", "epoch"] = "step"
+    """What --discriminator-every counts: step, or epoch (passes over the images)."""
 
     default_precision: ClassVar[Literal["no", "bf16"]] = "bf16"  # the same digits, in two thirds of the time
 
@@ -86,7 +86,7 @@ class GANTask(Task[GANConfig]):
         "fast": FAST,
         "best": replace(FAST, steps=16_000, generator_lr=5e-3, label_weight=0.04),
         "course": replace(
-            FAST, steps=187_500, generator_lr=2e-4, discriminator_lr=2e-4, beta1=0.9, beta2=0.999,
+            FAST, steps=187_500, generator_lr=2e-4, discriminator_lr=2e-4, betas=(0.9, 0.999),
             schedule="constant", gradient_penalty=0.0, ema_decay=0.0, label_weight=0.0, discriminator_every=2,
         ),
         "smoke": replace(FAST, steps=20, batch_size=16, log_every=5, evaluate_every=20, checkpoint_every=10),
@@ -111,9 +111,8 @@ class GANTask(Task[GANConfig]):
         if config.ema_decay:
             self.networks["generator_ema"] = copy.deepcopy(self.generator).eval().requires_grad_(False)
         rates = {"generator": config.generator_lr, "discriminator": config.discriminator_lr}
-        betas = (config.beta1, config.beta2)
         self.optimizers = {
-            name: torch.optim.Adam(self.networks[name].parameters(), rate, betas, fused=True)
+            name: torch.optim.Adam(self.networks[name].parameters(), rate, config.betas, fused=True)
             for name, rate in rates.items()
         }
         self.fakes: dict[int, Tensor] = {}  # of this step, by micro-batch
@@ -134,7 +133,9 @@ class GANTask(Task[GANConfig]):
             # The first weights are random: they are forgotten sooner.
             decay = min(self.config.ema_decay, (step + 1) / (step + 10))
             average(self.networks["generator_ema"], self.generator, decay)
-        if step % self.config.discriminator_every == 0:
+        epochs = step * self.config.batch_size // self.order.size
+        period = epochs if self.config.discriminator_unit == "epoch" else step
+        if period % self.config.discriminator_every == 0:
             trainer.update("discriminator", self.discriminator_loss)
         else:
             trainer.measure(self.discriminator_loss)
