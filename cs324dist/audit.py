@@ -33,7 +33,8 @@ from cs324dist.runs.hidden_state import HiddenState
 from cs324dist.runs.history import generation_of, history_of, step_of
 from cs324dist.runs.lease import Owner, owner_of
 from cs324dist.runs.models import read_tensors
-from cs324dist.runs.run_dir import RunDir
+from cs324dist.runs.records import LOOP
+from cs324dist.runs.run_dir import HASH_SEED, RunDir
 from cs324dist.tasks import TASKS, find_task
 from cs324dist.tasks.base import Task
 from cs324dist.trainer import Trainer
@@ -75,6 +76,11 @@ def audit(path: Path, task_name: str | None, from_start: bool, data_root: Path =
     if not run.exists:
         raise UserError(f"{run} is not a run folder: give one, such as runs/gan-fast-0")
     record = run.read_record()
+    if record.task == LOOP:
+        raise UserError(
+            f"{run} is of a loop of your own, which cannot be replayed from here: "
+            f"cs324dist.testing.assert_same_when_killed tests it"
+        )
     if task_name is None and record.task not in TASKS:
         raise UserError(
             f"{run} is a run of {record.task!r:.99}, which is no task of the project: "
@@ -121,7 +127,12 @@ def _intervals(run: RunDir, from_start: bool) -> Iterator[Interval]:
         file, owner = _owner_of_steps(run, end)
         if owner is None or owner.environment is None or owner.config is None:
             raise UserError(f"{file} does not say how {end} was made")
-        yield Interval(start, end, state, file, owner.environment, owner.config)
+        variables = {
+            HASH_SEED: "0",
+            **owner.environment.variables,
+        }  # launch/audit.py sets it where it was not
+        made = dataclasses.replace(owner.environment, variables=variables)
+        yield Interval(start, end, state, file, made, owner.config)
 
 
 def _owner_of_steps(run: RunDir, checkpoint: Path) -> tuple[Path, Owner | None]:

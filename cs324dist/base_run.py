@@ -163,7 +163,7 @@ class BaseRun:
             if self.step == first + 1:
                 self.compare()
             stopping = self._stop.agreed() or self._stop_asked
-            if stopping or self._save_asked or self.step % save_every == 0 or self.step == until:
+            if stopping or self._is_to_be_saved() or self.step % save_every == 0 or self.step == until:
                 self._write()
             if stopping and (self._stop_asked or self.step < until):
                 self._end_stopped()
@@ -208,13 +208,19 @@ class BaseRun:
         """
         if not self._is_started:
             raise UserError("log was called before the first step: call it in the loop over run.steps(…)")
+        values = {**(metrics or {}), **more}
         if self.accelerator.is_main_process:
-            values = as_numbers({**(metrics or {}), **more})
-            self.trackers.log_step(self.completed, values)
+            self.trackers.log_step(self.completed, as_numbers(values))
+        if self.keep_best.partition(":")[0] in values:
+            self.save()
 
     def save(self) -> None:
         """Ask for a checkpoint at the end of this step."""
         self._save_asked = True
+
+    def _is_to_be_saved(self) -> bool:
+        """Whether this step asked for a checkpoint."""
+        return self._save_asked
 
     def _end_stopped(self) -> None:
         self._on_main(lambda: self.dir.write_status("stopped", self.dir.newest_step(), STOPPED))
@@ -293,6 +299,8 @@ class BaseRun:
     def _best_in_words(self) -> str:
         best = self._on_main(lambda: self.dir.best(self.keep_best))
         metric = self.keep_best.partition(":")[0]
+        if metric and not best:
+            return f"; no checkpoint has a value of {metric}, of which the best was to be kept"
         return f"; the best {metric}, {best[1]:.6g}, is that of {best[0]}" if best else ""
 
     def _say_last(self, text: str) -> None:

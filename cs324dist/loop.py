@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from accelerate import Accelerator
+from torch.optim.swa_utils import AveragedModel
 
 from cs324dist.base_run import BaseRun
 from cs324dist.command_line import from_command_line
@@ -227,7 +228,8 @@ def warn_of_untrained(task: Task[Any]) -> None:
     """Warn of parameters that nothing trains, although they are not frozen."""
     trained = {p for _, one in each(task.optimizers) for group in one.param_groups for p in group["params"]}
     for name, network in task.networks.items():
-        if left := sum(p.requires_grad and p not in trained for p in network.parameters()):
+        left = sum(p.requires_grad and p not in trained for p in network.parameters())
+        if left and not isinstance(network, AveragedModel):
             warn(f"{left} parameters of {name!r} are in no optimizer")
 
 

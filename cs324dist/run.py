@@ -1,6 +1,7 @@
 """The run of a training loop of one's own."""
 
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,8 @@ from cs324dist.distributed.process import accelerator_of_script
 from cs324dist.errors import UserError, printable
 from cs324dist.runs.optimizers import Optimizers, each
 from cs324dist.runs.records import LOOP, RunRecord
+
+WANDB_MODES = ("online", "offline", "disabled")
 
 
 @runtime_checkable
@@ -69,14 +72,18 @@ class Run(BaseRun):
             may_change: names of settings that may differ when it goes on, such as "steps".
             accelerator: of the loop; by default one is made.
             keep_last: number of newest checkpoints that are kept.
-            keep_best: a metric, of which the best checkpoint is kept as well; `METRIC:min`: the smallest.
+            keep_best: a metric, as `log` names it. Each step that logs it is saved, and the best of these
+                checkpoints stays; `METRIC:min`: the smallest.
             wandb: Weights & Biases: online (offline if there is no login or network), offline or disabled.
             tensorboard: whether to write the metrics for TensorBoard too.
             peer_timeout: seconds without an answer from another process after which the run ends.
 
         Raises:
-            UserError: a name that no checkpoint can hold, or a setting that JSON cannot.
+            UserError: a name that no checkpoint can hold, a setting that JSON cannot, or another word for
+                `wandb`.
         """
+        if wandb not in WANDB_MODES:
+            raise UserError(f"wandb={wandb!r} is not allowed: give one of {', '.join(WANDB_MODES)}")
         accelerator = accelerator_of_script(accelerator, peer_timeout=peer_timeout)
         trained = _Loop(networks, optimizers, states or {})
         super().__init__(
@@ -107,10 +114,27 @@ class Run(BaseRun):
             raise UserError(*lines)
 
     def _record(self) -> RunRecord:
-        return RunRecord(LOOP, sys.argv[0], self._config, {}, made_of=self._made_of)
+        return RunRecord(
+            LOOP, sys.argv[0], self._config, {}, made_of=self._made_of, arguments=tuple(sys.argv[1:])
+        )
 
     def _for_more(self, until: int) -> str:
-        return "its loop has ended" if self.step < until else "for more, give more steps or another folder"
+        more = (
+            "for more, give another folder, or more steps (a setting in `config` has to be in `may_change`)"
+        )
+        return "its loop has ended" if self.step < until else more
+
+    def _is_to_be_saved(self) -> bool:
+        # Perhaps the main process alone has logged what `keep_best` names.
+        return self._stop.on_any_rank(self._save_asked) if self.keep_best else self._save_asked
+
+    def logged(self, name: str) -> list[float]:
+        """The values of a metric that were logged so far, the earliest first, for early stopping.
+
+        A run that goes on has those of the steps before. Every process calls it, and gets the same.
+        """
+        rows = self._on_main(lambda: [row for row in self.dir.read_metrics() if name in row])
+        return [math.nan if row[name] is None else row[name] for row in rows]
 
 
 class _Loop:

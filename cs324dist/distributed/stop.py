@@ -133,8 +133,12 @@ class StopRequest:
 
     def interrupted(self) -> bool:
         """Whether `until_stopped` left out parts on any rank since the last call; every rank calls it."""
-        vote = torch.tensor([self._interrupted], dtype=torch.int32)
+        interrupted, self._interrupted = self._interrupted, False
+        return self.on_any_rank(interrupted)
+
+    def on_any_rank(self, said: bool) -> bool:
+        """Whether any rank says so; every rank calls it."""
+        vote = torch.tensor([said], dtype=torch.int32)
         if self._group is not None:
             dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._group)
-        self._interrupted = False
         return bool(vote.item())

@@ -49,7 +49,7 @@ def command(run: Run) -> str | None:
     launcher = ["torchrun", "--nproc_per_node", str(run.processes)] if several else ["python"]
     started = [script, run.record.task_given] if run.record.task_given else [script]
     options = [word for name, value in given.items() for word in _words(name, value)]
-    words = [*launcher, *started, *options]
+    words = [*launcher, *started, *options, *run.record.arguments]
     if any(word[:1] in ("", "-") for word in started) or any(plain(word) != word for word in words):
         return None
     variables = f"ACCELERATE_MIXED_PRECISION={made_in.precision} " if made_in else ""

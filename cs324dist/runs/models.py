@@ -6,12 +6,13 @@ Reading is strict: every tensor must be there and no other, each of the right sh
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from cs324dist.errors import UserError, printable
 from cs324dist.runs.files import content_of, read_json, write_json
@@ -85,7 +86,8 @@ def save_model(folder: Path, model: nn.Module) -> None:
         UserError: an argument is no number, word or truth value.
         OSError: a file cannot be written.
     """
-    name, arguments = type(model).__name__, getattr(model, "config", {})
+    name = type(model).__name__
+    arguments = getattr(model.module if isinstance(model, AveragedModel) else model, "config", {})
     if not isinstance(arguments, Mapping):
         raise UserError(f"{name}.config is no dictionary of the arguments of its constructor")
     for argument, value in arguments.items():
@@ -99,7 +101,7 @@ def save_model(folder: Path, model: nn.Module) -> None:
 
 
 def load_model(folder: str | Path, expected: type[Model]) -> Model:
-    """Read a model of the class `expected`, in eval mode, on the CPU.
+    """Read a model of the class `expected`, or its average (`AveragedModel`), in eval mode, on the CPU.
 
     Args:
         folder: a network's folder in a checkpoint, or a copy of it.
@@ -110,27 +112,22 @@ def load_model(folder: str | Path, expected: type[Model]) -> Model:
     """
     folder = Path(folder)
     arguments = read_json(folder / "config.json")
-    name = arguments.pop("class", None)
-    if name != expected.__name__:
+    name, wanted = arguments.pop("class", None), expected.__name__
+    if name not in (wanted, AveragedModel.__name__):
+        raise UserError(f"{folder} holds a model of class {printable(repr(name))}, expected {wanted!r}")
+    if not arguments and inspect.signature(expected).parameters:
         raise UserError(
-            f"{folder} holds a model of class {printable(repr(name))}, expected {expected.__name__!r}"
+            f"{folder} does not say how to build a {wanted}: give the network `config`, a dict of its "
+            f"constructor's arguments, before it is trained; or build it, and use safetensors' load_model"
         )
     try:
         with torch.random.fork_rng(devices=[]):  # for initial weights, which are replaced
             model = expected(**arguments)
     except Exception:  # whatever its constructor raises
         raise UserError(
-            f"{folder}/config.json has arguments that {name} does not take: {printable(sorted(arguments))}"
+            f"{folder}/config.json has arguments that {wanted} does not take: {printable(sorted(arguments))}"
         ) from None
-    try:
-        tensors = read_tensors(folder / "model.safetensors", model_tensors(model))
-    except UserError as error:
-        if arguments or not inspect.signature(expected).parameters:
-            raise
-        raise UserError(
-            *error.lines,
-            f"{folder} does not say how to build a {name}: "
-            f"give the network `config`, a dict of its constructor's arguments",
-        ) from None
-    copy_into(model_tensors(model), tensors)
-    return model.eval()
+    saved: Any = model if name == wanted else AveragedModel(model)
+    copy_into(model_tensors(saved), read_tensors(folder / "model.safetensors", model_tensors(saved)))
+    found: Model = model if name == wanted else saved.module
+    return found.eval()

@@ -37,6 +37,9 @@ class RunRecord:
     made_of: dict[str, str] = field(default_factory=dict)
     """Of a loop of one's own: how gradients are made, the kinds of optimizers and states, its `keep_best`."""
 
+    arguments: tuple[str, ...] = ()
+    """Of a loop of one's own: the words after the script's name."""
+
     format: Literal[4] = 4
 
     @property

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from cs324dist.errors import UserError
 from cs324dist.runs.models import load_model, read_tensors, save_model, save_tensors
@@ -96,9 +97,29 @@ def test_a_config_that_is_not_the_models_is_refused(tmp_path, config, named):
     assert len(line) < 500
 
 
-def test_of_a_model_that_does_not_say_how_it_is_built_it_is_said(tmp_path):
-    save_model(tmp_path, torch.nn.Sequential(torch.nn.Linear(2, 3)))
-    with pytest.raises(UserError) as caught:
-        load_model(tmp_path, torch.nn.Sequential)
-    assert "holds 2 tensors too many" in caught.value.lines[0]
-    assert "give the network `config`, a dict of its constructor's arguments" in caught.value.lines[1]
+class WithDefaults(nn.Module):
+    def __init__(self, width: int = 2) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, 1)
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Linear(2, 3)), WithDefaults(), WithDefaults(3)])
+def test_a_model_that_does_not_say_how_it_is_built_is_refused(tmp_path, model):
+    """With the defaults of its constructor, it might have the same shapes, and compute something else."""
+    save_model(tmp_path, model)
+    name = type(model).__name__
+    with pytest.raises(
+        UserError, match=f"does not say how to build a {name}: give the network `config`, a dict"
+    ):
+        load_model(tmp_path, type(model))
+
+
+def test_the_average_of_a_model_is_read_as_the_model(tmp_path):
+    model = Small(4)
+    average = AveragedModel(model)
+    average.update_parameters(model)
+    save_model(tmp_path, average)
+    found = load_model(tmp_path, Small)
+    assert type(found) is Small
+    assert not found.training
+    assert bits(found) == bits(model)
