@@ -308,12 +308,8 @@ class TestTheTasksOwnState:
         learner, other = Learner(**own(7.0)), Learner(**own(1.0))
         folder = write(tmp_path / "3", learner)
         state = read_checkpoint(folder, other)
-        first, second = other.own["history"]
-        assert first.tolist() == [7.0, 7.0]
-        assert (second["best"].item(), second["best"].dtype) == (7, torch.int16)
-        assert other.own["pair"][0].tolist() == [[-math.inf, -math.inf]]
-        assert other.own["pair"][1] == 3
-        assert other.own["nested"]["deep"]["er"].tolist() == [True]
+        expected = {**learner.own, "pair": list(learner.own["pair"])}  # as JSON has it
+        assert str(sorted(other.own.items())) == str(sorted(expected.items()))  # with their dtypes
         assert state.sha256.keys() == {*FILES, "task.safetensors"}
         other = Learner(**{**own(1.0), "history": [torch.zeros(3), own(1.0)["history"][1]]})
         with pytest.raises(

@@ -185,12 +185,11 @@ class TestWhoseFolder:
         )
 
 
-class TestClaiming:
-    def test_and_a_folder_that_was_there_stays_as_it_was(self, tmp_path):
-        (tmp_path / "empty").mkdir()
-        with RunDir(tmp_path / "empty").claimed(anything, at_once):
-            pass
-        assert list((tmp_path / "empty").iterdir()) == []
+def test_a_folder_that_was_there_stays_as_it_was_if_nothing_is_started(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with RunDir(tmp_path / "empty").claimed(anything, at_once):
+        pass
+    assert list((tmp_path / "empty").iterdir()) == []
 
 
 class TestStarting:

@@ -58,32 +58,30 @@ class TestTraining:
         assert_stopped_with_a_checkpoint(run, 10)
 
 
-class TestEvaluation:
-    def test_one_that_is_cut_short_twice_leaves_no_trace(self, tmp_path, launch, launch_environment, whole):
-        run = tmp_path / "run"
-        for beginning in ("step 1/2", f"{run}: continuing from step 1 of 2"):
-            with Launched(EVALUATING, run, launch_environment) as started:
-                started.wait_for_line(beginning)
-                started.send_signal(TERM)
-                assert started.end() == 75
-            assert_stopped_with_a_checkpoint(run, 1)
-            assert [line["step"] for line in metrics(run)] == [1]
-            assert "eval/accuracy" not in metrics(run)[0]
-        launch(*EVALUATING, "--run-dir", run)
-        assert content_of(run) == whole
+def test_an_evaluation_that_is_cut_short_twice_leaves_no_trace(tmp_path, launch, launch_environment, whole):
+    run = tmp_path / "run"
+    for beginning in ("step 1/2", f"{run}: continuing from step 1 of 2"):
+        with Launched(EVALUATING, run, launch_environment) as started:
+            started.wait_for_line(beginning)
+            started.send_signal(TERM)
+            assert started.end() == 75
+        assert_stopped_with_a_checkpoint(run, 1)
+        assert [line["step"] for line in metrics(run)] == [1]
+        assert "eval/accuracy" not in metrics(run)[0]
+    launch(*EVALUATING, "--run-dir", run)
+    assert content_of(run) == whole
 
 
-class TestStartUp:
-    @pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
-    def test_a_new_run_is_not_begun(self, tmp_path, launch_environment, number):
-        run = tmp_path / "run"
-        with Launched(SMOKE, run, launch_environment) as started:
-            started.wait_until_importing()
-            started.send_signal(number)
-            code = started.end()
-        expected = {TERM: (-TERM, ""), INT: (75, "stopped by a signal\n")}
-        assert (code, started.said) == expected[number]
-        assert not run.exists()
+@pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
+def test_a_new_run_is_not_begun(tmp_path, launch_environment, number):
+    run = tmp_path / "run"
+    with Launched(SMOKE, run, launch_environment) as started:
+        started.wait_until_importing()
+        started.send_signal(number)
+        code = started.end()
+    expected = {TERM: (-TERM, ""), INT: (75, "stopped by a signal\n")}
+    assert (code, started.said) == expected[number]
+    assert not run.exists()
 
 
 class TestLaunchers:
