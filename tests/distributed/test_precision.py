@@ -142,9 +142,7 @@ GAN = ("launch/gan.py", "--preset", "smoke", "--dataset", "fake", "--steps", "1"
     ],
     ids=["gan", "gan, float32", "lstm"],
 )
-def test_the_gan_takes_bf16_where_there_is_bf16_and_nothing_else_was_asked_for(
-    launch, tmp_path, script, launcher, options
-):
+def test_the_gan_takes_bf16_where_nothing_else_was_asked_for(launch, tmp_path, script, launcher, options):
     environment = {"ACCELERATE_MIXED_PRECISION": ""}
     done = launch(
         *script, "--run-dir", tmp_path / "run", launcher=launcher, options=options, environment=environment

@@ -164,9 +164,7 @@ def in_order(folder: Path) -> list[tuple[int, int]]:
 
 @settings(max_examples=100)
 @given(written=WRITTEN, count=st.integers(1, 4), generation=st.integers(1, 4))
-def test_an_owner_keeps_those_that_led_to_the_newest_and_all_of_later_owners(
-    tmp_path_factory, written, count, generation
-):
+def test_an_owner_keeps_those_that_led_to_the_newest(tmp_path_factory, written, count, generation):
     folder = named(tmp_path_factory.mktemp("checkpoints"), written)
     for writer in range(1, 5):
         (folder / f".000000007-{writer}.tmp").mkdir()

@@ -223,9 +223,7 @@ class TestWhereThereAreNoLocks:
 
         monkeypatch.setattr(lease.fcntl, "flock", flock)
 
-    def test_a_silent_owner_is_watched_and_then_taken_over_on_its_own_machine_too(
-        self, run, monkeypatch, capsys
-    ):
+    def test_a_silent_owner_is_taken_over_on_its_own_machine_too(self, run, monkeypatch, capsys):
         waits(monkeypatch, SILENCE=0.3)
         path = left_by(run, ended=False)
         lease._lock_of(path, owner_of(run, 1).nonce).touch()
@@ -309,9 +307,7 @@ class TestWithdrawal:
         assert [path.name for path in (run / "owners").iterdir()] == ["2.json"]
 
     @pytest.mark.parametrize("what_is_left", ["the owners before", "an empty folder", "nothing"])
-    def test_it_may_happen_while_it_is_watched_from_another_machine(
-        self, tmp_path, monkeypatch, what_is_left
-    ):
+    def test_it_may_be_watched_from_another_machine(self, tmp_path, monkeypatch, what_is_left):
         waits(monkeypatch)
         run = tmp_path / "run"
         run.mkdir()

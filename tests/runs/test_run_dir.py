@@ -155,9 +155,7 @@ class TestMetrics:
 
 
 class TestWhoseFolder:
-    def test_a_run_that_another_process_starts_meanwhile_is_not_called_something_else(
-        self, tmp_path, monkeypatch
-    ):
+    def test_a_run_that_another_process_starts_meanwhile_is_a_run(self, tmp_path, monkeypatch):
         def looked_at_just_before_it_starts(run):
             found = (run.path / "config.json").exists()
             (run.path / "config.json").write_text("{}")

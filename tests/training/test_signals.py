@@ -87,9 +87,7 @@ def test_a_new_run_is_not_begun(tmp_path, launch_environment, number):
 class TestLaunchers:
     @pytest.mark.parametrize("launcher", ["accelerate with one", "accelerate with two"])
     @pytest.mark.parametrize("number", [TERM, KILL, INT], ids=["TERM", "KILL", "INT"])
-    def test_whatever_ends_the_launcher_its_workers_stop_in_order(
-        self, tmp_path, launch_environment, launcher, number
-    ):
+    def test_whatever_ends_a_launcher_its_workers_stop(self, tmp_path, launch_environment, launcher, number):
         run = tmp_path / "run"
         with Launched(LONG, run, launch_environment, launcher) as started:
             started.wait_for_line("step 10/")
@@ -98,9 +96,7 @@ class TestLaunchers:
         assert_stopped_with_a_checkpoint(run, 10)
 
     @pytest.mark.parametrize("launcher", ["accelerate with one", "accelerate with two"])
-    def test_workers_whose_launcher_dies_in_their_start_up_end_too(
-        self, tmp_path, launch_environment, launcher
-    ):
+    def test_workers_whose_launcher_dies_at_start_up_end(self, tmp_path, launch_environment, launcher):
         run = tmp_path / "run"
         with Launched(LONG, run, launch_environment, launcher) as started:
             started.wait_until_importing(workers=2 if launcher.endswith("two") else 1)
@@ -109,9 +105,7 @@ class TestLaunchers:
         assert not list(run.glob("checkpoints/0*"))
 
     @pytest.mark.parametrize("launcher_is", ["dead", "alive"])
-    def test_a_worker_whose_launcher_died_before_its_first_line_ends(
-        self, tmp_path, launch_environment, launcher_is
-    ):
+    def test_a_worker_whose_launcher_has_died_before_ends(self, tmp_path, launch_environment, launcher_is):
         """Nobody would ever answer what it waits for: its launcher held the rendezvous."""
         came_so_far = tmp_path / "came so far"
         launcher = subprocess.run(
