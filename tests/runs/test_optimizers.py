@@ -200,9 +200,7 @@ class Remembers(optim.SGD):
 
 @pytest.mark.parametrize("value", ["warm", [torch.zeros(2)]], ids=["a word", "a list"])
 def test_what_else_is_in_a_state_is_refused_before_the_first_step(tmp_path, value):
-    task, trainer = start(
-        lambda networks: {"rnn": Remembers(networks["rnn"].parameters(), value)}, tmp_path / "run"
-    )
+    task, trainer = start(lambda n: {"rnn": Remembers(n["rnn"].parameters(), value)}, tmp_path / "run")
     with pytest.raises(UserError) as caught:
         TaskRun(trainer).__enter__()
     (line,) = caught.value.lines
