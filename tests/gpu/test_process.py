@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from launched import refusal
 
 from cs324dist.distributed import gradients, parts, process
 from cs324dist.distributed.failures import translate_errors
@@ -56,9 +57,7 @@ def test_more_processes_than_gpus_are_refused_in_one_line(one_gpu):
         process.start_accelerator()
     one_gpu.setenv("LOCAL_WORLD_SIZE", "2")
     one_gpu.setenv("TORCHELASTIC_RUN_ID", "none")
-    with pytest.raises(UserError) as refused:
-        process.start_accelerator()
-    (line,) = refused.value.lines
+    line = refusal(process.start_accelerator)
     assert line.startswith("2 processes on a machine with 1 GPUs: give --num_processes 1")
 
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from launched import refusal
 
 from cs324dist.errors import UserError
 from cs324dist.runs import lease
@@ -74,9 +75,7 @@ def on_another_machine(run: Path, **about: object) -> Path:
 def test_a_live_process_is_waited_for_and_then_named(run, other, monkeypatch, capsys):
     waits(monkeypatch, PATIENCE=0.3)
     other.send_signal(signal.SIGSTOP)  # stopped, it is alive
-    with pytest.raises(UserError) as caught:
-        Lease(run)
-    (line,) = caught.value.lines
+    line = refusal(Lease, run)
     assert line.startswith(f"{run} is in use by process {other.pid} on ")
     assert "give another folder" in line
     assert f"in use by process {other.pid}" in capsys.readouterr().err
