@@ -120,17 +120,11 @@ def best() -> list[Row]:
     return rows
 
 
-def best_runs() -> list[Path]:
-    """The finished runs of part `best`."""
-    return [trained(f"best-{seed}", f"--seed {seed} {BEST}") for seed in range(BEST_SEEDS)]
-
-
 def draws() -> list[Row]:
     """The runs of part `best`, each measured on several draws of latents."""
-    return [
-        {"trial": trial, **quality(run, seed)}
-        for (trial, run), seed in product(enumerate(best_runs()), range(DRAWS))
-    ]
+    runs = [trained(f"best-{seed}", f"--seed {seed} {BEST}") for seed in range(BEST_SEEDS)]
+    pairs = product(enumerate(runs), range(DRAWS))
+    return [{"trial": trial, **quality(run, seed)} for (trial, run), seed in pairs]
 
 
 def pace() -> list[Row]:

@@ -239,10 +239,10 @@ def quality(check: Check) -> Iterator[Finding]:
     from cs324dist.tasks import find_task
 
     for task in ("lstm", "gan"):
-        count = 2 if check.pretend else find_task(task).presets["fast"].steps
+        n = 2 if check.pretend else find_task(task).presets["fast"].steps
         for precision in ("bf16",) if check.pretend else ("no", "bf16"):
             wrong = check.train(
-                run := f"{task} {precision}", (f"launch/{task}.py",), count, "--precision", precision
+                run := f"{task} {precision}", (f"launch/{task}.py",), n, "--precision", precision
             )
             last = {} if wrong else metrics(check.folder / run)[-1]
             yield run, wrong or {k: v for k, v in last.items() if k.startswith("eval/")}, not wrong

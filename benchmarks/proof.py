@@ -119,9 +119,7 @@ def drawn(model: LSTM, count: int, generator: torch.Generator) -> dict[str, Tens
     sizes = (10 ** torch.empty(count).uniform_(*LARGEST, generator=generator)).tolist()
 
     def weights_like(one: Tensor) -> Tensor:
-        return torch.stack(
-            [torch.empty_like(one).uniform_(-size, size, generator=generator) for size in sizes]
-        )
+        return torch.stack([torch.empty_like(one).uniform_(-s, s, generator=generator) for s in sizes])
 
     return {name: weights_like(one) for name, one in model.named_parameters()}
 

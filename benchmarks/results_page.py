@@ -318,9 +318,7 @@ def draw_killed_run() -> None:
         label = f"{processes} process{'es' * (processes > 1)}"
         plot(ddp, f"ddp {processes}", "-", color=colours[processes], linewidth=1.5, label=label)
     same = runs["whole"]["sha256"] == runs["killed"]["sha256"]
-    exact.set(
-        title="--micro-batches 4: one SHA-256" if same else "not the same", xlabel="step", ylabel="loss"
-    )
+    exact.set(title="--micro-batches 4: one SHA-256" if same else "other bits", xlabel="step", ylabel="loss")
     ddp.set(title="without: equal up to rounding, which grows", xlabel="step")
     for picture in (exact, ddp):
         picture.grid(alpha=0.3)

@@ -6,7 +6,7 @@
     python benchmarks/speed.py exact      # what --micro-batches costs
 
 Each case (see `cases.py`) runs in a process of its own, so that nothing of one reaches the other; the cases
-take turns, `--rounds` times, and a ratio is that of two measurements of one round. They are stored in
+take turns, five times, and a ratio is that of two measurements of one round. They are stored in
 benchmarks/results/GROUP.json, from which `python benchmarks/results_page.py` makes docs/performance.md and
 docs/distributed.md. The ratios of earlier commits stay in the file as its history.
 """
@@ -17,6 +17,7 @@ import time
 
 from common import RESULTS, Row, command_line, load, run_python, store
 
+ROUNDS = 5
 COMPARISONS = {  # the slower case, the faster one, and the goal of their ratio
     "speed": {
         "GAN step against the notebook's loop": ("gan_notebook", "gan_ours", "at least 1.9"),
@@ -71,16 +72,15 @@ def history(before: Row) -> list[Row]:
 if __name__ == "__main__":
     parser = command_line(__doc__)
     parser.add_argument("group", nargs="?", choices=COMPARISONS, default="speed", help="what to compare")
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    group, rounds, comparisons = options.group, options.rounds, COMPARISONS[options.group]
+    group = parser.parse_args().group
+    comparisons = COMPARISONS[group]
     times: dict[str, list[float]] = {case: [] for *cases, _ in comparisons.values() for case in cases}
     began = time.monotonic()
-    for number in range(1, rounds + 1):
+    for number in range(1, ROUNDS + 1):
         for case, measured in times.items():
             measured.append(float(run_python("benchmarks/cases.py", case).split()[-1]))
         minutes = (time.monotonic() - began) / 60
-        print(f"round {number} of {rounds} after {minutes:.1f} min", file=sys.stderr)
+        print(f"round {number} of {ROUNDS} after {minutes:.1f} min", file=sys.stderr)
     median = {case: round(statistics.median(measured), 2) for case, measured in times.items()}
     rows = []
     for what, (first, second, goal) in comparisons.items():
@@ -90,7 +90,7 @@ if __name__ == "__main__":
         print(f"{what}: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) {goal}")
     milliseconds = {case: sorted(round(ms, 2) for ms in measured) for case, measured in times.items()}
     threads = {"threads": 1} if group == "scaling" else {}
-    result = {"rounds": rounds, "rows": rows, "milliseconds": milliseconds}
+    result = {"rounds": ROUNDS, "rows": rows, "milliseconds": milliseconds}
     if (RESULTS / f"{group}.json").exists():
         result["history"] = history(load(group))
     store(group, result, **threads)

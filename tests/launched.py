@@ -16,8 +16,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import psutil
+import pytest
 from chaos import newest, processes_of
 from torch.nn import Module
+
+from cs324dist.errors import ReportedError, UserError
 
 REPOSITORY = Path(__file__).parents[1]
 LIMIT = 120  # seconds that anything may take; on a quiet machine it is one or two
@@ -111,6 +114,16 @@ def python(*words: object, **options: Any) -> "subprocess.CompletedProcess[str]"
     """Run Python in a process of its own, with options of `subprocess.run`."""
     command = [sys.executable, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def refusal(
+    work: Callable[..., object], *arguments: object, kind: type[ReportedError] = UserError, **named: object
+) -> str:
+    """The one line in which a call is refused."""
+    with pytest.raises(kind) as caught:
+        work(*arguments, **named)
+    (line,) = caught.value.lines
+    return line
 
 
 def wait_until(what: Callable[[], bool]) -> None:

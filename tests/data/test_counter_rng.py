@@ -50,21 +50,19 @@ def chi_square_p(values: torch.Tensor, bins: int) -> float:
     return float(stats.chisquare(values.flatten().bincount(minlength=bins).numpy()).pvalue)
 
 
-class TestBits:
-    @settings(deadline=None)
-    @given(INT64, STREAMS, st.lists(st.integers(0, 2**62), max_size=5), st.integers(1, 5))
-    def test_they_are_the_hash_computed_in_python_integers(self, seed, stream, indices, components) -> None:
-        bits = random_bits(seed, stream, torch.tensor(indices, dtype=torch.int64), components)
-        assert bits.shape == (len(indices), components)
-        assert [[x & MASK for x in row] for row in bits.tolist()] == words(seed, stream, indices, components)
+@settings(deadline=None)
+@given(INT64, STREAMS, st.lists(st.integers(0, 2**62), max_size=5), st.integers(1, 5))
+def test_bits_are_the_hash_computed_in_python_integers(seed, stream, indices, components) -> None:
+    bits = random_bits(seed, stream, torch.tensor(indices, dtype=torch.int64), components)
+    assert bits.shape == (len(indices), components)
+    assert [[x & MASK for x in row] for row in bits.tolist()] == words(seed, stream, indices, components)
 
 
-class TestIntegers:
-    @settings(deadline=None)
-    @given(st.integers(0, 1000), st.integers(0, 2**62), st.integers(1, 2**63 - 1))
-    def test_they_are_the_upper_63_bits_modulo_the_bound(self, seed: int, index: int, below: int) -> None:
-        found = Stream(seed, "x").integers(torch.tensor([index]), 3, below)
-        assert found.tolist() == [[(w >> 1) % below for w in words(seed, "x", [index], 3)[0]]]
+@settings(deadline=None)
+@given(st.integers(0, 1000), st.integers(0, 2**62), st.integers(1, 2**63 - 1))
+def test_integers_are_the_upper_63_bits_modulo_the_bound(seed: int, index: int, below: int) -> None:
+    found = Stream(seed, "x").integers(torch.tensor([index]), 3, below)
+    assert found.tolist() == [[(w >> 1) % below for w in words(seed, "x", [index], 3)[0]]]
 
 
 class TestNormals:
@@ -89,12 +87,11 @@ class TestNormals:
         assert z.abs().max().item() == pytest.approx(math.sqrt(66 * math.log(2)))  # radius at 2^-33
 
 
-class TestSigns:
-    @pytest.mark.parametrize("components", [1, 64, 65, 200])
-    def test_each_is_one_bit_of_the_hash(self, components: int) -> None:
-        rows = words(0, "noise", [0, 1, 99], -(-components // 64))
-        expected = [[2 * (row[c // 64] >> c % 64 & 1) - 1 for c in range(components)] for row in rows]
-        assert NOISE.signs(torch.tensor([0, 1, 99]), components).tolist() == expected
+@pytest.mark.parametrize("components", [1, 64, 65, 200])
+def test_each_sign_is_one_bit_of_the_hash(components: int) -> None:
+    rows = words(0, "noise", [0, 1, 99], -(-components // 64))
+    expected = [[2 * (row[c // 64] >> c % 64 & 1) - 1 for c in range(components)] for row in rows]
+    assert NOISE.signs(torch.tensor([0, 1, 99]), components).tolist() == expected
 
 
 NEIGHBOURS = {

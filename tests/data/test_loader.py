@@ -197,9 +197,7 @@ class TestRuns:
         assert step_of(newest_checkpoint(tmp_path / "run")) >= 10
 
     @pytest.mark.slow
-    def test_no_worker_outlives_its_process_and_the_run_goes_on_to_the_same_end(
-        self, launch, launch_environment, never_stopped, tmp_path
-    ):
+    def test_no_worker_outlives_its_process(self, launch, launch_environment, never_stopped, tmp_path):
         run = tmp_path / "run"
         with Launched(LOADING, run, launch_environment) as started:
             started.wait_for_line("step 6/")

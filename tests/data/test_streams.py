@@ -33,16 +33,15 @@ def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-class TestMicroBatch:
-    @settings(deadline=None, max_examples=25)
-    @given(st.integers(1, 4096), st.integers(0, 10**9), st.integers(1, 4))
-    @example(4096, 123_456, 1)
-    @example(1, 0, 3)
-    def test_the_parts_in_order_are_the_batch_and_all_of_one_size(self, count, step, each) -> None:
-        batch = count * each
-        samples = [part.samples for part in parts(step, batch, count)]
-        assert torch.cat(samples).tolist() == list(range(step * batch, (step + 1) * batch))
-        assert {len(part) for part in samples} == {each}
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 4096), st.integers(0, 10**9), st.integers(1, 4))
+@example(4096, 123_456, 1)
+@example(1, 0, 3)
+def test_the_parts_in_order_are_the_batch_and_all_of_one_size(count, step, each) -> None:
+    batch = count * each
+    samples = [part.samples for part in parts(step, batch, count)]
+    assert torch.cat(samples).tolist() == list(range(step * batch, (step + 1) * batch))
+    assert {len(part) for part in samples} == {each}
 
 
 class TestStream:

@@ -24,9 +24,7 @@ def test_a_gpu_draws_the_numbers_of_a_cpu():
     stream, shuffle = Stream(3, "tests"), ShuffledEpochs(3, "tests", 1000)
     assert stream.integers(indices.cuda(), 7, 10).tolist() == stream.integers(indices, 7, 10).tolist()
     assert stream.signs(indices.cuda(), 100).tolist() == stream.signs(indices, 100).tolist()
-    on_cpu, on_gpu = (
-        shuffle.items(MicroBatch(7, 300, device=torch.device(name))) for name in ("cpu", "cuda")
-    )
+    on_cpu, on_gpu = (shuffle.items(MicroBatch(7, 300, device=torch.device(d))) for d in ("cpu", "cuda"))
     assert on_gpu.tolist() == on_cpu.tolist()
     torch.testing.assert_close(stream.normals(indices.cuda(), 7).cpu(), stream.normals(indices, 7))
 

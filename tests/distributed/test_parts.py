@@ -157,8 +157,6 @@ class TestErrors:
                 all_of(parts, work)
 
         zeros = torch.zeros
-        monkeypatch.setattr(
-            torch, "zeros", lambda *size, **options: zeros(*size, **options | {"device": CPU})
-        )
+        monkeypatch.setattr(torch, "zeros", lambda *size, **how: zeros(*size, **how | {"device": CPU}))
         as_ranks(COUNT, refused)
         assert sorted(seen) == list(range(COUNT))

@@ -10,6 +10,7 @@ import exact_steps
 import numpy as np
 import pytest
 import torch
+from launched import refusal
 from ranks import Rank, as_ranks
 from torch import Tensor, nn
 
@@ -139,9 +140,7 @@ MIDDLES = (nn.Identity, nn.BatchNorm1d)
 )
 def test_a_fault_is_found_and_named(fault, said, every, middle, processes):
     def found(rank: Rank) -> str:
-        with pytest.raises(ReportedError) as raised:
-            take_steps(fault, rank, middle, check_every=every)
-        return str(raised.value)
+        return refusal(take_steps, fault, rank, middle, check_every=every, kind=ReportedError)
 
     if fault is OtherData and processes == 1:
         return
@@ -193,9 +192,7 @@ class TestRanksAreCompared:
             run.compare()
             if rank.process_index == 1 and (changed := change(run.task)) is not None:
                 changed.data.view(torch.int32).view(-1)[0] ^= 1
-            with pytest.raises(RunFailed) as raised:
-                run.compare()
-            return str(raised.value)
+            return refusal(run.compare, kind=RunFailed)
 
         for line in as_ranks(3, found):
             assert line.startswith(f"after step 1, {said}")

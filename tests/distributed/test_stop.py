@@ -96,9 +96,7 @@ FAULTY = ("launch/train.py", "tests/faulty.py:LSTM", "--length", "10", "--checkp
         ("waits", "rank 1 kept others waiting for 5 s (--peer-timeout): find out what holds it up"),
     ],
 )
-def test_a_process_ends_with_a_line_and_a_status_although_it_waits_in_c(
-    launch_environment, tmp_path, rank_1, said
-):
+def test_a_process_ends_with_a_line_although_it_waits_in_c(launch_environment, tmp_path, rank_1, said):
     command = (*FAULTY, "--peer-timeout", "5", "--wandb", "disabled")
     environment = {**launch_environment, "FAULT": f"waits in C: {rank_1}"}
     with Launched(command, tmp_path / "run", environment, "torchrun with two") as launched:

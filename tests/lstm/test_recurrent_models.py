@@ -32,9 +32,7 @@ def torch_s(model: LSTM) -> nn.LSTM:
 class TestLSTM:
     @KERNELS
     @pytest.mark.parametrize(("time", "batch", "input_size", "hidden_size"), [(9, 4, 10, 16), (1, 1, 1, 1)])
-    def test_outputs_and_every_gradient_are_those_of_torch_s_lstm(
-        self, kernel: str, time: int, batch: int, input_size: int, hidden_size: int
-    ) -> None:
+    def test_it_is_torch_s_lstm_in_outputs_and_gradients(self, kernel, time, batch, input_size, hidden_size):
         ours = lstm(input_size, hidden_size, kernel)
         theirs, read_out = torch_s(ours), nn.Linear(hidden_size, 10, dtype=torch.float64)
         read_out.load_state_dict(ours.output.state_dict())
@@ -71,9 +69,7 @@ class TestLSTM:
 
     @KERNELS
     @pytest.mark.parametrize("steps_at_once", [1, 3, 8])
-    def test_a_long_sequence_in_parts_has_the_logits_and_gradients_of_the_whole(
-        self, kernel: str, steps_at_once: int, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_long_sequence_in_parts_is_as_the_whole(self, kernel, steps_at_once, monkeypatch):
         model, x = lstm(3, 5, kernel), normals(20, 2, 3)
         whole = model(x)
         expected = torch.autograd.grad(whole[:, 4].sum(), model.parameters())

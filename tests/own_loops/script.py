@@ -113,9 +113,7 @@ def by_a_gan() -> None:
     generator = exact.prepare(
         nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)), "generator"
     )
-    critic = exact.prepare(
-        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 1)), "critic"
-    )
+    critic = exact.prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 1)), "critic")
     optimizers = {
         "generator": torch.optim.Adam(generator.parameters(), 1e-3),
         "critic": torch.optim.Adam(critic.parameters(), 1e-3),

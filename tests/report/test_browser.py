@@ -234,9 +234,7 @@ class TestCurves:
                 page.keyboard.press("ArrowRight")
             rows = plot.locator(".readout div").all_text_contents()
             said.append(next(row for row in rows if name in row).removeprefix(name).split(")")[0])
-        assert said == [
-            f" ({n}" for n in ("1 process", "1 process", "3 processes", "3 processes", "1 process")
-        ]
+        assert said == [f" ({n}" for n in ["1 process"] * 2 + ["3 processes"] * 2 + ["1 process"]]
         page.keyboard.press("Escape")
         section.get_by_role("button", name="Zoom in").click()  # steps 125 to 375
         assert [line.is_visible() for line in lines.all()] == [False, False, True] * 2

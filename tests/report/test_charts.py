@@ -71,13 +71,9 @@ def test_a_logarithmic_axis_needs_positive_values(tmp_path) -> None:
 
 
 def test_all_charts_have_the_same_steps_and_a_run_that_has_ended_no_numbers(tmp_path) -> None:
-    runs = [
-        (k, read_run(make_lstm(tmp_path / str(k), steps=steps), str(k))) for k, steps in enumerate((20, 40))
-    ]
+    runs = [(k, read_run(make_lstm(tmp_path / str(k), steps=n), str(k))) for k, n in enumerate((20, 40))]
     runs[1][1].series("train/loss").pop(40)
-    first, second = charts(
-        runs, [Metric("train/accuracy", "Accuracy", unit="%"), Metric("train/loss", "Loss")]
-    )
+    first, second = charts(runs, [Metric("train/accuracy", "Right", unit="%"), Metric("train/loss", "Loss")])
     assert (first.last, second.last) == (40, 40)
     assert [row[0] for row in first.table] == ["10", "20", "30", "40"]
     assert [bool(row[1]) for row in first.table] == [True, True, False, False]

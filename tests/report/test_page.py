@@ -156,10 +156,9 @@ def test_the_page_before_stands_if_the_new_one_cannot_be_written(tmp_path: Path,
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "run"]
 
 
-class TestCommand:
-    def test_it_writes_the_page_and_leaves_out_what_is_not_a_run(self, launch, runs, tmp_path):
-        out = tmp_path / "report.html"
-        done = launch("launch/report.py", runs / "lstm-length5", tmp_path, "--out", out)
-        assert done.stdout == f"{out}\n"
-        assert done.stderr == f"warning: {tmp_path} is not a run folder: left out\n"
-        assert out.read_text().startswith("<!doctype html>")
+def test_the_command_writes_the_page_and_leaves_out_what_is_not_a_run(launch, runs, tmp_path):
+    out = tmp_path / "report.html"
+    done = launch("launch/report.py", runs / "lstm-length5", tmp_path, "--out", out)
+    assert done.stdout == f"{out}\n"
+    assert done.stderr == f"warning: {tmp_path} is not a run folder: left out\n"
+    assert out.read_text().startswith("<!doctype html>")

@@ -97,9 +97,7 @@ OF_OWN = {"betas": (0.0, 0.5), "tied": False, "noisy": True, "shift": -1.5, "lim
     ],
     ids=["lstm", "rnn", "gan", "own"],
 )
-def test_the_command_asks_for_the_same_settings(
-    tmp_path: Path, task: type[Task[Any]], preset: str, changes: dict[str, Any]
-) -> None:
+def test_the_command_asks_for_the_same(tmp_path, task, preset, changes):
     config = replace(task.presets[preset], preset=preset, **changes)
     record = replace(run_record(task, config), script="some where/train.py")
     run = replace(read(make_lstm(tmp_path / "run")), record=record)
@@ -146,9 +144,7 @@ def test_after_a_takeover_it_is_repeated_by_as_many_as_the_new_owner_has(tmp_pat
         ({"compiled": "x; rm y\n"}, "ACCELERATE_MIXED_PRECISION=no ACCELERATE_DYNAMO_BACKEND='x; rm y'"),
     ],
 )
-def test_a_run_is_repeated_in_its_precision_and_as_compiled(
-    tmp_path: Path, changes: dict[str, str], variables: str
-) -> None:
+def test_a_run_is_repeated_as_precise_and_as_compiled(tmp_path, changes, variables):
     run = read(make_lstm(tmp_path / "run"))
     run = replace(run, environment=replace(run.environment, **changes))
     assert (provenance.command(run) or "").startswith(f"{variables} python launch/lstm.py --preset course ")

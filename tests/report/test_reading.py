@@ -56,9 +56,7 @@ def test_the_environment_is_that_of_the_last_owner_that_has_one(tmp_path: Path) 
 @pytest.mark.parametrize(
     "changes", [{"from_step": -1}, {"lost_steps": "x"}, {"seconds_since_previous": -3}, {"new": 1}]
 )
-def test_an_owner_that_holds_what_no_owner_writes_is_a_problem(
-    tmp_path: Path, changes: dict[str, object]
-) -> None:
+def test_an_owner_that_nobody_writes_so_is_a_problem(tmp_path: Path, changes: dict[str, object]) -> None:
     run = make_lstm(tmp_path / "run")
     edit(run / "owners" / "1.json", **changes)
     read = read_run(run, "run")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launched import mend
+from launched import mend, refusal
 from torch import nn
 from torch.nn import functional as F
 
@@ -129,9 +129,7 @@ def test_a_file_that_is_absent_or_empty_is_named(intact, name, content):
 def test_a_state_that_cannot_be_is_refused_though_its_digest_is_right(tmp_path, change):
     folder = write(tmp_path / "3")
     mend(folder, **change)
-    with pytest.raises(UserError) as caught:
-        verify_checkpoint(folder)
-    (line,) = caught.value.lines
+    line = refusal(verify_checkpoint, folder)
     name = next(iter(change))
     assert line.startswith(f"{folder}")
     assert name in line or "holds no optimizers.safetensors" in line
@@ -164,9 +162,7 @@ def in_order(folder: Path) -> list[tuple[int, int]]:
 
 @settings(max_examples=100)
 @given(written=WRITTEN, count=st.integers(1, 4), generation=st.integers(1, 4))
-def test_an_owner_keeps_those_that_led_to_the_newest_and_all_of_later_owners(
-    tmp_path_factory, written, count, generation
-):
+def test_an_owner_keeps_those_that_led_to_the_newest(tmp_path_factory, written, count, generation):
     folder = named(tmp_path_factory.mktemp("checkpoints"), written)
     for writer in range(1, 5):
         (folder / f".000000007-{writer}.tmp").mkdir()
@@ -308,12 +304,8 @@ class TestTheTasksOwnState:
         learner, other = Learner(**own(7.0)), Learner(**own(1.0))
         folder = write(tmp_path / "3", learner)
         state = read_checkpoint(folder, other)
-        first, second = other.own["history"]
-        assert first.tolist() == [7.0, 7.0]
-        assert (second["best"].item(), second["best"].dtype) == (7, torch.int16)
-        assert other.own["pair"][0].tolist() == [[-math.inf, -math.inf]]
-        assert other.own["pair"][1] == 3
-        assert other.own["nested"]["deep"]["er"].tolist() == [True]
+        expected = {**learner.own, "pair": list(learner.own["pair"])}  # as JSON has it
+        assert str(sorted(other.own.items())) == str(sorted(expected.items()))  # with their dtypes
         assert state.sha256.keys() == {*FILES, "task.safetensors"}
         other = Learner(**{**own(1.0), "history": [torch.zeros(3), own(1.0)["history"][1]]})
         with pytest.raises(
@@ -338,8 +330,6 @@ class TestTheTasksOwnState:
         ids=["NaN", "set", "number as key", "same name", "NaN in a tensor", "list", "no dictionary"],
     )
     def test_what_no_checkpoint_can_hold_is_refused_and_nothing_is_left(self, tmp_path, own, line):
-        with pytest.raises(ReportedError) as caught:
-            write(tmp_path / "000000003", Learner(**own))
-        (said,) = caught.value.lines
+        said = refusal(write, tmp_path / "000000003", Learner(**own), kind=ReportedError)
         assert said.startswith(line)
         assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from launched import refusal
 
 from cs324dist.errors import UserError
 from cs324dist.runs import lease
@@ -74,9 +75,7 @@ def on_another_machine(run: Path, **about: object) -> Path:
 def test_a_live_process_is_waited_for_and_then_named(run, other, monkeypatch, capsys):
     waits(monkeypatch, PATIENCE=0.3)
     other.send_signal(signal.SIGSTOP)  # stopped, it is alive
-    with pytest.raises(UserError) as caught:
-        Lease(run)
-    (line,) = caught.value.lines
+    line = refusal(Lease, run)
     assert line.startswith(f"{run} is in use by process {other.pid} on ")
     assert "give another folder" in line
     assert f"in use by process {other.pid}" in capsys.readouterr().err
@@ -223,9 +222,7 @@ class TestWhereThereAreNoLocks:
 
         monkeypatch.setattr(lease.fcntl, "flock", flock)
 
-    def test_a_silent_owner_is_watched_and_then_taken_over_on_its_own_machine_too(
-        self, run, monkeypatch, capsys
-    ):
+    def test_a_silent_owner_is_taken_over_on_its_own_machine_too(self, run, monkeypatch, capsys):
         waits(monkeypatch, SILENCE=0.3)
         path = left_by(run, ended=False)
         lease._lock_of(path, owner_of(run, 1).nonce).touch()
@@ -309,9 +306,7 @@ class TestWithdrawal:
         assert [path.name for path in (run / "owners").iterdir()] == ["2.json"]
 
     @pytest.mark.parametrize("what_is_left", ["the owners before", "an empty folder", "nothing"])
-    def test_it_may_happen_while_it_is_watched_from_another_machine(
-        self, tmp_path, monkeypatch, what_is_left
-    ):
+    def test_it_may_be_watched_from_another_machine(self, tmp_path, monkeypatch, what_is_left):
         waits(monkeypatch)
         run = tmp_path / "run"
         run.mkdir()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launched import refusal
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -64,9 +65,7 @@ def test_tensors_that_do_not_fit_are_named_and_change_nothing(tmp_path, damage, 
     damage(path)
     model = LSTM(3, 4, 5)
     before = bits(model)
-    with pytest.raises(UserError) as caught:
-        read_tensors(path, model.state_dict())
-    (line,) = caught.value.lines
+    line = refusal(read_tensors, path, model.state_dict())
     assert str(path) in line
     assert named in line
     assert bits(model) == before
@@ -88,9 +87,7 @@ def test_a_config_that_is_not_the_models_is_refused(tmp_path, config, named):
     save_model(tmp_path, LSTM(3, 4, 5))
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
-    with pytest.raises(UserError) as caught:
-        load_model(tmp_path, LSTM)
-    (line,) = caught.value.lines
+    line = refusal(load_model, tmp_path, LSTM)
     assert str(tmp_path) in line
     assert named in line
     assert line.isprintable()

@@ -8,13 +8,13 @@ from typing import ClassVar
 import pytest
 import torch
 from accelerate import Accelerator
+from launched import refusal
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from cs324dist.config import Config
 from cs324dist.data.streams import MicroBatch
-from cs324dist.errors import UserError
 from cs324dist.loop import TaskRun
 from cs324dist.runs.checkpoints import TrainerState, read_checkpoint, write_checkpoint
 from cs324dist.runs.hidden_state import HiddenState
@@ -175,9 +175,7 @@ def test_the_state_of_another_optimizer_is_refused_and_nothing_changes(tmp_path)
     trainer.step(0, is_logged=False)
     write_checkpoint(tmp_path / "1", task, TrainerState(1))
     other, _ = start(one("fused Adam"))
-    with pytest.raises(UserError) as caught:
-        read_checkpoint(tmp_path / "1", other)
-    (line,) = caught.value.lines
+    line = refusal(read_checkpoint, tmp_path / "1", other)
     assert line.startswith(f"{tmp_path / '1' / 'optimizers.safetensors'} holds ")
     assert "tensors too many, the first of them 'rnn/rnn." in line
     assert bits(other.networks) == bits(networks())
@@ -201,11 +199,7 @@ class Remembers(optim.SGD):
 
 @pytest.mark.parametrize("value", ["warm", [torch.zeros(2)]], ids=["a word", "a list"])
 def test_what_else_is_in_a_state_is_refused_before_the_first_step(tmp_path, value):
-    task, trainer = start(
-        lambda networks: {"rnn": Remembers(networks["rnn"].parameters(), value)}, tmp_path / "run"
-    )
-    with pytest.raises(UserError) as caught:
-        TaskRun(trainer).__enter__()
-    (line,) = caught.value.lines
+    task, trainer = start(lambda n: {"rnn": Remembers(n["rnn"].parameters(), value)}, tmp_path / "run")
+    line = refusal(TaskRun(trainer).__enter__)
     assert line.startswith("the state of an optimizer holds rnn/rnn.input.weight/remembered = ")
     assert bits(task.networks) == bits(networks())

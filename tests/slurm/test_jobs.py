@@ -77,9 +77,7 @@ def test_nodes_that_would_train_alone_are_refused(submit, cluster, launch_enviro
         f"srun accelerate launch --cpu {lstm}\n"
         f"srun accelerate launch --config_file {config} {lstm}\n"
     )
-    number = cluster.call(
-        "sbatch", "--parsable", "--nodes=2", str(script), cwd=tmp_path, env=launch_environment
-    )
+    number = cluster.call("sbatch", "--parsable", "-N2", str(script), cwd=tmp_path, env=launch_environment)
     job = Job(cluster, tmp_path, number.strip())
     job.wait_for_end("FAILED")
     assert job.output.count("error: Slurm started 2 tasks on 2 nodes, and here 1 would train alone") == 2

@@ -1,7 +1,7 @@
 """The first mistakes of who writes or names a task: one line each, that says what to do."""
 
 import pytest
-from launched import metrics
+from launched import metrics, refusal
 
 from cs324dist.errors import UserError
 from cs324dist.tasks import find_task
@@ -171,9 +171,7 @@ def test_a_file_with_one_task_needs_no_class(tmp_path):
 def test_otherwise_one_line_says_how_many_there_are(tmp_path, count):
     file = tmp_path / f"with_{count}.py"
     file.write_text("".join(NAMED.format(name=f"Task{number}") for number in range(count)))
-    with pytest.raises(UserError) as refused:
-        find_task(str(file))
-    assert refused.value.lines == (f"{file} has {count} tasks: name one, {file}:CLASS",)
+    assert refusal(find_task, str(file)) == f"{file} has {count} tasks: name one, {file}:CLASS"
 
 
 def test_a_misspelt_class_names_those_that_are_there(tmp_path):

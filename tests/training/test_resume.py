@@ -27,9 +27,7 @@ def never_stopped(launch, tmp_path_factory):
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["TERM", "INT"]
 )
-def test_a_signal_leads_to_a_checkpoint_and_exit_code_75(
-    tmp_path, launch_environment, launch, never_stopped, number
-):
+def test_a_signal_leads_to_a_checkpoint(tmp_path, launch_environment, launch, never_stopped, number):
     run = tmp_path / "run"
     with Launched(LSTM, run, launch_environment) as started:
         started.wait_for_line("step 30/")

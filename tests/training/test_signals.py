@@ -58,40 +58,36 @@ class TestTraining:
         assert_stopped_with_a_checkpoint(run, 10)
 
 
-class TestEvaluation:
-    def test_one_that_is_cut_short_twice_leaves_no_trace(self, tmp_path, launch, launch_environment, whole):
-        run = tmp_path / "run"
-        for beginning in ("step 1/2", f"{run}: continuing from step 1 of 2"):
-            with Launched(EVALUATING, run, launch_environment) as started:
-                started.wait_for_line(beginning)
-                started.send_signal(TERM)
-                assert started.end() == 75
-            assert_stopped_with_a_checkpoint(run, 1)
-            assert [line["step"] for line in metrics(run)] == [1]
-            assert "eval/accuracy" not in metrics(run)[0]
-        launch(*EVALUATING, "--run-dir", run)
-        assert content_of(run) == whole
+def test_an_evaluation_that_is_cut_short_twice_leaves_no_trace(tmp_path, launch, launch_environment, whole):
+    run = tmp_path / "run"
+    for beginning in ("step 1/2", f"{run}: continuing from step 1 of 2"):
+        with Launched(EVALUATING, run, launch_environment) as started:
+            started.wait_for_line(beginning)
+            started.send_signal(TERM)
+            assert started.end() == 75
+        assert_stopped_with_a_checkpoint(run, 1)
+        assert [line["step"] for line in metrics(run)] == [1]
+        assert "eval/accuracy" not in metrics(run)[0]
+    launch(*EVALUATING, "--run-dir", run)
+    assert content_of(run) == whole
 
 
-class TestStartUp:
-    @pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
-    def test_a_new_run_is_not_begun(self, tmp_path, launch_environment, number):
-        run = tmp_path / "run"
-        with Launched(SMOKE, run, launch_environment) as started:
-            started.wait_until_importing()
-            started.send_signal(number)
-            code = started.end()
-        expected = {TERM: (-TERM, ""), INT: (75, "stopped by a signal\n")}
-        assert (code, started.said) == expected[number]
-        assert not run.exists()
+@pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
+def test_a_new_run_is_not_begun(tmp_path, launch_environment, number):
+    run = tmp_path / "run"
+    with Launched(SMOKE, run, launch_environment) as started:
+        started.wait_until_importing()
+        started.send_signal(number)
+        code = started.end()
+    expected = {TERM: (-TERM, ""), INT: (75, "stopped by a signal\n")}
+    assert (code, started.said) == expected[number]
+    assert not run.exists()
 
 
 class TestLaunchers:
     @pytest.mark.parametrize("launcher", ["accelerate with one", "accelerate with two"])
     @pytest.mark.parametrize("number", [TERM, KILL, INT], ids=["TERM", "KILL", "INT"])
-    def test_whatever_ends_the_launcher_its_workers_stop_in_order(
-        self, tmp_path, launch_environment, launcher, number
-    ):
+    def test_whatever_ends_a_launcher_its_workers_stop(self, tmp_path, launch_environment, launcher, number):
         run = tmp_path / "run"
         with Launched(LONG, run, launch_environment, launcher) as started:
             started.wait_for_line("step 10/")
@@ -100,9 +96,7 @@ class TestLaunchers:
         assert_stopped_with_a_checkpoint(run, 10)
 
     @pytest.mark.parametrize("launcher", ["accelerate with one", "accelerate with two"])
-    def test_workers_whose_launcher_dies_in_their_start_up_end_too(
-        self, tmp_path, launch_environment, launcher
-    ):
+    def test_workers_whose_launcher_dies_at_start_up_end(self, tmp_path, launch_environment, launcher):
         run = tmp_path / "run"
         with Launched(LONG, run, launch_environment, launcher) as started:
             started.wait_until_importing(workers=2 if launcher.endswith("two") else 1)
@@ -111,9 +105,7 @@ class TestLaunchers:
         assert not list(run.glob("checkpoints/0*"))
 
     @pytest.mark.parametrize("launcher_is", ["dead", "alive"])
-    def test_a_worker_whose_launcher_died_before_its_first_line_ends(
-        self, tmp_path, launch_environment, launcher_is
-    ):
+    def test_a_worker_whose_launcher_has_died_before_ends(self, tmp_path, launch_environment, launcher_is):
         """Nobody would ever answer what it waits for: its launcher held the rendezvous."""
         came_so_far = tmp_path / "came so far"
         launcher = subprocess.run(

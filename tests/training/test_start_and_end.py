@@ -76,9 +76,7 @@ def test_a_disk_without_room_is_seen_before_the_first_step(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_the_last_one_an_error(
-    tmp_path, monkeypatch, capsys
-):
+def test_only_the_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path, monkeypatch, capsys):
     honest = saving.write_checkpoint
 
     def full(folder: Path, trained: object, state: TrainerState, *owner: object) -> None:

@@ -64,9 +64,7 @@ def test_a_name_that_no_metric_of_an_evaluation_has_is_refused_before_the_first_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_metric_that_is_not_measured_fails_the_run_after_a_checkpoint_which_another_name_continues(
-    launch, tmp_path
-):
+def test_a_metric_that_is_not_measured_fails_the_run_and_another_name_continues_it(launch, tmp_path):
     run = tmp_path / "run"
     command = (*KEEPING, "--run-dir", run, "--values", *map(str, VALUES), "--keep-best")
     wrong = "--keep-best eval/acuracy is no metric of an evaluation: give one of eval/score, eval/step"

@@ -181,9 +181,7 @@ def test_lines_and_the_bar_keep_out_of_each_other(monkeypatch, tmp_path):
     monkeypatch.setattr(trackers, "open_wandb", lambda *_: say("Weights & Biases: something"))
     monkeypatch.setattr(trackers, "save_png", lambda *_: warn("amid the steps"))
     monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setattr(
-        LSTMTask, "evaluate", lambda *_: Evaluation({}, torch.zeros(1, 2, 2, dtype=torch.uint8))
-    )
+    monkeypatch.setattr(LSTMTask, "evaluate", lambda *_: Evaluation({}, torch.zeros(1, 2, 2).byte()))
     terminal = train_in_terminal(tmp_path / "run", steps=4, log_every=2, evaluate_every=2, wandb="offline")
     bar = terminal.lines()[-2]
     assert bar.startswith("100%")
