@@ -120,6 +120,14 @@ def test_a_tensor_without_values_is_equal_too(launch, tmp_path):
     assert done.stdout.splitlines() == equal(10, 15)
 
 
+def test_a_run_without_a_hash_seed_is_replayed_with_one_and_nothing_is_said(launch, copy):
+    path = copy / "owners" / "1.json"
+    owner = json.loads(path.read_text())
+    del owner["environment"]["variables"]["PYTHONHASHSEED"]
+    path.write_text(json.dumps(owner))
+    assert "PYTHONHASHSEED" not in launch("launch/audit.py", copy).stderr
+
+
 def test_a_folder_that_is_no_run_and_a_run_with_one_checkpoint_are_refused(launch, copy, tmp_path):
     with pytest.raises(UserError, match="is not a run folder"):
         audit.audit(tmp_path / "nothing", None, False)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch.optim.swa_utils import AveragedModel
 
 from cs324dist import trackers
 from cs324dist.errors import RunFailed, UserError
@@ -118,14 +119,20 @@ class Freezes(ForgetsTheOutput):
             parameter.requires_grad_(False)
 
 
+class Averages(LSTMTask):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.networks["average"] = AveragedModel(self.model)
+
+
 def test_parameters_that_nothing_trains_are_warned_of_unless_they_are_frozen(tmp_path, capsys):
     said = {}
-    for task in (LSTMTask, ForgetsTheOutput, Freezes):
+    for task in (LSTMTask, ForgetsTheOutput, Freezes, Averages):
         run_in(tmp_path / task.__name__, task, steps=1)
         said[task] = capsys.readouterr().err
     count = len([*LSTMTask(LSTMTask.presets["smoke"], torch.device("cpu")).model.parameters()]) - 1
     assert f"warning: {count} parameters of 'lstm' are in no optimizer\n" in said[ForgetsTheOutput]
-    assert "optimizer" not in said[LSTMTask] + said[Freezes]
+    assert "optimizer" not in said[LSTMTask] + said[Freezes] + said[Averages]
     assert ", precision: float32\n" in said[LSTMTask]
 
 
