@@ -41,7 +41,7 @@ class Run:
     state: State | Literal["not started", "unclear"]
     step: int
     why: str
-    silent_for: float  # seconds since the last sign of life of a process that is marked as running
+    silent_for: float  # seconds since the last heartbeat of a process that is marked as running
     metrics: Mapping[str, Series]
     samples: Mapping[int, Path]
     owners: Mapping[int, Owner]  # the processes that ran it, by generation

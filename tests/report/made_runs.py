@@ -122,6 +122,6 @@ def make_damaged(path: Path) -> Path:
 
 
 def leave(path: Path) -> None:
-    """Make the signs of life of all owners old."""
+    """Make the heartbeats of all owners old."""
     for owner in (path / "owners").glob("*.json"):
         os.utime(owner, (0, 0))

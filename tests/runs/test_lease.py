@@ -213,7 +213,7 @@ class TestTheSameMoment:
 
 
 class TestWhereThereAreNoLocks:
-    """Some network file systems know no flock: signs of life decide."""
+    """Some network file systems know no flock: heartbeats decide."""
 
     @pytest.fixture(autouse=True, params=[errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
     def no_locks(self, request, monkeypatch) -> None:
