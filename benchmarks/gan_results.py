@@ -14,6 +14,7 @@ import os
 import shutil
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -163,10 +164,27 @@ def real_images(split: str) -> Images:
     return to_unit_range(load_images("mnist", split, REPOSITORY / "data").images)
 
 
+def distances(points: Points, known: Points) -> Iterator[Tensor]:
+    """Of some points after others to all known ones."""
+    return (torch.cdist(some, known) for some in points.split(500))
+
+
 def nearest(points: Points, known: Points) -> tuple[Tensor, Tensor]:
     """The distance of each point to the nearest known one, and the place of that one."""
-    found = [torch.cdist(some, known).min(1) for some in points.split(500)]
+    found = [some.min(1) for some in distances(points, known)]
     return torch.cat([some.values for some in found]), torch.cat([some.indices for some in found])
+
+
+def lies_among(points: Points, known: Points) -> float:
+    """The share of points that are as near to a known one as its third neighbour is."""
+    reach = torch.cat([some.kthvalue(4).values for some in distances(known, known)])  # the first is itself
+    return torch.cat([(some <= reach).any(1) for some in distances(points, known)]).double().mean().item()
+
+
+def read_all(images: Images) -> list[Tensor]:
+    """The digit of each image, how sure the classifier is, and its features."""
+    parts = zip(*(read_digits(some) for some in images.split(500)), strict=True)
+    return [torch.cat(part) for part in parts]
 
 
 def memorised() -> list[Row]:
@@ -174,8 +192,7 @@ def memorised() -> list[Row]:
     known = real_images("train")
     generator = load_generator(trained("fast-0", "--seed 0 --evaluate-every 250"))
     images = generate(generator, latents(generator, 0, 10_000))
-    read = zip(*(read_digits(some) for some in images.split(500)), strict=True)
-    digits, confidence, _ = map(torch.cat, read)
+    digits, confidence, _ = read_all(images)
     surest = images[[int(torch.where(digits == digit, confidence, 0).argmax()) for digit in range(10)]]
     twins = known[nearest(surest.flatten(1), known.flatten(1))[1]]
     save_png(grid(torch.cat([surest, twins]), 10), IMAGES / "gan-neighbours.png")
@@ -186,5 +203,22 @@ def memorised() -> list[Row]:
     return rows
 
 
+def neighbours() -> list[Row]:
+    """Precision, recall and the way to the nearest training image, in the classifier's features.
+
+    Precision is the share of images that lie among as many training images, recall the share of those that
+    lie among the images (Kynkäänniemi et al. 2019, https://arxiv.org/abs/1904.06991).
+    """
+    generator = load_generator(trained("bf16-0", "--seed 0 --evaluate-every 250 --precision bf16"))
+    known, test, rows = read_all(real_images("train"))[2], real_images("test"), []
+    samples = generate(generator, latents(generator, 0, len(test)))
+    for name, images in (("samples", samples), ("test images", test)):
+        features, some = read_all(images)[2], known[: len(images)]
+        found = {"precision": lies_among(features, some), "recall": lies_among(some, features)}
+        away = nearest(features, known)[0].median().item()
+        rows.append({"images": name, "count": len(images), **found, "to_nearest_training_image": away})
+    return rows
+
+
 if __name__ == "__main__":
-    run_parts(__doc__, "gan", course, fast, bf16, best, draws, pace, ablation, memorised)
+    run_parts(__doc__, "gan", course, fast, bf16, best, draws, pace, ablation, memorised, neighbours)

@@ -58,7 +58,9 @@ def translate_errors(peer_timeout: int) -> Iterator[None]:
         said = str(error)
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             said = "out of memory"
-        if isinstance(error, OSError) and error.strerror:
+        if isinstance(error, ConnectionResetError):  # of a pipe to a worker: torch has other types of its own
+            said = "DataLoader worker (pid"
+        elif isinstance(error, OSError) and error.strerror:
             raise OneProcessFailed(f"{error.filename or 'a file'}: {error.strerror}") from error
         for kind, pattern, text in KNOWN:
             is_possible = kind is not ProcessLost or dist.is_initialized()

@@ -1,5 +1,6 @@
 """Data from workers: the same whoever loads it, exact in the middle of an epoch, and stopped in order."""
 
+import errno
 import os
 import signal
 
@@ -217,6 +218,10 @@ class TestRuns:
         (line,) = [line for line in started.said.splitlines() if not line.startswith(("step", str(run)))]
         assert line.startswith("error: a worker that loads data was killed")
         assert status(run)["state"] == "failed"
+
+    def test_a_pipe_that_its_worker_left_is_said_to_be_that(self):
+        with pytest.raises(RunFailed, match="^a worker that loads data was killed"), translate_errors(1):
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")

@@ -225,8 +225,7 @@ def test_a_run_that_was_killed_is_not_said_to_be_running(tmp_path: Path) -> None
     [
         (
             {"from_step": 1200, "lost_steps": 15, "seconds_since_previous": 130.2},
-            "from step 1 200, repeated at least 15 steps, "
-            "2 min after the previous process's last heartbeat",
+            "from step 1 200, repeated at least 15 steps, 2 min after the previous process's last heartbeat",
         ),
         ({"from_step": 0, "lost_steps": 0}, "from step 0"),
         ({"seconds_since_previous": 7.0}, "7 s after the previous process's last heartbeat"),
