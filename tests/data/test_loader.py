@@ -18,7 +18,9 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from cs324dist import MicroBatch, ShuffledEpochs, UserError, loader
 from cs324dist.data.streams import CPU
+from cs324dist.distributed.failures import translate_errors
 from cs324dist.distributed.parts import Parts
+from cs324dist.errors import RunFailed
 from cs324dist.runs.history import step_of
 
 LOADING = ("tests/data/loading.py", "--checkpoint-every", "5")
@@ -220,7 +222,7 @@ class TestRuns:
         assert status(run)["state"] == "failed"
 
     def test_a_pipe_that_its_worker_left_is_said_to_be_that(self):
-        with pytest.raises(RunFailed, match="^a worker that loads data was killed"), translate_errors(1):
+        with pytest.raises(RunFailed, match=r"^a worker that loads data was killed"), translate_errors(1):
             raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
 
 
