@@ -16,7 +16,7 @@ from cs324dist.data.streams import seed_everything
 from cs324dist.distributed.checks import LOOK_FOR, differences, gather_objects, held
 from cs324dist.distributed.exact import exact_of
 from cs324dist.distributed.failures import ProcessLost, translate_errors
-from cs324dist.distributed.process import compare_environments, compiled_by, on_main_process
+from cs324dist.distributed.process import compare_environments, compiled_by, on_main_process, say_idle_cores
 from cs324dist.distributed.stop import Stopped, StopRequest
 from cs324dist.errors import EXIT_STOPPED, ReportedError, RunFailed, UserError, end_with, in_words, say
 from cs324dist.metrics import as_numbers
@@ -28,9 +28,8 @@ from cs324dist.runs.run_dir import RunDir
 from cs324dist.runs.saving import Saving
 from cs324dist.trackers import Trackers
 
-STOPPED = "a signal asked for it"
-MUCH_SAVING = 10  # seconds, and percent of a run's time, that checkpoints may take without a word
 RunT = TypeVar("RunT", bound="BaseRun")
+MUCH_SAVING = 10  # seconds, and percent of a run's time, that checkpoints may take without a word
 
 
 class BaseRun:
@@ -103,8 +102,8 @@ class BaseRun:
                     self.step, self._in_step, self.is_over = self.completed, False, True
                     self._write()
                 if self._is_started:
-                    self._finish()
-                    self._say_last(f"{self.dir}: finished after {self.step} steps{self._best_in_words()}")
+                    self._on_main(lambda: self.dir.finish(self.step, self.keep_last, self.keep_best))
+                    self._say_last(self._end_in_words())
 
     def _check_fits(self) -> None:
         """Check that the folder is new, or holds this run."""
@@ -146,10 +145,9 @@ class BaseRun:
             raise UserError("steps belongs inside `with run`, with a save_every of at least 1")
         assert self._seed is not None, "set by `with`"
         if self.step >= until or self.is_over:
-            if self._is_started:
-                return
-            self._finish()
-            self._say(f"{self.dir} is finished, {self.step} steps: {self._for_more(until)}")
+            if not self._is_started:
+                self._on_main(lambda: self.dir.finish(self.step, self.keep_last, self.keep_best))
+                self._say(f"{self.dir} is finished, {self.step} steps: {self._for_more(until)}")
             return
         self._start(until)
         first = self.step
@@ -190,6 +188,8 @@ class BaseRun:
             f"processes: {processes}, device: {self.accelerator.device.type}, "
             f"precision: {'float32' if precision == 'no' else precision}"
         )
+        if self.exact and self.accelerator.is_main_process:
+            say_idle_cores(self.exact.parts.count)
         self.trackers = self._stack.enter_context(self._trackers_of_run(start=self.step, until=until))
 
     @property
@@ -223,7 +223,9 @@ class BaseRun:
         return self._save_asked
 
     def _end_stopped(self) -> None:
-        self._on_main(lambda: self.dir.write_status("stopped", self.dir.newest_step(), STOPPED))
+        self._on_main(
+            lambda: self.dir.write_status("stopped", self.dir.newest_step(), "a signal asked for it")
+        )
         self._say_last(f"{self.dir}: stopped after {self.step} steps; run the same command to go on")
         raise Stopped
 
@@ -237,8 +239,7 @@ class BaseRun:
         """
         if self.accelerator.num_processes == 1:
             return
-        if found is None:
-            found = held(self.trained, buffers_from_first=self.exact is None)
+        found = held(self.trained, buffers_from_first=self.exact is None) if found is None else found
         where = f"at the end of step {self.completed}"
         if lines := differences(gather_objects(found, where), with_values=False):
             raise RunFailed(
@@ -293,15 +294,14 @@ class BaseRun:
             error.exit_code = EXIT_STOPPED
         end_with(error)
 
-    def _finish(self) -> None:
-        self._on_main(lambda: self.dir.finish(self.step, self.keep_last, self.keep_best))
-
-    def _best_in_words(self) -> str:
-        best = self._on_main(lambda: self.dir.best(self.keep_best))
-        metric = self.keep_best.partition(":")[0]
-        if metric and not best:
-            return f"; no checkpoint has a value of {metric}, of which the best was to be kept"
-        return f"; the best {metric}, {best[1]:.6g}, is that of {best[0]}" if best else ""
+    def _end_in_words(self) -> str:
+        of = f" of {self._until}" if self.step < self._until else ""
+        text, metric = f"{self.dir}: finished after {self.step}{of} steps", self.keep_best.partition(":")[0]
+        if not metric:
+            return text
+        if best := self._on_main(lambda: self.dir.best(self.keep_best)):
+            return f"{text}; the best {metric}, {best[1]:.6g}, is that of {best[0]}"
+        return f"{text}; no checkpoint has a value of {metric}, of which the best was to be kept"
 
     def _say_last(self, text: str) -> None:
         """Print a line after the progress bar and the trackers have ended."""

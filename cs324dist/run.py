@@ -102,12 +102,18 @@ class Run(BaseRun):
         self._made_of |= trained.kinds()
 
     def _check_fits(self) -> None:
+        for name, network in self.exact.networks.items() if self.exact else ():
+            is_trained = any(parameter.requires_grad for parameter in network.parameters())
+            if is_trained and network not in self.trained.networks.values():
+                raise UserError(
+                    f"{name} was prepared, and no checkpoint would hold it: give it to the run, networks="
+                )
         if (record := self.dir.record_of(LOOP)) is None:
             return
         stored, now = {**record.config, **record.made_of}, {**self._config, **self._made_of}
         if lines := [
             f"{name} = {printable(now.get(name))} differs from the run's {printable(stored.get(name))}: "
-            f"give the run's value, another folder, or may_change"
+            f"give the run's value or another folder; if it may change, write {name!r} into may_change"
             for name in {**now, **stored}
             if name not in self._may_change and now.get(name) != stored.get(name)
         ]:
@@ -152,7 +158,13 @@ class _Loop:
         }
         self._states = {name: getattr(state, "scheduler", state) for name, state in states.items()}
         scheduled = [getattr(state, "optimizer", None) for state in self._states.values()]
+        saved = {parameter for network in self.networks.values() for parameter in network.parameters()}
         for name, optimizer in each(self.optimizers):
+            if foreign := [p for group in optimizer.param_groups for p in group["params"] if p not in saved]:
+                raise UserError(
+                    f"optimizer {name!r} trains {len(foreign)} parameters of no network of the run: give it "
+                    f"the network as well, networks="
+                )
             if hasattr(optimizer.step, "_wrapped_by_lr_sched") and optimizer not in scheduled:
                 raise UserError(
                     f"optimizer {name!r} has a scheduler that no checkpoint would hold: give it to the run, "

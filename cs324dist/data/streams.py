@@ -13,6 +13,7 @@ number generators", with Stafford's "Mix13" constants).
 import hashlib
 import math
 import random
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -158,6 +159,13 @@ def generators(device: torch.device) -> tuple[Any, ...]:
     """The states of the generators of torch (CPU and device), numpy and random."""
     on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
     return torch.get_rng_state(), on_device, np.random.get_state(), random.getstate()
+
+
+def drawn_so_far() -> float:
+    """A number that tells apart what this process has drawn from the generators of torch (CPU) and numpy."""
+    of_numpy: Any = np.random.get_state(legacy=False)
+    states = (torch.get_rng_state().numpy().tobytes(), str(of_numpy["state"]["pos"]).encode())
+    return float(zlib.crc32(of_numpy["state"]["key"].tobytes() + b"".join(states)))
 
 
 def set_generators(device: torch.device, states: tuple[Any, ...]) -> None:

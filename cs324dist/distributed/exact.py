@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cs324dist.data.streams import MicroBatch, seed_everything
+from cs324dist.data.streams import MicroBatch, drawn_so_far, seed_everything
 from cs324dist.distributed.belongings import (
     PartBelongings,
     Unchanged,
@@ -26,6 +26,7 @@ from cs324dist.distributed.process import accelerator_of_script, check_batch, ma
 from cs324dist.distributed.refusals import (
     refuse_gradients_of_others,
     refuse_gradients_of_the_loss,
+    refuse_other_draws,
     refuse_what_is_prepared,
 )
 from cs324dist.distributed.sum_over import SumOver
@@ -166,7 +167,7 @@ class ExactGradients(Gradients):
                 f"ExactGradients after the Accelerator"
             )
         refuse_gradients_of_others(names, parameters, self._given)
-        rows: dict[int, Tensor] = {}
+        rows, drawn = dict[int, Tensor](), drawn_so_far()
 
         def gradients_of(index: int, is_check: bool = False) -> Sequence[Tensor | None]:
             self.seed(step, name, index)
@@ -181,7 +182,7 @@ class ExactGradients(Gradients):
                     else unused
                 )
             refuse_gradients_of_the_loss(names, parameters, found)
-            rows[index] = self._row(value, weight, found)
+            rows[index] = self._row(value, weight, drawn, found)
             return found
 
         if not parameters:
@@ -190,7 +191,7 @@ class ExactGradients(Gradients):
             raise UserError(f"batch_size={batch_size} is not divisible by micro_batches={self.parts.count}")
         is_checked = self._check_every and (name not in self._checked or step % self._check_every == 0)
         if is_checked:
-            gather_objects(None, f"in {name} of step {step + 1}")
+            refuse_other_draws(gather_objects(drawn, f"in {name} of step {step + 1}"))
         again = self._again(partial(gradients_of, is_check=True), rows, names) if is_checked else {}
         first = self._in_order(gradients_of, rows, names, parameters, {} if is_checked else None)
         if is_checked:
@@ -198,9 +199,12 @@ class ExactGradients(Gradients):
             self._checked.add(name)
         return self._finish(rows, parameters, names, networks)
 
-    def _row(self, value: Tensor, weight: Tensor | float | None, found: Sequence[Tensor | None]) -> Tensor:
-        """What every process has to know of a part: loss, weight, whether it is a pair, what it used."""
-        numbers: tuple[Any, ...] = (value, 1.0 if weight is None else weight, float(weight is not None))
+    def _row(
+        self, value: Tensor, weight: Tensor | float | None, drawn: float, found: Sequence[Tensor | None]
+    ) -> Tensor:
+        """What every process has to know of a part: see `numbers`; and which parameters it used."""
+        is_pair = weight is not None
+        numbers: tuple[Any, ...] = (value, weight if is_pair else 1.0, float(is_pair), drawn)
         row = torch.ones(len(numbers) + len(found), dtype=torch.float64, device=self._device)
         for place, number in enumerate(numbers):  # filled in place: a copy to the device would wait for it
             row[place].fill_(number.detach() if isinstance(number, Tensor) else number)
@@ -278,7 +282,10 @@ class ExactGradients(Gradients):
         """Take away the gradients that no part has; returns the mean loss."""
         own = {index: rows[index] for index in self.parts.of()}
         of_all = gather_rows(own, self.parts.count)
-        kinds, used = of_all[:, 2].tolist(), of_all[:, 3:].any(0).tolist()
+        # Read together: to read waits for a GPU.
+        numbers, count = torch.cat([of_all[:, 2], of_all[:, 3], of_all[:, 4:].amax(0)]).tolist(), len(of_all)
+        kinds, used = numbers[:count], numbers[2 * count :]
+        refuse_other_draws(numbers[count : 2 * count])
         if len(set(kinds)) > 1:
             raise UserError(
                 "the losses of some parts are pairs (sum, weight), those of others are not: give one kind"

@@ -92,8 +92,6 @@ def start_accelerator(
         what, other = ("GPU", "fp16") if on_gpu else ("processor", "no")
         warn(f"this {what} emulates bf16, which is slow: give --precision {other}")
     world_size = accelerator.num_processes
-    if micro_batches and not on_gpu and accelerator.is_main_process:
-        _say_which_cores_are_idle(min(micro_batches, _cores()))
     if on_gpu and accelerator.is_main_process:
         _say_what_keeps_gpus_idle(batch_size, world_size)
     check_launcher(world_size, accelerator.is_main_process)
@@ -266,8 +264,10 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _say_which_cores_are_idle(most: int) -> None:
-    if (processes := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) < most:
+def say_idle_cores(parts: int) -> None:
+    """Say how many processes would use the cores of this machine, if there are fewer."""
+    most, processes = min(parts, _cores()), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes < most and "CS324DIST_THREADS" not in os.environ and not has_gpu():
         say(
             f"with micro-batches, a process uses one core: {processes} of {_cores()} are used. "
             f"For the same result sooner: torchrun --nproc_per_node {most} …"

@@ -1,6 +1,6 @@
 """What exact gradients refuse: the work of others on the same networks, which would be lost or come twice."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -39,6 +39,19 @@ def refuse_what_is_prepared(
         )
 
 
+def refuse_other_draws(drawn: Iterable[float]) -> None:
+    """Refuse that processes have drawn different random numbers; see `drawn_so_far`.
+
+    Raises:
+        UserError: they have.
+    """
+    if len(set(drawn)) > 1:
+        raise UserError(
+            "before a backward pass, one process drew random numbers that others did not, and what they draw "
+            "for the whole batch would differ: draw on every process, and save or print on one"
+        )
+
+
 def refuse_gradients_of_others(names: Sequence[str], parameters: Sequence[Tensor], given: Given) -> None:
     """Refuse, before gradients are made, those that would be lost; clear those that were used.
 
@@ -64,8 +77,8 @@ def refuse_gradients_of_others(names: Sequence[str], parameters: Sequence[Tensor
     # An optimizer of other networks leaves some unchanged, and a rate of zero all.
     if unused and all(same for *_, same in unused) and any(gradient.any() for _, gradient, _ in unused):
         raise UserError(
-            f"the last gradient of {unused[0][0]} was used by no optimizer, and would be lost: "
-            f"add up losses in one function, or set .grad to None (zero_grad)"
+            f"the last gradient of {unused[0][0]} was used by no optimizer, and would be lost: call "
+            f"optimizer.step() after backward; to add up losses, do it in one function"
         )
 
 

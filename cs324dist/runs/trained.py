@@ -37,7 +37,8 @@ def find_network(run_or_checkpoint: str | Path, names: Sequence[str], *, best: b
     checkpoint = find_checkpoint(path, best=best)
     name = next((name for name in names if (checkpoint / name).is_dir()), None)
     if name is None:
-        raise UserError(f"{checkpoint} holds no {names[-1]}: give a run of a task that trains one")
+        there = sorted(path.parent.name for path in checkpoint.glob(f"*/{WEIGHTS}"))
+        raise UserError(f"{checkpoint} holds no {names[-1]}: give another run, or one of {', '.join(there)}")
     verify_checkpoint(checkpoint, [f"{name}/config.json", f"{name}/{WEIGHTS}"])
     return checkpoint / name
 
@@ -60,8 +61,8 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
 def _best_of(run: RunDir) -> Path:
     if not (wanted := run.read_record().keep_best):
         raise UserError(
-            f"{run} was trained without --keep-best: train it with, such as --keep-best eval/accuracy, "
-            f"or take the newest checkpoint"
+            f"{run} was trained without --keep-best (in a loop of your own keep_best): take its newest "
+            f"checkpoint, or train it with --keep-best eval/accuracy"
         )
     if (found := run.best(wanted)) is None:
         raise UserError(f"no checkpoint of {run} has a value of {wanted}: train it until it is evaluated")

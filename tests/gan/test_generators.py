@@ -126,7 +126,10 @@ class TestBest:
     @pytest.mark.parametrize(
         ("config", "said"),
         [
-            ({}, "run was trained without --keep-best: train it with, such as --keep-best eval/accuracy"),
+            (
+                {},
+                r"run was trained without --keep-best \(in a loop of your own keep_best\): take its newest ",
+            ),
             ({"keep_best": ""}, "run was trained without --keep-best"),
             ({"keep_best": ["no word"]}, "^no checkpoint of .* has a value of"),
             ({"keep_best": "eval/other"}, "^no checkpoint of .* has a value of eval/other: train it until"),
@@ -170,7 +173,7 @@ def test_any_network_of_a_run_is_found_by_its_name(tmp_path: Path) -> None:
     assert loaded.config == {"input_size": 1, "hidden_size": 2, "classes": 3}
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
     assert load_network(run.path, "other", LSTM).config["classes"] == 4
-    with pytest.raises(UserError, match="holds no rnn: give a run of a task that trains one"):
+    with pytest.raises(UserError, match="holds no rnn: give another run, or one of generator"):
         load_network(run.path, "rnn", LSTM)
     with pytest.raises(UserError, match="holds a model of class 'LSTM', expected 'Generator'"):
         load_network(run.path, "lstm", Generator)

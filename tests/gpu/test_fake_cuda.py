@@ -14,7 +14,7 @@ from launched import python
 HERE = Path(__file__).parent
 NOT_FUSED = ("lstm course", "lstm equations, rmsprop", "rnn", "mlp")
 BARRIERS = "a value is read: cs324dist/distributed/parts.py, _exchange: headers ="  # at the end of all parts
-USED = "a value is read: cs324dist/distributed/exact.py, _finish: kinds, used ="
+USED = "a value is read: cs324dist/distributed/exact.py, _finish: numbers, count ="
 
 
 def waits(case: str, precision: str) -> list[str]:

@@ -50,12 +50,15 @@ def exactly() -> None:
     if VARIANT == "prepared network":
         model = accelerator.prepare(model)
     model = exact.prepare(model)
+    if VARIANT == "forgotten network":
+        exact.prepare(nn.Linear(1, 1), "critic")
     batches = DataLoader(data(), BATCH, shuffle=VARIANT != "unshuffled loader")
     if VARIANT == "prepared loader":
         batches = accelerator.prepare(batches)
     batches = loader(batches, 0, "train")
     kind = torch.optim.Adam if VARIANT == "other optimizer" else torch.optim.AdamW
-    optimizer = kind(model.parameters(), 0.5 if VARIANT == "other rate" else 1e-2)
+    trained = network() if VARIANT == "optimizer of another" else model
+    optimizer = kind(trained.parameters(), 0.5 if VARIANT == "other rate" else 1e-2)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [10, 20])
     if VARIANT == "prepared scheduler":
         scheduler = accelerator.prepare(scheduler)
@@ -76,6 +79,8 @@ def exactly() -> None:
         run.log(loss=loss)
     with run:
         for step in run.steps(STEPS, save_every=5):
+            if VARIANT == "draw on one rank" and RANK == 1 and step == 2:
+                torch.rand(1)
             if not (VARIANT == "skipped backward" and RANK == 1):
                 loss = exact.backward(lambda part: of(loss_of(model, batches.batch(part))), step, BATCH)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

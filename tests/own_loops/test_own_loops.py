@@ -102,9 +102,12 @@ MISTAKES = {  # on how many processes (0: without a launcher), and what is said
     "unshuffled loader": (0, r"the DataLoader of 'train' has the order of a SequentialSampler"),
     "forgotten scheduler": (0, r"optimizer 'net' has a scheduler that no checkpoint would hold"),
     "logged too soon": (0, r"log was called before the first step"),
+    "forgotten network": (0, r"critic was prepared, and no checkpoint would hold it: give it to the run"),
+    "optimizer of another": (0, r"optimizer 'net' trains 6 parameters of no network of the run: give it"),
     "more threads": (0, r"torch has 2 threads, on which sums depend"),
     "network before": (2, r"Sequential: .* on rank 1 is not as on rank 0: make ExactGradients"),
     "each alone": (2, r"2 processes were started, and the Accelerator lets each train alone"),
+    "draw on one rank": (2, r"before a backward pass, one process drew random numbers that others did not"),
     "skipped backward": (2, r"the place in the program on rank 1 is not as on rank 0 \(.* in loss of step 1"),
 }
 

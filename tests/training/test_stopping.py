@@ -19,7 +19,7 @@ def done(launch, tmp_path_factory):
 
 def test_it_ends_after_the_evaluation_that_says_so_with_a_checkpoint(done):
     run, said = done
-    assert f"{run}: finished after 40 steps" in said
+    assert f"{run}: finished after 40 of 60 steps" in said
     assert status(run) == {"state": "finished", "step": 40, "why": ""}
     assert step_of(newest_checkpoint(run)) == 40
     assert [row["eval/score"] for row in metrics(run) if "eval/score" in row] == [3, 5, 4, 4.5]
