@@ -61,7 +61,7 @@ SPREAD = 11  # controls look at one of so many points first: most show late in a
 LEFT_BEHIND = b"left behind"
 NORMAL = (
     r"step \d+/\d+  .*|evaluation after \d+ steps  .*"
-    r"|\S+: (starting at|continuing from) step \d+ of .*|\S+: finished after \d+( of \d+)? steps|\S+ is finished, .*"
+    r"|\S+: (starting at|continuing from) step \d+ of .*|\S+: finished after \d+ steps|\S+ is finished, .*"
     r"|with micro-batches, a process uses one core: .*"
 )
 STOPPED_BY_A_SIGNAL = r"|\S+: stopped after \d+ steps; run the same command to go on"
