@@ -64,7 +64,10 @@ def row(name: str, habit: Habit, found: Finding) -> str:
     what = " ".join((habit.task.__doc__ or name).split()).replace("|", "\\|")
     becomes = {"equal": "the same bits", "silent": f"**not seen**: {habit.accepted[0].text}"}.get(found.word)
     lines = "".join(dict.fromkeys(found.errors.values())).splitlines()
-    line = re.sub(r"^error( on rank \d)?: ", "", lines[0]).split(":")[0] if lines else found.word
+    said = (
+        re.sub(r"/\S*/zoo-\S*", "the run", re.sub(r"^error( on rank \d)?: ", "", lines[0])) if lines else ""
+    )
+    line = re.match(r".{0,20}[^:]*", said)[0] or found.word  # without the advice behind the colon
     becomes = becomes or f"refused: {line[:150]}"
     if found.word == "equal" and any("warning" in said for said in found.said.values()):
         becomes += ", and a line says so"
