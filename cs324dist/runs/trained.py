@@ -38,7 +38,9 @@ def find_network(run_or_checkpoint: str | Path, names: Sequence[str], *, best: b
     name = next((name for name in names if (checkpoint / name).is_dir()), None)
     if name is None:
         there = sorted(path.parent.name for path in checkpoint.glob(f"*/{WEIGHTS}"))
-        raise UserError(f"{checkpoint} holds no {names[-1]}: give another run, or one of {', '.join(there)}")
+        raise UserError(
+            f"{checkpoint} holds {', '.join(there)}, and no {names[-1]}: give a run of a task that trains one"
+        )
     verify_checkpoint(checkpoint, [f"{name}/config.json", f"{name}/{WEIGHTS}"])
     return checkpoint / name
 

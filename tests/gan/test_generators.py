@@ -173,7 +173,7 @@ def test_any_network_of_a_run_is_found_by_its_name(tmp_path: Path) -> None:
     assert loaded.config == {"input_size": 1, "hidden_size": 2, "classes": 3}
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
     assert load_network(run.path, "other", LSTM).config["classes"] == 4
-    with pytest.raises(UserError, match="holds no rnn: give another run, or one of generator"):
+    with pytest.raises(UserError, match="holds lstm, other, and no rnn: give a run of a task"):
         load_network(run.path, "rnn", LSTM)
     with pytest.raises(UserError, match="holds a model of class 'LSTM', expected 'Generator'"):
         load_network(run.path, "lstm", Generator)

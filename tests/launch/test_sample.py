@@ -182,7 +182,7 @@ class TestRefusals:
         assert refused(run).startswith(f"error: {path} is damaged")
 
     def test_the_best_of_a_run_that_keeps_none(self, refused, gan_run):
-        assert refused(gan_run, "--best").startswith(f"error: {gan_run} was trained without --keep-best: ")
+        assert refused(gan_run, "--best").startswith(f"error: {gan_run} was trained without --keep-best ")
 
 
 class TestLoadGenerator:
