@@ -47,7 +47,7 @@ REFUSED = {  # RUN is a run of the LSTM, HERE a folder with a file
     f"{LSTM} --run-dir HERE": ["HERE is not a run folder … give an empty or a new"],
     f"{LSTM} --run-dir HERE/mine/run": ["HERE/mine/run cannot be written to … Not a directory"],
     f"{SAMPLE} HERE/absent --out HERE/grid.png": ["HERE/absent is neither a run nor a … give a run folder"],
-    f"{SAMPLE} RUN --out HERE/grid.png": ["RUN/checkpoints/000000002-1 holds lstm, and no generator … give a"],
+    f"{SAMPLE} RUN --out HERE/grid.png": ["RUN/checkpoints/000000002-1 holds lstm, and no generator … give"],
     f"{SAMPLE} RUN --out HERE": ["HERE is a folder: give the name of a file"],
     "launch/report.py RUN --out HERE": ["HERE is a folder: give the name of a file"],
 }  # fmt: skip
