@@ -45,7 +45,7 @@ class Config:
     """Optimization steps in total."""
 
     log_every: Annotated[Count, MUTABLE] = 50
-    """Steps between lines of metrics."""
+    """Steps between lines of metrics; those of training are of this one step."""
 
     evaluate_every: Annotated[Count, MUTABLE] = 1000
     """Steps between evaluations; the last step is always evaluated."""
