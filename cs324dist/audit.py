@@ -127,10 +127,8 @@ def _intervals(run: RunDir, from_start: bool) -> Iterator[Interval]:
         file, owner = _owner_of_steps(run, end)
         if owner is None or owner.environment is None or owner.config is None:
             raise UserError(f"{file} does not say how {end} was made")
-        variables = {
-            HASH_SEED: "0",
-            **owner.environment.variables,
-        }  # launch/audit.py sets it where it was not
+        # launch/audit.py sets the hash seed where the run had none.
+        variables = {HASH_SEED: "0", **owner.environment.variables}
         made = dataclasses.replace(owner.environment, variables=variables)
         yield Interval(start, end, state, file, made, owner.config)
 

@@ -29,7 +29,6 @@ from cs324dist.runs.saving import Saving
 from cs324dist.trackers import Trackers
 
 RunT = TypeVar("RunT", bound="BaseRun")
-MUCH_SAVING = 10  # seconds, and percent of a run's time, that checkpoints may take without a word
 
 
 class BaseRun:
@@ -102,7 +101,7 @@ class BaseRun:
                     self.step, self._in_step, self.is_over = self.completed, False, True
                     self._write()
                 if self._is_started:
-                    self._on_main(lambda: self.dir.finish(self.step, self.keep_last, self.keep_best))
+                    self._on_main(lambda: self.saving.finish(self.step))
                     self._say_last(self._end_in_words())
 
     def _check_fits(self) -> None:
@@ -146,7 +145,7 @@ class BaseRun:
         assert self._seed is not None, "set by `with`"
         if self.step >= until or self.is_over:
             if not self._is_started:
-                self._on_main(lambda: self.dir.finish(self.step, self.keep_last, self.keep_best))
+                self._on_main(lambda: self.saving.finish(self.step))
                 self._say(f"{self.dir} is finished, {self.step} steps: {self._for_more(until)}")
             return
         self._start(until)
@@ -307,7 +306,7 @@ class BaseRun:
         """Print a line after the progress bar and the trackers have ended."""
         self._stack.close()
         took = time.monotonic() - self._began
-        if self._seconds_saving > max(MUCH_SAVING, took * MUCH_SAVING / 100):
+        if self._seconds_saving > max(10, took / 10):  # in a short run it does not matter
             self._say(
                 f"checkpoints took {self._seconds_saving:.0f} of {took:.0f} s: fewer of them cost less "
                 f"(--checkpoint-every, in a loop of your own save_every)"

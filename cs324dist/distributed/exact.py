@@ -167,7 +167,8 @@ class ExactGradients(Gradients):
                 f"ExactGradients after the Accelerator"
             )
         refuse_gradients_of_others(names, parameters, self._given)
-        rows, drawn = dict[int, Tensor](), drawn_so_far()
+        rows: dict[int, Tensor] = {}
+        drawn = drawn_so_far() if self.parts.processes > 1 else 0.0  # nobody else's to compare with
 
         def gradients_of(index: int, is_check: bool = False) -> Sequence[Tensor | None]:
             self.seed(step, name, index)

@@ -67,6 +67,10 @@ class Saving:
             self._run.write_status("running", step)
             self._run.keep_newest(*self._keep)
 
+    def finish(self, step: int) -> None:
+        """Mark the run finished; see `RunDir.finish`."""
+        self._run.finish(step, *self._keep)
+
     def diverged(self, what: str) -> RunFailed:
         """The error for values that are not finite."""
         advice = "for another outcome, lower the learning rate in a new run folder"

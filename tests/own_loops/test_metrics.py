@@ -56,7 +56,7 @@ def test_each_step_that_logs_the_metric_is_saved_and_the_first_of_the_best_stays
 LOGS_ON_ONE_RANK = """
 import sys, torch
 from cs324dist import ExactGradients, Run
-exact = ExactGradients(2)
+exact = ExactGradients(4)
 net = exact.prepare(torch.nn.Linear(2, 1))
 run = Run(sys.argv[1], networks={"net": net}, optimizers={}, keep_best="accuracy")
 with run:
@@ -69,7 +69,7 @@ with run:
 def test_it_is_saved_if_one_rank_alone_logs_it(launch, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(LOGS_ON_ONE_RANK)
-    done = launch(script, tmp_path / "run", processes=2)
+    done = launch(script, tmp_path / "run", processes=3)
     assert f"the best accuracy, 0.5, is that of {tmp_path}/run/checkpoints/000000002-1" in done.stderr
 
 

@@ -107,7 +107,7 @@ MISTAKES = {  # on how many processes (0: without a launcher), and what is said
     "more threads": (0, r"torch has 2 threads, on which sums depend"),
     "network before": (2, r"Sequential: .* on rank 1 is not as on rank 0: make ExactGradients"),
     "each alone": (2, r"2 processes were started, and the Accelerator lets each train alone"),
-    "draw on one rank": (2, r"before a backward pass, one process drew random numbers that others did not"),
+    "draw on one rank": (3, r"before a backward pass, one process drew random numbers that others did not"),
     "skipped backward": (2, r"the place in the program on rank 1 is not as on rank 0 \(.* in loss of step 1"),
 }
 
