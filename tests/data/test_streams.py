@@ -11,6 +11,7 @@ from cs324dist.data.streams import (
     MicroBatch,
     ShuffledEpochs,
     Stream,
+    drawn_so_far,
     generators,
     seed_everything,
     seeded,
@@ -145,3 +146,20 @@ def test_a_device_s_generator_is_kept_beside_the_cpu_s(monkeypatch) -> None:
     assert module.seed != 7
     set_generators(cuda, kept)
     assert module.seed == 7
+
+
+def test_what_was_drawn_is_told_by_torch_and_by_numpy():
+    def after(*draws) -> float:
+        seed_everything(0, "a", CPU)
+        for draw in draws:
+            draw()
+        return drawn_so_far()
+
+    found = [
+        after(),
+        after(np.random.rand),
+        after(lambda: torch.rand(1)),
+        after(np.random.rand, np.random.rand),
+    ]
+    assert len(set(found)) == len(found)
+    assert after() == found[0]

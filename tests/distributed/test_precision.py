@@ -60,6 +60,20 @@ def test_threads_that_outnumber_the_cores_are_warned_of_once(monkeypatch, capsys
         assert capsys.readouterr().err == expected * warned
 
 
+@pytest.mark.parametrize(
+    ("processes", "variables", "said"),
+    [(1, {}, "1 of 4 are used"), (3, {}, ""), (1, {"CS324DIST_THREADS": "1"}, "")],
+)
+def test_idle_cores_are_said_unless_one_was_asked_for(monkeypatch, capsys, processes, variables, said):
+    monkeypatch.setattr(process, "_cores", lambda: 4)
+    monkeypatch.delenv("CS324DIST_THREADS", raising=False)
+    for name, value in {"LOCAL_WORLD_SIZE": str(processes), **variables}.items():
+        monkeypatch.setenv(name, value)
+    process.say_idle_cores(3)
+    found = capsys.readouterr().err
+    assert (said in found) if said else not found
+
+
 def test_machines_that_may_differ_choose_nothing_themselves(monkeypatch):
     monkeypatch.setattr(process, "_has_bf16", lambda on_gpu: True)
     monkeypatch.setattr(process, "processor", lambda: "AMD")
