@@ -300,7 +300,7 @@ class BaseRun:
             return text
         if best := self._on_main(lambda: self.dir.best(self.keep_best)):
             return f"{text}; the best {metric}, {best[1]:.6g}, is that of {best[0]}"
-        return f"{text}; no checkpoint has a value of {metric}, of which the best was to be kept"
+        return f"{text}; no checkpoint has a value of {metric} (keep_best)"
 
     def _say_last(self, text: str) -> None:
         """Print a line after the progress bar and the trackers have ended."""
