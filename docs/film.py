@@ -73,7 +73,7 @@ def wrapped(lines: list[Line]) -> list[Line]:
 def drawn(lines: list[Line]) -> str:
     """An animated SVG: a column of all lines, which moves up past a window by a line at a time."""
     length = sum(pause for pause, _ in lines) + END
-    width, height = COLUMNS * LETTER + 32, ROWS * LINE + 24
+    width, height = COLUMNS * LETTER + 32, ROWS * LINE + 12  # the next line stays out of sight
     now, keys, texts = 0.0, [], []
     for number, (pause, text) in enumerate(lines, 1):
         now += pause
