@@ -11,10 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from cs324dist.trainer import Trainer
+from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -89,8 +86,8 @@ def run_python(*arguments: object, **environment: str) -> str:
     return done.stdout
 
 
-def trainer_of(task: str, preset: str, **changes: Any) -> "Trainer":
-    """A trainer in this process, of a task with the options of a preset and some changes."""
+def trainer_of(task: str, preset: str, **changes: Any) -> Any:
+    """A `Trainer` in this process, of a task with the options of a preset and some changes."""
     from cs324dist.distributed.process import start_accelerator
     from cs324dist.tasks import find_task
     from cs324dist.trainer import Trainer

@@ -3,8 +3,8 @@
     python benchmarks/proof.py           # everything: about ten minutes on two cores
     python benchmarks/proof.py guessed   # some of it
 
-Each part writes `benchmarks/results/lstm/PART.json`; `python benchmarks/proof_page.py` then writes the page
-and its picture from them and from `lstm_results.py proven`.
+Each part writes `benchmarks/results/lstm/PART.json`; `python benchmarks/results_page.py` then writes the
+page and its picture from them and from `lstm_results.py proven`.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Write docs/results.md, performance.md, distributed.md, gpu.md and their pictures from the stored results.
+"""Write docs/results.md, performance.md, distributed.md, gpu.md, proof.md and their pictures.
 
 python benchmarks/results_page.py
 
@@ -16,6 +16,8 @@ from typing import Any
 import jinja2
 from common import IMAGES, REPOSITORY, RESULTS, Row, load, where
 from gpu_check import PARTS
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from speed import history
 
 LENGTHS = (5, 10, 15, 20, 50)
@@ -222,8 +224,6 @@ def axes(
     name: str, size: tuple[float, float], xlabel: str, ylabel: str = "", legend_columns: int = 0
 ) -> Iterator[Any]:
     """The axes of a picture to draw into; it is then written to docs/images."""
-    from matplotlib.figure import Figure
-
     figure = Figure(size, layout="constrained")
     picture = figure.subplots()
     picture.set(xlabel=xlabel, ylabel=ylabel)
@@ -235,8 +235,6 @@ def axes(
 
 def draw() -> None:
     """Write the pictures."""
-    from matplotlib import colormaps
-
     colours = colormaps["viridis"]
     line: dict[str, Any] = {"color": "grey", "linewidth": 1}
     note: dict[str, Any] = {"color": "grey", "textcoords": "offset points"}
@@ -292,8 +290,6 @@ def draw() -> None:
 
 def draw_killed_run() -> None:
     """Write the picture of the front page."""
-    from matplotlib.figure import Figure
-
     runs = load("killed_run")["runs"]
     colours = {1: "#0072b2", 2: "#d55e00", 3: "#009e73"}
     figure = Figure((9, 3), layout="constrained")
@@ -326,10 +322,32 @@ def draw_killed_run() -> None:
     figure.savefig(IMAGES / "killed-run.png", dpi=120)
 
 
+def draw_boxes() -> None:
+    """Write the picture of the proof: what one cell holds, and what its box allows."""
+    figure = Figure((9, 3.6), layout="constrained")
+    for picture, row in zip(figure.subplots(1, 2), load("lstm/boxes")["rows"], strict=True):
+        steps = range(1, len(row["bounds"]) + 1)
+        for digit, colour in enumerate(("#0072b2", "#d55e00")):
+            for name, what, alpha, line in (
+                ("bounds", "its box allows", 0.2, 0),
+                ("found", "it holds", 1, 2),
+            ):
+                low, high = zip(*(step[digit] for step in row[name]), strict=True)
+                style = {"color": colour, "alpha": alpha, "linewidth": line, "capstyle": "butt"}
+                picture.fill_between(steps, low, high, label=f"first digit {digit}: what {what}", **style)
+        title = "trained on palindromes and boxes" if row["boxes"] else "preset fast: palindromes alone"
+        picture.set(title=f"{title}, cell {row['cell']}", xlabel="step", ylabel="c")
+        picture.grid(alpha=0.3)
+    handles, labels = picture.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
+    figure.savefig(IMAGES / "proof.png", dpi=110)
+
+
 if __name__ == "__main__":
-    for name in ("results", "performance", "distributed", "gpu"):
+    for name in ("results", "performance", "distributed", "gpu", "proof"):
         path = REPOSITORY / "docs" / f"{name}.md"
         path.write_text(page(name))
         print(path.relative_to(REPOSITORY))
     draw()
     draw_killed_run()
+    draw_boxes()

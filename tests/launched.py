@@ -23,6 +23,7 @@ from torch.nn import Module
 from cs324dist.errors import ReportedError, UserError
 
 REPOSITORY = Path(__file__).parents[1]
+PACKAGE = REPOSITORY / "cs324dist"
 LIMIT = 120  # seconds that anything may take; on a quiet machine it is one or two
 LAUNCHERS = {
     "python": (),

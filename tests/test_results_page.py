@@ -173,15 +173,6 @@ def test_a_part_of_the_gans_results_is_what_the_page_reads(part: str, tmp_path, 
     assert_as_stored(getattr(gan_results, part)(), f"gan/{part}")
 
 
-def test_how_long_checkpoints_take_is_what_the_page_reads(tmp_path: Path, monkeypatch) -> None:
-    from checkpoint_stall import measure
-
-    monkeypatch.chdir(tmp_path)  # without data/
-    made = measure(tmp_path, repeats=2, steps=1)
-    assert made.keys() == common.load("checkpoint_stall").keys() - {"environment"}
-    assert len(made["save_milliseconds_all"]) == made["repeats"] == 2
-
-
 def test_work_on_each_core_has_one_thread(monkeypatch) -> None:
     threads = torch.get_num_threads()
     monkeypatch.setenv("CS324DIST_THREADS", "7")

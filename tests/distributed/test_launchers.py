@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from launched import metrics
+from launched import PACKAGE, metrics
 from safetensors import safe_open
 
 from cs324dist.distributed.launcher import check_environment
@@ -69,7 +69,7 @@ def test_what_would_be_ignored_is_refused_in_one_line(launch, tmp_path, options,
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert line.startswith(f"error: {said}")
-    assert "cs324dist/" not in done.stderr  # the launcher's traceback has no frame of ours
+    assert f"{PACKAGE}/" not in done.stderr  # the launcher's traceback has no frame of ours
     assert not run.exists()
 
 

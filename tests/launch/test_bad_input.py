@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from launched import PACKAGE
 
 EXIT_REFUSED = 2
 TINY = ("launch/lstm.py", "--length", "4", "--hidden-size", "8", "--steps", "2", "--wandb", "disabled")
@@ -87,7 +88,7 @@ def test_a_batch_that_two_processes_cannot_share_is_refused_once(launch, tmp_pat
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1
     assert "error: --batch-size 63 is not divisible by the number of processes, 2: give a" in done.stderr
-    assert "cs324dist/" not in done.stderr  # torchrun's traceback has no frame of ours
+    assert f"{PACKAGE}/" not in done.stderr  # torchrun's traceback has no frame of ours
     assert not run.exists()
 
 
