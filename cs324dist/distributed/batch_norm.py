@@ -71,6 +71,8 @@ class _BatchNormOverBatch(_BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         pass  # of the class that this layer had before
 
+    # torch.compile would trace into the exchange between the parts.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
         place = current_place()
         if not self.training or place is None:

@@ -109,6 +109,11 @@ def encoder():
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
 
 
+def compiled(net):
+    net.compile(backend="aot_eager")  # inductor takes seconds, and needs a C++ compiler
+    return net
+
+
 def completed(task):
     net = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(CLASSES))
     net(task.x)
@@ -169,6 +174,9 @@ enter_all("network", {
         lambda _: residual(SkippedAtRandom), ELSEWHERE),
     "lazy_layer": ("nn.LazyLinear that the first loss completes", Points, lambda _:
         nn.Sequential(nn.LazyLinear(8), nn.Linear(8, CLASSES)), equal(), refused("lazy|uninitialized")),
+    "compiled": ("net.compile()", Points, lambda _: compiled(hidden(nn.Dropout(0.3)))),
+    "compiled_norm": ("net.compile(), with BatchNorm and dropout", Points,
+        lambda _: compiled(hidden(nn.BatchNorm1d(8), nn.Dropout(0.3)))),
     "completed_lazy_layer": ("nn.LazyLinear that __init__ completes", Points, completed),
 })  # fmt: skip
 enter("norm_of_each_part", "sync_batch_norm = False", equal(), refused("running_"), base=WithNorm,
