@@ -100,7 +100,7 @@ class BaseRun:
                 if self._in_step:  # a `break`
                     self.step, self._in_step, self.is_over = self.completed, False, True
                     self._write()
-                if self._is_started:
+                if self._until:  # `steps` was called
                     self._on_main(lambda: self.saving.finish(self.step))
                     self._say_last(self._end_in_words())
 
@@ -112,7 +112,7 @@ class BaseRun:
         """What `config.json` is to hold."""
         raise NotImplementedError
 
-    def _for_more(self, until: int) -> str:
+    def _for_more(self) -> str:
         """What to say to somebody who starts a finished run again."""
         raise NotImplementedError
 
@@ -143,12 +143,11 @@ class BaseRun:
         if self._session is None or save_every < 1:
             raise UserError("steps belongs inside `with run`, with a save_every of at least 1")
         assert self._seed is not None, "set by `with`"
+        self._until = until
         if self.step >= until or self.is_over:
-            if not self._is_started:
-                self._on_main(lambda: self.saving.finish(self.step))
-                self._say(f"{self.dir} is finished, {self.step} steps: {self._for_more(until)}")
             return
-        self._start(until)
+        self._start()
+        self.trackers.go_on(until)  # `steps` may have been called before, for fewer
         first = self.step
         while self.step < until and not self.is_over:
             seed_everything(self._seed, f"step {self.step}", self.accelerator.device)
@@ -165,11 +164,10 @@ class BaseRun:
             if stopping and (self._stop_asked or self.step < until):
                 self._end_stopped()
 
-    def _start(self, until: int) -> None:
+    def _start(self) -> None:
         """Before the first step: record what runs, and listen to signals."""
         if self._is_started:
             return
-        self._until = until
         self._stop.listen()
         processes, precision, _ = self._how
         self._on_main(
@@ -182,14 +180,15 @@ class BaseRun:
             )
         )
         self._is_started = True
+        verb = "continuing from" if self.step else "starting at"
         self._say(
-            f"{self.dir}: {'continuing from' if self.step else 'starting at'} step {self.step} of {until}, "
-            f"processes: {processes}, device: {self.accelerator.device.type}, "
+            f"{self.dir}: {verb} step {self.step} of {self._until}, processes: {processes}, "
+            f"device: {self.accelerator.device.type}, "
             f"precision: {'float32' if precision == 'no' else precision}"
         )
         if self.exact and self.accelerator.is_main_process:
             say_idle_cores(self.exact.parts.count)
-        self.trackers = self._stack.enter_context(self._trackers_of_run(start=self.step, until=until))
+        self.trackers = self._stack.enter_context(self._trackers_of_run(start=self.step, until=self._until))
 
     @property
     def completed(self) -> int:
@@ -294,6 +293,8 @@ class BaseRun:
         end_with(error)
 
     def _end_in_words(self) -> str:
+        if not self._is_started:
+            return f"{self.dir} is finished, {self.step} steps: {self._for_more()}"
         of = f" of {self._until}" if self.step < self._until else ""
         text, metric = f"{self.dir}: finished after {self.step}{of} steps", self.keep_best.partition(":")[0]
         if not metric:

@@ -77,10 +77,10 @@ class TaskRun(BaseRun):
     def _record(self) -> RunRecord:
         return run_record(type(self.task), self.config, self._given)
 
-    def _for_more(self, until: int) -> str:
-        can_be_more = not conflicts(dataclasses.replace(self.config, steps=2 * until), self.config)
+    def _for_more(self) -> str:
+        can_be_more = not conflicts(dataclasses.replace(self.config, steps=2 * self._until), self.config)
         more = f"for more, give {'--steps or ' * can_be_more}another --run-dir"
-        return "its task is done" if self.step < until else more
+        return "its task is done" if self.step < self._until else more
 
     def _restore(self) -> None:
         super()._restore()
@@ -101,7 +101,8 @@ class TaskRun(BaseRun):
         """
         config, trainer = self.config, self.trainer
         if self.owes_evaluation:
-            self._start(config.steps)
+            self._until = config.steps
+            self._start()
             self._evaluate()
             if self._stop_asked:
                 self._end_stopped()

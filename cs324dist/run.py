@@ -124,11 +124,11 @@ class Run(BaseRun):
             LOOP, sys.argv[0], self._config, {}, made_of=self._made_of, arguments=tuple(sys.argv[1:])
         )
 
-    def _for_more(self, until: int) -> str:
+    def _for_more(self) -> str:
         more = (
             "for more, give another folder, or more steps (a setting in `config` has to be in `may_change`)"
         )
-        return "its loop has ended" if self.step < until else more
+        return "its loop has ended" if self.step < self._until else more
 
     def _is_to_be_saved(self) -> bool:
         # Perhaps the main process alone has logged what `keep_best` names.

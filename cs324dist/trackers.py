@@ -77,6 +77,10 @@ class Trackers:
         except Exception as error:
             _warn(TENSORBOARD, f"{error}; nothing is recorded there: pip install tensorboard")
 
+    def go_on(self, until: int) -> None:
+        """Show that the steps go on to `until`."""
+        self._until = self._bar.total = until
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave what is done inside out of the throughput."""

@@ -1,4 +1,4 @@
-"""What a loop of one's own logs decides which checkpoint is the best, and when it stops early."""
+"""What a loop of one's own logs: which checkpoint is the best, when it stops early, how far it is."""
 
 from pathlib import Path
 
@@ -96,3 +96,25 @@ def test_it_cannot_be_audited_and_a_line_says_what_tests_it(tmp_path):
     loop(run_of(tmp_path / "run"))
     with pytest.raises(UserError, match=r"is of a loop of your own.*assert_same_when_killed tests it$"):
         audit(tmp_path / "run", None, from_start=False)
+
+
+def test_a_loop_may_be_in_two_parts(tmp_path, capsys):
+    def train(folder: Path, fails_at: int | None = None) -> tuple[list[int], str]:
+        run, steps = run_of(folder), []
+        with run:
+            for until in (4, 8):
+                for step in run.steps(until, save_every=2):
+                    if step == fails_at:
+                        raise RuntimeError("in the second part")
+                    run.log(value=float(step))
+                    steps.append(step)
+        return steps, capsys.readouterr().err
+
+    assert train(tmp_path / "whole")[0] == [*range(8)]
+    with pytest.raises(RuntimeError, match="in the second part"):
+        train(tmp_path / "run", fails_at=7)
+    assert "step 7/8 " in capsys.readouterr().err
+    steps, said = train(tmp_path / "run")
+    assert steps == [6, 7]
+    assert "is finished" not in said
+    assert "is finished, 8 steps: for more," in train(tmp_path / "run")[1]
