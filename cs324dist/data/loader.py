@@ -67,6 +67,11 @@ def loader(
                 f"the DataLoader of {name!r} has the order of a {type(dataset.sampler).__name__}, and would "
                 f"be shuffled: give it shuffle=True, or the data set itself to evaluate by loader.items"
             )
+        if dataset.worker_init_fn:
+            raise UserError(
+                f"the DataLoader of {name!r} has a worker_init_fn, which would not be called: if it seeds, "
+                f"leave it out, as samples are seeded here; what it opens, open in the data set, when needed"
+            )
         workers, collate, dataset = dataset.num_workers, dataset.collate_fn, dataset.dataset
     has_both = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     if not has_both or isinstance(dataset, torch.utils.data.IterableDataset):

@@ -27,6 +27,11 @@ def refuse_what_is_prepared(
             f"{type(network).__name__} went through accelerator.prepare, which would add gradients with "
             f"DDP: give it to ExactGradients.prepare only"
         )
+    if (steps := getattr(accelerator, "gradient_accumulation_steps", 1)) > 1:
+        raise UserError(
+            f"the Accelerator has gradient_accumulation_steps={steps}, which would change nothing: leave it "
+            f"out; micro_batches cuts the batch of a step into parts"
+        )
     if schedulers:
         raise UserError(
             "accelerator.prepare was given a scheduler, which it would step once for each process: leave "

@@ -41,7 +41,8 @@ def exactly() -> None:
     """What most variants are: one thing in it is another."""
     accelerator = None
     if VARIANT != "without an accelerator":
-        accelerator = Accelerator(cpu=VARIANT != "each alone")
+        accumulated = 4 if VARIANT == "accumulation" else 1
+        accelerator = Accelerator(cpu=VARIANT != "each alone", gradient_accumulation_steps=accumulated)
     if VARIANT == "network before":
         torch.manual_seed(RANK)
         before = network()
@@ -53,6 +54,7 @@ def exactly() -> None:
     if VARIANT == "forgotten network":
         exact.prepare(nn.Linear(1, 1), "critic")
     batches = DataLoader(data(), BATCH, shuffle=VARIANT != "unshuffled loader")
+    batches.worker_init_fn = torch.manual_seed if VARIANT == "seeded workers" else None
     if VARIANT == "prepared loader":
         batches = accelerator.prepare(batches)
     batches = loader(batches, 0, "train")

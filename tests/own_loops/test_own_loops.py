@@ -100,6 +100,8 @@ MISTAKES = {  # on how many processes (0: without a launcher), and what is said
     "prepared loader": (0, r"the DataLoader of 'train' went through accelerator.prepare, which gives each"),
     "prepared scheduler": (0, r"accelerator.prepare was given a scheduler, which it would step once"),
     "unshuffled loader": (0, r"the DataLoader of 'train' has the order of a SequentialSampler"),
+    "seeded workers": (0, r"the DataLoader of 'train' has a worker_init_fn, which would not be called"),
+    "accumulation": (0, r"the Accelerator has gradient_accumulation_steps=4, which would change nothing"),
     "forgotten scheduler": (0, r"optimizer 'net' has a scheduler that no checkpoint would hold"),
     "logged too soon": (0, r"log was called before the first step"),
     "forgotten network": (0, r"critic was prepared, and no checkpoint would hold it: give it to the run"),
