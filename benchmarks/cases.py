@@ -35,7 +35,6 @@ from cs324dist.tasks.lstm.networks import LSTM
 BATCH, LATENT = 64, 100  # the course recipe's
 ON_GPU = has_gpu()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-DATA = REPOSITORY / "data"
 
 
 def seconds() -> float:
@@ -63,7 +62,7 @@ def milliseconds(step: Callable[[int], object], steps: int, warm_up: int = 4) ->
 
 def ours(precision: str | None = None) -> float:
     """A step of the trainer."""
-    trainer = trainer_of("gan", "course", data_root=DATA, precision=precision)
+    trainer = trainer_of("gan", "course", data_root=REPOSITORY / "data", precision=precision)
     return milliseconds(partial(trainer.step, is_logged=False), 30)
 
 
@@ -131,7 +130,7 @@ def gan_notebook(in_memory: bool = False, accelerated: bool = False) -> float:
     With the images in memory as one tensor; or in the style of Accelerate's examples, everything prepared.
     """
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
-    mnist = datasets.MNIST(str(DATA), train=True, transform=transform)
+    mnist = datasets.MNIST(str(REPOSITORY / "data"), train=True, transform=transform)
     loader = torch.utils.data.DataLoader(mnist, BATCH, shuffle=True)
     generator, discriminator = notebook_networks()
     g_optimizer = torch.optim.Adam(generator.parameters(), 2e-4)

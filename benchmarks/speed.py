@@ -88,8 +88,7 @@ if __name__ == "__main__":
         rows.append({**row, "slower_ms": median[first], "faster_ms": median[second]})
         print(f"{what}: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) {goal}")
     milliseconds = {case: sorted(round(ms, 2) for ms in measured) for case, measured in times.items()}
-    threads = {"threads": 1} if group == "scaling" else {}
     result = {"rounds": ROUNDS, "rows": rows, "milliseconds": milliseconds}
     if (RESULTS / f"{group}.json").exists():
         result["history"] = history(load(group))
-    store(group, result, **threads)
+    store(group, result, **({"threads": 1} if group == "scaling" else {}))
