@@ -136,7 +136,6 @@ class RunDir(MetricsFile):
             UserError: the folder cannot be written to.
         """
         self.check_owned()
-        self._started = True
         before = self.latest_environment()
         hash_seed, now = before and before.variables.get(HASH_SEED), environment.variables.get(HASH_SEED)
         if is_exact and hash_seed and hash_seed != now:
@@ -154,6 +153,7 @@ class RunDir(MetricsFile):
         try:
             for folder in FOLDERS:
                 (self.path / folder).mkdir(exist_ok=True)
+            self._started = True  # from here on, there is something to leave
             write_record(self.path / "config.json", record, self)
             self.set_damaged_aside()
             lost = self._rewind(step, metrics_lines)

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from launched import holding, refusal
+from launched import files_of, holding, refusal
 
 from cs324dist.config import Config, as_json
 from cs324dist.errors import UserError
@@ -228,6 +228,16 @@ class TestStarting:
         with started(tmp_path / "run", environment=changed):
             pass
         assert capsys.readouterr().err == ""  # it is what the run is made by from here on
+
+    def test_where_it_cannot_start_no_trace_is_left(self, tmp_path):
+        with started(tmp_path / "run") as run:
+            pass
+        (run.path / "samples").rmdir()
+        (run.path / "samples").write_text("mine")
+        before = files_of(run.path)
+        with pytest.raises(UserError, match="cannot be written to"), started(run.path):
+            pass
+        assert {name for name in files_of(run.path) if not name.endswith(".lock")} == before.keys()
 
     def test_every_file_has_the_mode_that_the_umask_gives(self, tmp_path):
         before = os.umask(0o027)
