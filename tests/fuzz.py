@@ -454,7 +454,8 @@ def judge(reader: Callable[[Copy], None], w: Copy) -> tuple[str, str]:
     except Exception:
         trace = traceback.format_exc()
     lines = said.getvalue().splitlines()
-    is_refusal = ended and w.step is None
+    has_begun = any(re.search(r": (starting at|continuing from) step", line) for line in lines)
+    is_refusal = ended and not has_begun  # or it has failed later: in an evaluation that was still owed
     touched = [one for one in snapshot(w) ^ there_was if is_refusal or one[0].startswith("outside")]
     bad = {
         "code run": w.marker.exists(),
