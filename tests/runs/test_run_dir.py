@@ -206,6 +206,7 @@ class TestStarting:
         said = "was made with PYTHONHASHSEED=0, now 7: a set of words would"
         with pytest.raises(UserError, match=said), run.claimed(anything, at_once):
             run.start(RECORD, now, 0, 0, is_exact=True)
+        assert owner_of(tmp_path / "run", 2) is None  # no trace is left
         with started(tmp_path / "run", environment=now):  # a warning, without
             pass
 
