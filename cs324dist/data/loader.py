@@ -69,8 +69,8 @@ def loader(
             )
         if dataset.worker_init_fn:
             raise UserError(
-                f"the DataLoader of {name!r} has a worker_init_fn, which would not be called: if it seeds, "
-                f"leave it out, as samples are seeded here; what it opens, open in the data set, when needed"
+                f"the DataLoader of {name!r} has a worker_init_fn, which would not be called: leave it "
+                f"out if it seeds, as samples are seeded here; open files in the data set, at the first sample"
             )
         workers, collate, dataset = dataset.num_workers, dataset.collate_fn, dataset.dataset
     has_both = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")

@@ -153,7 +153,7 @@ class RunDir(MetricsFile):
         try:
             for folder in FOLDERS:
                 (self.path / folder).mkdir(exist_ok=True)
-            self._started = True  # from here on, there is something to leave
+            self._started = True  # from here on, files are written
             write_record(self.path / "config.json", record, self)
             self.set_damaged_aside()
             lost = self._rewind(step, metrics_lines)

@@ -98,20 +98,20 @@ def test_it_cannot_be_audited_and_a_line_says_what_tests_it(tmp_path):
         audit(tmp_path / "run", None, from_start=False)
 
 
-def test_a_loop_may_be_in_two_parts(tmp_path, capsys):
+def test_a_loop_may_have_two_phases(tmp_path, capsys):
     def train(folder: Path, fails_at: int | None = None) -> tuple[list[int], str]:
         run, steps = run_of(folder), []
         with run:
             for until in (4, 8):
                 for step in run.steps(until, save_every=2):
                     if step == fails_at:
-                        raise RuntimeError("in the second part")
+                        raise RuntimeError("in the second phase")
                     run.log(value=float(step))
                     steps.append(step)
         return steps, capsys.readouterr().err
 
     assert train(tmp_path / "whole")[0] == [*range(8)]
-    with pytest.raises(RuntimeError, match="in the second part"):
+    with pytest.raises(RuntimeError, match="in the second phase"):
         train(tmp_path / "run", fails_at=7)
     assert "step 7/8 " in capsys.readouterr().err
     steps, said = train(tmp_path / "run")
