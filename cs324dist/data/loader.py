@@ -70,7 +70,7 @@ def loader(
         if dataset.worker_init_fn:
             raise UserError(
                 f"the DataLoader of {name!r} has a worker_init_fn, which would not be called: leave it "
-                f"out if it seeds, as samples are seeded here; open files in the data set, at the first sample"
+                f"out if it seeds, as samples are seeded here; open files in the data set, when first needed"
             )
         workers, collate, dataset = dataset.num_workers, dataset.collate_fn, dataset.dataset
     has_both = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
