@@ -241,7 +241,7 @@ class ProvenTask(LSTMTask):
 
         by, model = Arithmetic.of(self.config.bits), self.model
         box = first_states(model, by)
-        kept = Interval(box.c.low.new_tensor(1 - FADE), box.c.low.new_tensor(1))
+        kept = Interval(box.c.low.new_full((), 1 - FADE), box.c.low.new_ones(()))
         for _ in range(self.length - 1):
             box = box | next_states(model, Box(box.h, box.c.times(kept)), by)
         above = margins(model, box.h, by)

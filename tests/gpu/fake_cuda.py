@@ -1,10 +1,10 @@
 """Takes steps of every task on a CUDA device that is not there: devices, waits and strides, but no numbers.
 
-    python tests/gpu/fake_cuda.py LIBRARY no|bf16|fp16|faults [CASE ...]
+    SHAPES=FOLDER python tests/gpu/fake_cuda.py LIBRARY no|bf16|fp16|faults [CASE ...]
 
 Tensors are torch's fake ones, on `cuda:0`. With WORLD_SIZE in the environment, this is the first of so many
 processes, and its backend sends nothing. It prints a JSON object: what is wrong in each case;
-LIBRARY is guard.cpp, compiled: what torch without CUDA lacks.
+SHAPES is where examples/shapes.py has drawn; LIBRARY is guard.cpp, compiled: what torch without CUDA lacks.
 """
 
 import ctypes
@@ -30,8 +30,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.optim.optimizer import register_optimizer_step_pre_hook  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
+from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
+from cs324dist.data.loader import _Samples  # noqa: E402
 from cs324dist.data.streams import MicroBatch, ShuffledEpochs, Stream  # noqa: E402
 from cs324dist.distributed import parts  # noqa: E402
 from cs324dist.distributed.process import start_accelerator  # noqa: E402
@@ -64,6 +65,9 @@ EXAMPLES = REPOSITORY / "examples"
 MLP = (f"{EXAMPLES}/mlp.py:MLPTask", "fast", {"data": EXAMPLES / "spirals.csv"})
 GPT = (f"{EXAMPLES}/gpt.py:GPTTask", "fast", {"text": (Path(__file__),), "context": 9})
 CLASSIFIER = (f"{EXAMPLES}/classifier.py:ClassifierTask", "fast", {"dataset": "fake"})
+PROVEN = (f"{EXAMPLES}/proven.py:ProvenTask", "fast", {})
+SHAPES = Path(os.environ.get("SHAPES", ""))
+PHOTOS = (f"{EXAMPLES}/photos.py:PhotosTask", "fast", {"data": SHAPES, "workers": 0})
 FAKE_DATA = {"dataset": "fake"}
 CASES = {
     "lstm": ("lstm", "smoke", {"curriculum": 1.0}),
@@ -81,6 +85,8 @@ CASES = {
     "gan exact": ("gan", "fast", {**FAKE_DATA, "micro_batches": 2}),
     "gan whole": ("gan", "fast", {**FAKE_DATA, "micro_batches": 1}),
     "mlp": MLP,
+    "proven": PROVEN,
+    "photos": PHOTOS,
 }
 MORE = {**{name: CASES[name] for name in ("lstm equations", "rnn", "mlp")}, "gpt": GPT}
 for name, (task, preset, changes) in {**MORE, "classifier": CLASSIFIER}.items():
@@ -117,6 +123,13 @@ def save(tensors):
         return honest_save({n: torch.zeros(t.shape, dtype=t.dtype) for n, t in tensors.items()})
 
 
+def load(samples, addresses):
+    """What a worker process would load, which knows no GPU."""
+    with unset_fake_temporarily():
+        loaded = honest_load(samples, addresses)
+    return tree_map(lambda leaf: FAKE.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf, loaded)
+
+
 def read_tensors(path, expected, **options):
     with unset_fake_temporarily():
         read = honest_read(path, expected, **options)
@@ -138,6 +151,7 @@ torch.utils.weakref = types.SimpleNamespace(getweakrefs=lambda _: [])  # `Module
 warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
 honest_state, parts._thread_state = parts._thread_state, in_a_thread_too
 honest_save, models.save = models.save, save
+honest_load, _Samples.__getitems__ = _Samples.__getitems__, load
 honest_read = models.read_tensors
 checkpoints.read_tensors = optimizers.read_tensors = statistics.read_tensors = read_tensors
 palindromes.TRIALS, palindromes.DIGITS_AT_ONCE = 100, 1000
@@ -250,6 +264,7 @@ def run(case):
     with tempfile.TemporaryDirectory() as scratch, lstm_seen_by(host), FAKE, host:
         try:
             task_type = find_task(name)
+            sys.modules[task_type.__module__].MOST_STEPS = 2  # of proven.py
             config = replace(task_type.presets[preset], **changes)
             if processes:  # the other's gradients, to compare with, are not there
                 config = replace(config, check_every=0)

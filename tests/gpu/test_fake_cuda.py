@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launched import python
+from launched import REPOSITORY, python
 
 HERE = Path(__file__).parent
-NOT_FUSED = ("lstm course", "lstm equations, rmsprop", "rnn", "mlp")
+NOT_FUSED = ("lstm course", "lstm equations, rmsprop", "rnn", "mlp", "photos")
 BARRIERS = "a value is read: cs324dist/distributed/parts.py, _exchange: headers ="  # at the end of all parts
 USED = "a value is read: cs324dist/distributed/exact.py, _finish: numbers, count ="
 
@@ -22,7 +22,7 @@ def waits(case: str, precision: str) -> list[str]:
     if case.endswith(("exact", "whole")):
         return [BARRIERS, USED] if case.startswith(("gan", "classifier")) else [USED]
     found = []
-    if case == "lstm curriculum":
+    if case in ("lstm curriculum", "proven"):
         found.append("a value is read: cs324dist/tasks/lstm/task.py, step: if decides")
     if precision == "fp16" and case in NOT_FUSED:
         # Whether a gradient overflowed: torch has no other way to leave the step of such an optimizer out.
@@ -46,10 +46,13 @@ Found = dict[str, list[str]]
 
 
 @pytest.fixture(scope="module")
-def on_fake_cuda(guard: Path) -> Callable[..., Found]:
+def on_fake_cuda(guard: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Found]:
+    shapes = str(tmp_path_factory.mktemp("shapes"))
+    assert python(REPOSITORY / "examples" / "shapes.py", shapes, "96").returncode == 0
 
     def run(*arguments: str, **environment: str) -> Found:
-        done = python(HERE / "fake_cuda.py", guard, *arguments, env={**os.environ, **environment})
+        variables = {**os.environ, "SHAPES": shapes, **environment}
+        done = python(HERE / "fake_cuda.py", guard, *arguments, env=variables)
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(done.stdout)
 
