@@ -15,7 +15,7 @@ from torch import Tensor
 from cs324dist.data.streams import seed_everything
 from cs324dist.distributed.checks import LOOK_FOR, differences, gather_objects, held
 from cs324dist.distributed.exact import exact_of
-from cs324dist.distributed.failures import ProcessLost, translate_errors
+from cs324dist.distributed.failures import ProcessLost, keep_collectives, translate_errors
 from cs324dist.distributed.process import compare_environments, compiled_by, on_main_process, say_idle_cores
 from cs324dist.distributed.stop import Stopped, StopRequest
 from cs324dist.errors import EXIT_STOPPED, ReportedError, RunFailed, UserError, end_with, in_words, say
@@ -198,8 +198,7 @@ class BaseRun:
     def log(self, metrics: Mapping[str, float | Tensor] | None = None, /, **more: float | Tensor) -> None:
         """Log metrics of this step: in the terminal, in `metrics.jsonl`, to other trackers.
 
-        Every process may call it; the main process writes its own values. Reading a tensor waits for the
-        device.
+        Every process may call it; the main process writes its own. Reading a tensor waits for the device.
 
         Raises:
             UserError: before the first step, or a value is no number.
@@ -278,12 +277,13 @@ class BaseRun:
 
     def _record_end(self, error: BaseException) -> bool:
         """Record how the run has ended; returns whether a signal has stopped it."""
-        # Other processes may have obeyed a signal sooner. The launcher's own signal, after a failure, is no
-        # stop.
+        # Others may have obeyed a signal sooner. The launcher's own signal, after a failure, is no stop.
         stopped = self._stop.received_before_the_last_vote and isinstance(error, ProcessLost)
         if self._is_started and self.accelerator.is_main_process:
             why = str(error) if isinstance(error, ReportedError) else in_words(error)
             self.dir.write_status("stopped" if stopped else "failed", self.dir.newest_step(), why)
+        if isinstance(error, ProcessLost):
+            keep_collectives(self.dir.path)
         return stopped
 
     def _end_alone(self, error: ProcessLost) -> None:

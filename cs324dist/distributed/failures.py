@@ -5,12 +5,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from cs324dist.errors import RunFailed
+from cs324dist.errors import RANK, RunFailed
+from cs324dist.runs.files import replaced
 
 HEARTBEAT = 1.0  # seconds
 TO_SAY_IT_ITSELF = 5.0  # seconds in which the main thread may report the same error
@@ -67,6 +69,16 @@ def translate_errors(peer_timeout: int) -> Iterator[None]:
             if is_possible and re.search(pattern, said, re.IGNORECASE):
                 raise kind(text.format(said=said.partition(",")[0], timeout=peer_timeout)) from error
         raise
+
+
+def keep_collectives(folder: Path) -> None:
+    """Write down the last collectives of this process: which one it waits in, which others have begun.
+
+    torch's flight recorder has them, of gloo and of NCCL.
+    """
+    if record := getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None):
+        with suppress(OSError), replaced(folder / f"collectives-rank-{RANK}.json") as file:
+            file.write_bytes(record())
 
 
 class PeerWatch:

@@ -6,6 +6,7 @@ metrics.jsonl     one JSON object a line
 samples/          pictures, named by step
 checkpoints/      see `checkpoints`
 owners/           the processes that ran it, and in what environment; see `lease`
+collectives-…     of each process when one was lost: the last collectives, as torch's flight recorder has them
 """
 
 import re

@@ -4,6 +4,7 @@ Lost processes in real runs of two: the main thread of rank 0 waits in C for wha
 NCCL, whose watchdog ends the process after its timeout (torch 2.13, ProcessGroupNCCL.hpp, ErrorHandlingMode).
 """
 
+import json
 import os
 import signal
 from contextlib import suppress
@@ -111,3 +112,5 @@ def test_a_process_ends_with_a_line_although_it_waits_in_c(launch_environment, t
     state = status(launched.run)
     assert (state["state"], state["step"]) == ("failed", 2)
     assert f"error on rank 0: {state['why']}" == last
+    collectives = json.loads((launched.run / "collectives-rank-0.json").read_bytes())["entries"]
+    assert collectives[-1]["profiling_name"].startswith("gloo:")
