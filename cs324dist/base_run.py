@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from cs324dist.data.streams import seed_everything
+from cs324dist.data.streams import generators_kept, seed_everything
 from cs324dist.distributed.checks import LOOK_FOR, differences, gather_objects, held
 from cs324dist.distributed.exact import exact_of
 from cs324dist.distributed.failures import ProcessLost, keep_collectives, translate_errors
@@ -22,6 +22,7 @@ from cs324dist.errors import EXIT_STOPPED, ReportedError, RunFailed, UserError, 
 from cs324dist.metrics import as_numbers
 from cs324dist.runs.checkpoints import Trained, check_names
 from cs324dist.runs.environment import environment
+from cs324dist.runs.history import metric_of
 from cs324dist.runs.lease import Superseded
 from cs324dist.runs.records import RunRecord
 from cs324dist.runs.run_dir import RunDir
@@ -33,6 +34,15 @@ RunT = TypeVar("RunT", bound="BaseRun")
 
 class BaseRun:
     """A folder that owns the state of a training loop; see `Run`, and for a task `TaskRun`."""
+
+    step = 0
+    """Steps that have been completed."""
+    is_over = False
+    """Whether the loop has ended before its last step."""
+    _session: Any = None
+    _is_started = _in_step = _save_asked = _stop_asked = False
+    _until = _metrics_lines = 0
+    _seed: Any
 
     def __init__(
         self,
@@ -50,13 +60,10 @@ class BaseRun:
         peer_timeout: int,
     ) -> None:
         check_names(trained.networks)
+        self.best_metric = metric_of(keep_best)
         self.dir, self.trained, self.accelerator = RunDir(folder), trained, accelerator
         self.keep_last, self.keep_best, self.peer_timeout = keep_last, keep_best, peer_timeout
         self.exact = exact_of(trained.networks.values())
-        self.step = 0
-        """Steps that have been completed."""
-        self.is_over = False
-        """Whether the loop has ended before its last step."""
         self._config, self._seed = dict(config), seed
         self._trackers_of_run = partial(
             Trackers,
@@ -69,12 +76,11 @@ class BaseRun:
         )
         self._on_main = partial(on_main_process, accelerator)
         self._how = accelerator.num_processes, accelerator.mixed_precision, compiled_by(accelerator)
-        self._session: Any = None
-        self._is_started = self._in_step = self._save_asked = self._stop_asked = False
-        self._until = self._metrics_lines = 0
-        self._began, self._seconds_saving = time.monotonic(), 0.0
 
     def __enter__(self: RunT) -> RunT:
+        self.step = self._until = self._metrics_lines = 0
+        self.is_over = self._is_started = self._in_step = self._save_asked = self._stop_asked = False
+        self._began = time.monotonic()
         self._session = self._opened()
         self._session.__enter__()
         return self
@@ -90,6 +96,7 @@ class BaseRun:
             StopRequest(self.accelerator.num_processes, self.peer_timeout, self._end_alone) as self._stop,
             ExitStack() as self._stack,
             self.dir.claimed(self._check_fits, self._on_main),
+            generators_kept(self.accelerator.device),
         ):
             if self._seed is None:
                 self._seed = torch.initial_seed()
@@ -142,12 +149,12 @@ class BaseRun:
         """
         if self._session is None or save_every < 1:
             raise UserError("steps belongs inside `with run`, with a save_every of at least 1")
-        assert self._seed is not None, "set by `with`"
         self._until = until
-        if self.step >= until or self.is_over:
-            return
-        self._start()
-        self.trackers.go_on(until)  # `steps` may have been called before, for fewer
+        is_left = self.step < until and not self.is_over
+        # What stands behind the loop may log, unless an earlier start has gone past it.
+        if is_left or (self.step <= until and not self._on_main(self.dir.is_finished)):
+            self._start()
+            self.trackers.go_on(until)  # `steps` may have been called before, for fewer
         first = self.step
         while self.step < until and not self.is_over:
             seed_everything(self._seed, f"step {self.step}", self.accelerator.device)
@@ -199,16 +206,21 @@ class BaseRun:
         """Log metrics of this step: in the terminal, in `metrics.jsonl`, to other trackers.
 
         Every process may call it; the main process writes its own. Reading a tensor waits for the device.
+        Behind a loop whose steps an earlier start has taken, it does nothing.
 
         Raises:
-            UserError: before the first step, or a value is no number.
+            UserError: before `steps`, or a value is no number, or is called "step".
         """
-        if not self._is_started:
-            raise UserError("log was called before the first step: call it in the loop over run.steps(…)")
         values = {**(metrics or {}), **more}
+        if not self._until:
+            raise UserError("log was called before the first step: call it in the loop over run.steps(…)")
+        if "step" in values:
+            raise UserError("log was given step=…, which each line has anyway: leave it out")
+        if not self._is_started or self.step > self._until:
+            return
         if self.accelerator.is_main_process:
             self.trackers.log_step(self.completed, as_numbers(values))
-        if self.keep_best.partition(":")[0] in values:
+        if self.best_metric in values:
             self.save()
 
     def save(self) -> None:
@@ -220,9 +232,8 @@ class BaseRun:
         return self._save_asked
 
     def _end_stopped(self) -> None:
-        self._on_main(
-            lambda: self.dir.write_status("stopped", self.dir.newest_step(), "a signal asked for it")
-        )
+        why = "a signal asked for it"
+        self._on_main(lambda: self.dir.write_status("stopped", self.dir.newest_step(), why))
         self._say_last(f"{self.dir}: stopped after {self.step} steps; run the same command to go on")
         raise Stopped
 
@@ -237,11 +248,9 @@ class BaseRun:
         if self.accelerator.num_processes == 1:
             return
         found = held(self.trained, buffers_from_first=self.exact is None) if found is None else found
-        where = f"at the end of step {self.completed}"
+        where = f"after step {self.completed}"
         if lines := differences(gather_objects(found, where), with_values=False):
-            raise RunFailed(
-                f"after step {self.completed}, {lines[0]} ({len(lines)} of {len(found)} differ): {LOOK_FOR}"
-            )
+            raise RunFailed(f"{where}, {lines[0]} ({len(lines)} of {len(found)} differ): {LOOK_FOR}")
 
     def _write(self) -> None:
         """Write a checkpoint; called on every process, and the main process writes.
@@ -255,7 +264,7 @@ class BaseRun:
             is_last = self.is_over or self.completed >= self._until
             self._on_main(lambda: self.saving.write(self.completed, is_over=self.is_over, is_last=is_last))
         self._save_asked = False
-        self._seconds_saving += time.monotonic() - began
+        self.saving.seconds += time.monotonic() - began
 
     @contextmanager
     def _ending_recorded(self) -> Iterator[None]:
@@ -296,22 +305,13 @@ class BaseRun:
         if not self._is_started:
             return f"{self.dir} is finished, {self.step} steps: {self._for_more()}"
         of = f" of {self._until}" if self.step < self._until else ""
-        text, metric = f"{self.dir}: finished after {self.step}{of} steps", self.keep_best.partition(":")[0]
-        if not metric:
-            return text
-        if best := self._on_main(lambda: self.dir.best(self.keep_best)):
-            return f"{text}; the best {metric}, {best[1]:.6g}, is that of {best[0]}"
-        return f"{text}; no checkpoint has a value of {metric} (keep_best)"
+        return f"{self.dir}: finished after {self.step}{of} steps{self._on_main(self.saving.best_in_words)}"
 
     def _say_last(self, text: str) -> None:
         """Print a line after the progress bar and the trackers have ended."""
         self._stack.close()
-        took = time.monotonic() - self._began
-        if self._seconds_saving > max(10, took / 10):  # in a short run it does not matter
-            self._say(
-                f"checkpoints took {self._seconds_saving:.0f} of {took:.0f} s: fewer of them cost less "
-                f"(--checkpoint-every, in a loop of your own save_every)"
-            )
+        if costs := self.saving.costs(time.monotonic() - self._began):
+            self._say(costs)
         self._say(text)
 
     def _say(self, text: str) -> None:

@@ -63,7 +63,7 @@ class TaskRun(BaseRun):
             tensorboard=config.tensorboard,
             peer_timeout=config.peer_timeout,
         )
-        if (best := config.keep_best.partition(":")[0]) and not best.startswith("eval/"):
+        if (best := self.best_metric) and not best.startswith("eval/"):
             raise UserError(
                 f"--keep-best {best} is no metric of an evaluation: give a name that begins with eval/, such "
                 f"as eval/{best}"
@@ -92,6 +92,15 @@ class TaskRun(BaseRun):
     def _ask_whether_done(self) -> None:
         self.is_over = self._on_main(lambda: self.task.is_done(self.dir.read_evaluations(self.completed)))
 
+    def _start(self) -> None:
+        super()._start()
+        if self.owes_evaluation:
+            self.owes_evaluation = False
+            self._evaluate()
+            if self._stop_asked:
+                self._end_stopped()
+            self._write()
+
     def train(self) -> None:
         """Take the steps that are left.
 
@@ -100,13 +109,6 @@ class TaskRun(BaseRun):
             Stopped: a signal has asked for it.
         """
         config, trainer = self.config, self.trainer
-        if self.owes_evaluation:
-            self._until = config.steps
-            self._start()
-            self._evaluate()
-            if self._stop_asked:
-                self._end_stopped()
-            self._write()
         for step in self.steps(config.steps, config.checkpoint_every):
             is_logged = config.is_due(step + 1, config.log_every)
             trainer.step(step, is_logged=is_logged)
@@ -139,7 +141,7 @@ class TaskRun(BaseRun):
             self.compare(found)
             self.trackers.log_evaluation(self.completed, evaluation)
             self._ask_whether_done()
-        if best := self.config.keep_best.partition(":")[0]:
+        if best := self.best_metric:
             self.save()
             if best not in found:
                 self._write()  # what the steps so far have reached is not lost

@@ -4,15 +4,21 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from accelerate import Accelerator
-from accelerate.utils import extract_model_from_parallel
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cs324dist.base_run import BaseRun
+from cs324dist.distributed.checks import held
+from cs324dist.distributed.exact import unwrapped
+from cs324dist.distributed.gradients import fix_the_order_of
 from cs324dist.distributed.process import accelerator_of_script
 from cs324dist.errors import UserError, printable
 from cs324dist.runs.optimizers import Optimizers, each
@@ -84,6 +90,13 @@ class Run(BaseRun):
         """
         if wandb not in WANDB_MODES:
             raise UserError(f"wandb={wandb!r} is not allowed: give one of {', '.join(WANDB_MODES)}")
+        given = {"networks": networks, "optimizers": optimizers, "states": states, "config": config}
+        for argument, value in given.items():
+            if not isinstance(value, Mapping | None):
+                raise UserError(
+                    f"{argument}= is a {type(value).__name__}: give a dict, by name"
+                    + (", vars(args)" if argument == "config" else "")
+                )
         accelerator = accelerator_of_script(accelerator, peer_timeout=peer_timeout)
         trained = _Loop(networks, optimizers, states or {})
         super().__init__(
@@ -99,15 +112,16 @@ class Run(BaseRun):
         )
         self._may_change = {*may_change, "keep_best"}
         self._made_of = {"gradients": str(self.exact or "of the loop"), "keep_best": keep_best}
-        self._made_of |= trained.kinds()
+        self._kinds = trained.kinds
+        self._made_of |= self._kinds()
+        if self.exact:
+            prepared = {name: unwrapped(network) for name, network in self.exact.networks.items()}
+            others = {n: one for n, one in trained.networks.items() if one not in prepared.values()}
+            self.exact.watch({**others, **prepared})
 
     def _check_fits(self) -> None:
-        for name, network in self.exact.networks.items() if self.exact else ():
-            is_trained = any(parameter.requires_grad for parameter in network.parameters())
-            if is_trained and network not in self.trained.networks.values():
-                raise UserError(
-                    f"{name} was prepared, and no checkpoint would hold it: give it to the run, networks="
-                )
+        if self.exact:
+            self._check_prepared(self.exact.networks)
         if (record := self.dir.record_of(LOOP)) is None:
             return
         stored, now = {**record.config, **record.made_of}, {**self._config, **self._made_of}
@@ -118,6 +132,57 @@ class Run(BaseRun):
             if name not in self._may_change and now.get(name) != stored.get(name)
         ]:
             raise UserError(*lines)
+
+    def _check_prepared(self, networks: Mapping[str, nn.Module]) -> None:
+        """Check that the run holds what exact gradients are made of, and trains nothing else."""
+        for name, network in networks.items():
+            is_trained = any(parameter.requires_grad for parameter in network.parameters())
+            if is_trained and unwrapped(network) not in self.trained.networks.values():
+                raise UserError(
+                    f"{name} was prepared, and no checkpoint would hold it: give it to the run, networks="
+                )
+        prepared = {parameter for network in networks.values() for parameter in network.parameters()}
+        for name, optimizer in each(self.trained.optimizers):
+            of_optimizer = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+            if left := sum(parameter.requires_grad for parameter in of_optimizer - prepared):
+                raise UserError(
+                    f"{left} parameters of optimizer {name!r} are of no prepared network, and get no "
+                    f"gradient: give it to ExactGradients.prepare as well"
+                )
+
+    def _restore(self) -> None:
+        super()._restore()
+        self._held_before: dict[str, Any] = {}
+        if self.step:
+            stored, has = self._on_main(self.dir.read_record).made_of, self._kinds()
+            for name in has:
+                if stored.get(name) != self._made_of[name] != has[name]:
+                    self._say(f"{name} goes on with what its checkpoint has, {has[name]}")
+
+    def steps(self, until: int, save_every: int) -> Iterator[int]:
+        """See `BaseRun.steps`; a second loop needs more steps than the one before."""
+        if self._in_step:
+            raise UserError(f"steps({until}) after a `break`: it ends the run, and is the last word")
+        if until <= self._until:
+            raise UserError(
+                f"steps({until}) after steps({self._until}): it counts from the start of the run; for "
+                f"epochs, give steps((epoch + 1) * steps_per_epoch, …)"
+            )
+        self._check_nothing_is_done_again(until)
+        return super().steps(until, save_every)
+
+    def _check_nothing_is_done_again(self, until: int) -> None:
+        """Check what stands behind a loop whose steps an earlier start has taken: it is done again."""
+        is_left, now = self.step > until and not self.is_over, {}
+        if is_left or self._held_before:
+            now = {**held(self.trained, buffers_from_first=False), **self.saving.hidden.changed()}
+        before = self._held_before or now
+        if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+            raise UserError(
+                f"{changed[0]} changes behind the loop over steps({self._until}), and once more when the run "
+                f"goes on: change it in the loop, if (step + 1) % steps_per_epoch == 0"
+            )
+        self._held_before = now if is_left else {}
 
     def _record(self) -> RunRecord:
         return RunRecord(
@@ -139,7 +204,8 @@ class Run(BaseRun):
 
         A run that goes on has those of the steps before. Every process calls it, and gets the same.
         """
-        rows = self._on_main(lambda: [row for row in self.dir.read_metrics() if name in row])
+        lines = None if self._is_started else self._metrics_lines
+        rows = self._on_main(lambda: [row for row in islice(self.dir.read_metrics(), lines) if name in row])
         return [math.nan if row[name] is None else row[name] for row in rows]
 
 
@@ -149,14 +215,18 @@ class _Loop:
     def __init__(
         self, networks: Mapping[str, nn.Module], optimizers: Optimizers, states: Mapping[str, Stateful]
     ) -> None:
-        self.networks = {
-            name: extract_model_from_parallel(network, keep_torch_compile=False)
-            for name, network in networks.items()
-        }
+        self.networks = {name: unwrapped(network) for name, network in networks.items()}
+        for module in (module for network in networks.values() for module in network.modules()):
+            if isinstance(module, DistributedDataParallel) and not module.static_graph:
+                fix_the_order_of(module)
         self.optimizers: Optimizers = {
-            name: getattr(one, "optimizer", one) for name, one in optimizers.items()
+            name: one.optimizer if isinstance(one, AcceleratedOptimizer) else one
+            for name, one in optimizers.items()
         }
-        self._states = {name: getattr(state, "scheduler", state) for name, state in states.items()}
+        self._states = {
+            name: state.scheduler if isinstance(state, AcceleratedScheduler) else state
+            for name, state in states.items()
+        }
         scheduled = [getattr(state, "optimizer", None) for state in self._states.values()]
         saved = {parameter for network in self.networks.values() for parameter in network.parameters()}
         for name, optimizer in each(self.optimizers):
@@ -183,8 +253,7 @@ class _Loop:
         if state.keys() != self._states.keys():
             raise ValueError
         for name, own in self._states.items():
-            kinds = {key: type(v) for key, v in own.state_dict().items() if isinstance(v, tuple | Counter)}
-            own.load_state_dict({key: kinds.get(key, _as_it_is)(v) for key, v in state[name].items()})
+            own.load_state_dict(_in_the_kinds_of(own.state_dict(), state[name]))
 
 
 def _settings_of(optimizer: Any) -> str:
@@ -201,8 +270,15 @@ def _settings_of(optimizer: Any) -> str:
     return f"{type(optimizer).__name__} of {'; '.join(groups)}"
 
 
-def _as_it_is(value: Any) -> Any:
-    return value
+def _in_the_kinds_of(own: Any, read: Any) -> Any:
+    """What was read, with tuples and counters where `own` has them; JSON has none."""
+    if isinstance(own, tuple | Counter):
+        return type(own)(read)
+    if isinstance(own, dict) and isinstance(read, dict):
+        return {key: _in_the_kinds_of(own.get(key), value) for key, value in read.items()}
+    if isinstance(own, list) and isinstance(read, list) and len(own) == len(read):
+        return [_in_the_kinds_of(one, value) for one, value in zip(own, read, strict=True)]
+    return read
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

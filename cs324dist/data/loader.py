@@ -21,14 +21,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
-from cs324dist.data.streams import (
-    CPU,
-    MicroBatch,
-    ShuffledEpochs,
-    generators,
-    seed_everything,
-    set_generators,
-)
+from cs324dist.data.streams import CPU, MicroBatch, ShuffledEpochs, generators_kept, seed_everything
 from cs324dist.errors import ReportedError, UserError
 
 Collate = Callable[[list[Any]], Any]
@@ -199,14 +192,14 @@ def _as_it_is(part: Any) -> Any:
 @contextmanager
 def _everything_seeded(seed: int, name: str) -> Iterator[None]:
     """Inside, torch, numpy and random are seeded; torch uses one core, as it does in a worker."""
-    states, cores = generators(CPU), torch.get_num_threads()
+    cores = torch.get_num_threads()
     torch.set_num_threads(1)
-    seed_everything(seed, name, CPU)
     try:
-        yield
+        with generators_kept(CPU):
+            seed_everything(seed, name, CPU)
+            yield
     finally:
         torch.set_num_threads(cores)
-        set_generators(CPU, states)
 
 
 def _prepare_worker(_: int) -> None:

@@ -178,6 +178,16 @@ def set_generators(device: torch.device, states: tuple[Any, ...]) -> None:
 
 
 @contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Put back, at the end, the generators of torch, numpy and random."""
+    states = generators(device)
+    try:
+        yield
+    finally:
+        set_generators(device, states)
+
+
+@contextmanager
 def seeded(seed: int, name: str) -> Iterator[None]:
     """Seed torch's CPU generator from (seed, name), as for initial weights, and restore it at the end."""
     with torch.random.fork_rng(devices=[]):

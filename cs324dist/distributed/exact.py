@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ from cs324dist.distributed.refusals import (
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import RunFailed, UserError, warn
 
+unwrapped = partial(extract_model_from_parallel, keep_torch_compile=False)
 _exact: "weakref.WeakKeyDictionary[nn.Module, ExactGradients]" = weakref.WeakKeyDictionary()
 
 
@@ -97,7 +99,7 @@ class ExactGradients(Gradients):
         """
         refuse_what_is_prepared(self._accelerator, network, is_known=network in _exact)
         prepared = super().prepare(network, name)
-        _exact[prepared] = self
+        _exact[prepared] = _exact[unwrapped(prepared)] = self
         if self.parts.processes == 1:
             return prepared
         held = checksums({name: t for name, t in prepared.state_dict().items() if isinstance(t, Tensor)})

@@ -145,7 +145,7 @@ class _Losses(nn.Module):
         return loss_of(batch)
 
 
-def _wrapped(losses: nn.Module, place: list[torch.device] | None) -> nn.Module:
+def _wrapped(losses: nn.Module, place: list[torch.device] | None) -> DistributedDataParallel:
     with warnings.catch_warnings():
         # torch 2.13 has another name for `broadcast_buffers`; zeros below have other strides than gradients.
         warnings.simplefilter("ignore")
@@ -155,11 +155,24 @@ def _wrapped(losses: nn.Module, place: list[torch.device] | None) -> nn.Module:
             broadcast_buffers=False,  # BatchNorm over the batch keeps them equal
             gradient_as_bucket_view=True,
         )
-        # DDP adds up its first step in one bucket and later ones in several, in the order of the first. With
-        # this pass as the first, a resumed run of three processes adds in the order of one that ran through.
-        trained = [parameter for parameter in losses.parameters() if parameter.requires_grad]
-        zero = lambda _: torch.stack([(parameter * 0).sum() for parameter in trained]).sum()  # noqa: E731
-        wrapped(zero, None).backward()
+        fix_the_order_of(wrapped)
+    return wrapped
+
+
+def fix_the_order_of(wrapped: DistributedDataParallel) -> None:
+    """Take a backward pass of zeros; every process calls it.
+
+    DDP adds up its first pass in one bucket and later ones in several, in the order of the first. With this
+    pass as the first, a resumed run of three processes adds in the order of one that ran through.
+    """
+    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    attributes = vars(wrapped.module)
+    held = {name: attributes.pop(name) for name in ("forward", "_compiled_call_impl") if name in attributes}
+    attributes["forward"] = lambda *_: torch.stack([(parameter * 0).sum() for parameter in trained]).sum()
+    try:
+        wrapped(None).backward()
+    finally:
+        del attributes["forward"]
+        attributes.update(held)
     for parameter in trained:
         parameter.grad = None
-    return wrapped

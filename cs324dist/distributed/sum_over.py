@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from cs324dist.data.streams import seed_everything
+from cs324dist.data.streams import generators_kept, seed_everything
 from cs324dist.distributed.checks import gather_objects
 from cs324dist.distributed.parts import add_in_order, gather_rows
 from cs324dist.errors import UserError
@@ -49,12 +49,12 @@ class SumOver:
         shapes: dict[str, torch.Size] = {}
 
         self._calls += 1
-        name = f"measurement {self._calls}"
+        measurement = f"measurement {self._calls}"
 
         def row_of(indices: Tensor) -> Float64[Tensor, " width"]:
-            seed_everything(self._seed, f"{name}/{int(indices[0])}", self._device)
-            with torch.no_grad():
-                sums = measure(indices)
+            with torch.no_grad(), generators_kept(self._device):
+                seed_everything(self._seed, f"{measurement}/{int(indices[0])}", self._device)
+                sums = {n: torch.as_tensor(v, device=self._device) for n, v in measure(indices).items()}
             found = {name: value.shape for name, value in sums.items()}
             if found != (shapes or found):
                 raise UserError(OTHER_SHAPES)

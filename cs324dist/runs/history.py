@@ -4,6 +4,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from cs324dist.errors import UserError
 from cs324dist.runs.files import clear, matches
 
 CHECKPOINT = r"([0-9]{9}|1[0-9]{9})-([1-9][0-9]*)"  # step, and the owner that wrote it
@@ -73,3 +74,15 @@ def _delete(path: Path, name: str) -> None:
         with suppress(FileNotFoundError):
             path.rename(doomed)
     clear(doomed)
+
+
+def metric_of(wanted: str) -> str:
+    """The metric whose best checkpoint is kept; `METRIC:min`: the smallest.
+
+    Raises:
+        UserError: another word stands behind the colon.
+    """
+    metric, _, which = wanted.partition(":")
+    if which not in ("", "min", "max"):
+        raise UserError(f"keep_best {wanted} is not allowed: give METRIC, or METRIC:min for the smallest")
+    return metric

@@ -80,7 +80,7 @@ def copy_into(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> N
 
 
 def save_model(folder: Path, model: nn.Module) -> None:
-    """Write a model; `model.config`, if there is one, holds the arguments of its constructor.
+    """Write a model; `model.config`, if it is a dict, holds the arguments of its constructor.
 
     Raises:
         UserError: an argument is no number, word or truth value.
@@ -88,8 +88,8 @@ def save_model(folder: Path, model: nn.Module) -> None:
     """
     name = type(model).__name__
     arguments = getattr(model.module if isinstance(model, AveragedModel) else model, "config", {})
-    if not isinstance(arguments, Mapping):
-        raise UserError(f"{name}.config is no dictionary of the arguments of its constructor")
+    if not isinstance(arguments, Mapping):  # such as nanoGPT's and those of transformers
+        arguments = {}
     for argument, value in arguments.items():
         if type(value) not in (bool, int, float, str):
             raise UserError(

@@ -27,6 +27,7 @@ from cs324dist.runs.history import (
     generation_of,
     history_of,
     keep_newest,
+    metric_of,
     step_of,
 )
 from cs324dist.runs.lease import Lease, generations, owner_of
@@ -109,7 +110,7 @@ class RunDir(MetricsFile):
             self._lease = self._metrics = None
 
     def _claim(self) -> None:
-        self._is_new = not self.path.exists()
+        self._is_new, self._started = not self.path.exists(), False
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             newest = self.newest()
@@ -237,13 +238,14 @@ class RunDir(MetricsFile):
 
     def finish(self, step: int, keep_last: int, keep_best: str = "") -> None:
         """Mark a complete run finished, unless it is already."""
-        if self._is_finished():
+        if self.is_finished():
             return
         self._started = True
         self.keep_newest(keep_last, keep_best)
         self.write_status("finished", step)
 
-    def _is_finished(self) -> bool:
+    def is_finished(self) -> bool:
+        """Whether the status says so."""
         with suppress(UserError):
             return self.read_status().state == "finished"
         return False
@@ -263,11 +265,11 @@ class RunDir(MetricsFile):
 
     def best(self, wanted: str) -> tuple[Path, float] | None:
         """The checkpoint where the metric `wanted` is largest (`METRIC:min`: smallest), and that value."""
-        metric, _, smallest = wanted.partition(":")
+        metric = metric_of(wanted)
         saved = {step_of(path): path for path in history_of(self.checkpoints)} if wanted else {}
         rows = ((row["step"], row.get(metric)) for row in self.read_metrics()) if saved else ()
         values = {step: value for step, value in rows if step in saved and value is not None}
-        step = (min if smallest else max)(values, key=values.__getitem__, default=None)
+        step = (min if wanted.endswith(":min") else max)(values, key=values.__getitem__, default=None)
         return None if step is None else (saved[step], values[step])
 
     def newest(self) -> Path | None:

@@ -15,6 +15,7 @@ from cs324dist.runs.checkpoints import (
     write_checkpoint,
 )
 from cs324dist.runs.hidden_state import HiddenState
+from cs324dist.runs.history import metric_of
 from cs324dist.runs.run_dir import RunDir
 
 
@@ -27,7 +28,8 @@ class Saving:
         """Of what is trained, as it is before the first step; for the last two see `RunDir.keep_newest`."""
         self._run, self._trained, self._accelerator = run, trained, accelerator
         self._keep = keep_last, keep_best
-        self._hidden, self._layout = HiddenState(trained), layout(trained)
+        self.seconds = 0.0  # in which the run waited for checkpoints
+        self.hidden, self._layout = HiddenState(trained), layout(trained)
 
     def check(self) -> None:
         """Check that the state of the run can be saved; raises as `check_that_it_can_be_saved` does."""
@@ -35,7 +37,7 @@ class Saving:
 
     def read(self, checkpoint: Path) -> TrainerState:
         """Go on from a checkpoint; raises as `read_checkpoint` does."""
-        return read_checkpoint(checkpoint, self._trained, self._hidden, self._accelerator.scaler)
+        return read_checkpoint(checkpoint, self._trained, self.hidden, self._accelerator.scaler)
 
     def write(self, step: int, *, is_over: bool, is_last: bool) -> None:
         """Write the checkpoint after `step`, and delete the ones that are not kept.
@@ -52,7 +54,7 @@ class Saving:
                 processes=self._accelerator.num_processes,
                 loss_scale=scaler.state_dict() if scaler is not None and scaler.is_enabled() else {},
                 metrics_lines=self._run.write_metrics(sync=True),
-                hidden=self._hidden.changed(),
+                hidden=self.hidden.changed(),
                 is_over=is_over,
             )
             write_checkpoint(self._run.checkpoint(step), self._trained, state, self._run)
@@ -70,6 +72,23 @@ class Saving:
     def finish(self, step: int) -> None:
         """Mark the run finished; see `RunDir.finish`."""
         self._run.finish(step, *self._keep)
+
+    def best_in_words(self) -> str:
+        """Where the best checkpoint is, for the end of a sentence; empty if none is wanted."""
+        if not (metric := metric_of(self._keep[1])):
+            return ""
+        if best := self._run.best(self._keep[1]):
+            return f"; the best {metric}, {best[1]:.6g}, is that of {best[0]}"
+        return f"; no checkpoint has a value of {metric} (keep_best)"
+
+    def costs(self, took: float) -> str:
+        """What to say of the time that checkpoints took, of all seconds; nothing if it does not matter."""
+        if self.seconds <= max(10, took / 10):
+            return ""
+        return (
+            f"checkpoints took {self.seconds:.0f} of {took:.0f} s: fewer of them cost less "
+            f"(--checkpoint-every, in a loop of your own save_every)"
+        )
 
     def diverged(self, what: str) -> RunFailed:
         """The error for values that are not finite."""

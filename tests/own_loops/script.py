@@ -68,7 +68,7 @@ def exactly() -> None:
         torch.set_num_threads(2)
     run = Run(
         FOLDER,
-        networks={"net": model},
+        networks=model if VARIANT == "no dict" else {"net": model},
         optimizers={"net": optimizer},
         states={} if VARIANT == "forgotten scheduler" else {"scheduler": scheduler},
         config={"lr": 2e-2 if VARIANT == "other setting" else 1e-2, "steps": STEPS},

@@ -47,7 +47,9 @@ def test_it_is_the_same_on_one_to_four_processes(variant, monkeypatch, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("variant", "processes"), [("exact", 1), ("exact", 3), ("ddp", 2), ("gan", 2)])
+@pytest.mark.parametrize(
+    ("variant", "processes"), [("exact", 1), ("exact", 3), ("ddp", 2), ("ddp", 3), ("gan", 2)]
+)
 def test_it_ends_the_same_when_killed(variant, processes, monkeypatch, tmp_path):
     monkeypatch.setenv("VARIANT", variant)
     assert_same_when_killed((SCRIPT, "{run}", "200"), tmp_path, processes=processes)
@@ -106,6 +108,7 @@ MISTAKES = {  # on how many processes (0: without a launcher), and what is said
     "logged too soon": (0, r"log was called before the first step"),
     "forgotten network": (0, r"critic was prepared, and no checkpoint would hold it: give it to the run"),
     "optimizer of another": (0, r"optimizer 'net' trains 6 parameters of no network of the run: give it"),
+    "no dict": (0, r"networks= is a Sequential: give a dict, by name"),
     "more threads": (0, r"torch has 2 threads, on which sums depend"),
     "network before": (2, r"Sequential: .* on rank 1 is not as on rank 0: make ExactGradients"),
     "each alone": (2, r"2 processes were started, and the Accelerator lets each train alone"),
