@@ -73,7 +73,7 @@ def test_on_a_gpu_a_line_has_the_most_memory_that_was_held(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("seconds", [0, 20])
 def test_checkpoints_that_take_long_are_named_at_the_end(tmp_path, monkeypatch, capsys, seconds):
-    clock = iter(range(0, 10**6, seconds)) if seconds else None
+    clock = map(float, range(0, 10**6, seconds)) if seconds else None
     if clock:
         monkeypatch.setattr("cs324dist.base_run.time.monotonic", lambda: next(clock))
     lines(Waiting, tmp_path / "run")
