@@ -216,7 +216,7 @@ class BaseRun:
             raise UserError("log was called before the first step: call it in the loop over run.steps(…)")
         if "step" in values:
             raise UserError("log was given step=…, which each line has anyway: leave it out")
-        if not self._is_started or self.step > self._until:
+        if not self._is_started:
             return
         if self.accelerator.is_main_process:
             self.trackers.log_step(self.completed, as_numbers(values))

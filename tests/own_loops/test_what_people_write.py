@@ -192,12 +192,14 @@ def test_a_new_rate_is_taken_unless_a_checkpoint_has_another(tmp_path, capsys, s
 
 def test_a_run_may_be_entered_again_as_in_a_notebook(tmp_path):
     run, net, optimizer = parts_of(tmp_path / "run")
-    for until in (3, 6):
+    for until in (3, 6, 6):
         with run:
             for step in run.steps(until, save_every=1):
                 take(net, optimizer)
                 run.log(at=float(step))
     assert [row["at"] for row in metrics(tmp_path / "run")] == [*range(6)]
+    owners = {path.stem for path in (tmp_path / "run" / "owners").glob("*.json")}
+    assert owners == {"1", "2"}  # the third did nothing
 
 
 def test_draws_behind_a_run_do_not_depend_on_its_steps(tmp_path):
