@@ -51,6 +51,8 @@ class Run(BaseRun):
     process with exit code 75; give the same command again to go on, on any number of processes.
     """
 
+    _held_before: Mapping[str, Any] = {}
+
     def __init__(
         self,
         folder: str | Path,
@@ -152,7 +154,7 @@ class Run(BaseRun):
 
     def _restore(self) -> None:
         super()._restore()
-        self._held_before: dict[str, Any] = {}
+        self._held_before = {}
         if self.step:
             stored, has = self._on_main(self.dir.read_record).made_of, self._kinds()
             for name in has:
@@ -162,7 +164,9 @@ class Run(BaseRun):
     def steps(self, until: int, save_every: int) -> Iterator[int]:
         """See `BaseRun.steps`; a second loop needs more steps than the one before."""
         if self._in_step:
-            raise UserError(f"steps({until}) after a `break`: it ends the run, and is the last word")
+            raise UserError(
+                f"steps({until}) after a `break`, which ends the run: give what follows its own run"
+            )
         if until <= self._until:
             raise UserError(
                 f"steps({until}) after steps({self._until}): it counts from the start of the run; for "
@@ -179,8 +183,8 @@ class Run(BaseRun):
         before = self._held_before or now
         if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
             raise UserError(
-                f"{changed[0]} changes behind the loop over steps({self._until}), and once more when the run "
-                f"goes on: change it in the loop, if (step + 1) % steps_per_epoch == 0"
+                f"{changed[0]} is changed behind the loop over steps({self._until}), which would be repeated "
+                f"whenever the run goes on: change it in the loop, if (step + 1) % steps_per_epoch == 0"
             )
         self._held_before = now if is_left else {}
 

@@ -82,7 +82,9 @@ def test_a_change_behind_an_epoch_that_would_come_twice_is_refused(tmp_path):
     with pytest.raises(Killed):
         by_epochs(tmp_path / "run", 9, rate_behind=True)
     said = refusal(by_epochs, tmp_path / "run", None, rate_behind=True)
-    assert "changes behind the loop over steps(4), and once more when the run goes on" in said
+    assert (
+        "is changed behind the loop over steps(4), which would be repeated whenever the run goes on" in said
+    )
 
 
 def test_between_the_end_of_an_epoch_and_the_next_it_may_change(tmp_path):
@@ -102,6 +104,12 @@ def test_steps_of_an_epoch_are_refused_where_those_of_the_run_are_meant(tmp_path
     assert refusal(train).startswith("steps(4) after steps(4): it counts from the start of the run")
 
 
+def test_steps_outside_of_the_run_are_refused(tmp_path):
+    assert "steps belongs inside `with run`" in refusal(
+        next, parts_of(tmp_path / "run")[0].steps(4, save_every=1)
+    )
+
+
 def test_a_loop_behind_a_break_is_refused(tmp_path):
     run, *_ = parts_of(tmp_path / "run")
 
@@ -111,7 +119,7 @@ def test_a_loop_behind_a_break_is_refused(tmp_path):
                 break
             run.steps(2 * EPOCH, save_every=1)
 
-    assert refusal(train) == "steps(8) after a `break`: it ends the run, and is the last word"
+    assert refusal(train) == "steps(8) after a `break`, which ends the run: give what follows its own run"
 
 
 def test_what_is_logged_behind_the_loop_is_there_once(tmp_path):
