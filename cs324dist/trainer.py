@@ -11,6 +11,7 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from cs324dist.data.streams import MicroBatch
 from cs324dist.distributed.belongings import buffers_kept
@@ -24,6 +25,7 @@ from cs324dist.errors import UserError
 from cs324dist.runs.optimizers import each, optimizers_of
 from cs324dist.tasks.base import Loss, Mean, Metrics, Task
 
+GIVEN_RATE = "scheduled_lr"  # in a group, and so in a checkpoint: the rate that it was given last
 Recorded = dict[str, dict[int, tuple[Tensor, Tensor]]]
 """Metrics by name: of each micro-batch of this process a sum and its weight."""
 
@@ -67,7 +69,6 @@ class Trainer:
             self._check_schedule(name, optimizer)
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
-        self._rates: dict[int, float] = {}  # that groups of parameters were given last
         self._step, self._is_logged = 0, False
         self._metrics: Recorded = {}
 
@@ -82,13 +83,19 @@ class Trainer:
             raise UserError(f"optimizer {name!r} holds {len(foreign)} parameters of no network of the task")
         return networks
 
-    @staticmethod
-    def _check_schedule(name: str, optimizer: Optimizer) -> None:
-        if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+    def _check_schedule(self, name: str, optimizer: Optimizer) -> None:
+        held = (value for value in vars(self.task).values() if isinstance(value, LRScheduler))
+        if hasattr(optimizer.step, "_wrapped_by_lr_sched") or any(s.optimizer is optimizer for s in held):
             raise UserError(
                 f"optimizer {name!r} has a scheduler of torch, which no checkpoint would hold: "
                 f"use --schedule, or override Config.learning_rate_factor"
             )
+        for inner, value in vars(optimizer).items():
+            if isinstance(value, Optimizer):
+                raise UserError(
+                    f"optimizer {name!r} steps another one, {inner}, whose state no checkpoint would hold: "
+                    f"give that one to the task, and do the rest in Task.step"
+                )
 
     def step(self, step: int, *, is_logged: bool) -> None:
         """Take step `step`, counted from 0; see `read_metrics` for what it logs."""
@@ -134,12 +141,12 @@ class Trainer:
         """
         factor = self.config.learning_rate_factor(self._step)
         for group in optimizer.param_groups:
-            if group["lr"] != self._rates.get(id(group), group["lr"]):
+            if group["lr"] != group.get(GIVEN_RATE, group["lr"]):
                 raise UserError(
                     f"the task has set a learning rate of optimizer {name!r} to {group['lr']}, which the "
                     f"schedule replaces: set group['initial_lr'], or override Config.learning_rate_factor"
                 )
-            group["lr"] = self._rates[id(group)] = group.setdefault("initial_lr", group["lr"]) * factor
+            group["lr"] = group[GIVEN_RATE] = group.setdefault("initial_lr", group["lr"]) * factor
 
     def _clip(self, optimizers: Iterable[Optimizer], most: float) -> None:
         """Scale the gradients that the optimizers use down to a norm of `most`."""

@@ -4,6 +4,7 @@ checkpoints/000001000-3/   step 1000, written by owner 3; see `lease`
     generator/{config.json,model.safetensors}  …
     optimizers.safetensors
     task.safetensors   the tensors of the task's own state; only if it has any
+    hidden.safetensors  those of `hidden_state`; only if it has any
     trainer.json       step, the task's other state, …, SHA-256 of every file
 
 No two owners write under the same name, so none can replace or delete what a later one wrote.
@@ -44,6 +45,7 @@ TRAINER = "trainer.json"
 OPTIMIZERS = "optimizers.safetensors"
 TASK = "task.safetensors"
 BUFFERS = "buffers.safetensors"
+HIDDEN = "hidden.safetensors"
 WEIGHTS = "model.safetensors"
 NAME = r"\w{1,99}"  # of a network
 Number = Annotated[int, Interval(ge=0, le=1 << 53)]
@@ -146,11 +148,14 @@ def _write_files(folder: Path, trained: Trained, state: TrainerState) -> None:
     task, tensors = split(trained.state_dict())
     if tensors:
         save_tensors(folder / TASK, tensors)
+    hidden, tensors = split(state.hidden)
+    if tensors:
+        save_tensors(folder / HIDDEN, tensors)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in (*files, *(folder / name for name in trained.networks)):
         sync(path)
     digests = {str(path.relative_to(folder)): sha256(path) for path in files}
-    content = as_json(replace(state, task=task, sha256=digests))
+    content = as_json(replace(state, task=task, hidden=hidden, sha256=digests))
     write_json(folder / TRAINER, {**content, "own_sha256": _digest(content)})
 
 
@@ -214,7 +219,8 @@ def read_checkpoint(
     del targets[OPTIMIZERS]
     state = verify_checkpoint(folder, targets)
     if hidden:
-        hidden.restore(state.hidden)  # first: an optimizer's groups decide what its state is
+        found = read_tensors(folder / HIDDEN, None) if HIDDEN in state.sha256 else {}
+        hidden.restore(join(state.hidden, found))  # first: an optimizer's groups decide what its state is
     tensors = {file: read_tensors(folder / file, expected) for file, expected in targets.items()}
     load_optimizers = read_optimizers(folder / OPTIMIZERS, trained.optimizers, trained.networks)
     own = tensors.pop(TASK, {})

@@ -1,21 +1,65 @@
 """What a task changes after its start, and no `state_dict` holds.
 
-An event at one step (`if step == 500: self.net[1].p = 0.1`) lives in an attribute of a module, in a
-parameter's `requires_grad`, in a group of an optimizer. A checkpoint has those that differ from a new task's.
+An event at one step (`if step == 500: self.net[1].p = 0.1`) lives in an attribute of the task, of a module or
+of an object that the task holds, in a parameter's `requires_grad`, in an optimizer or a group of one. A
+checkpoint has those that differ from a new task's.
 """
 
 import json
 import math
+import random
+import re
+import sys
+import sysconfig
+import zlib
+from argparse import Namespace
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
+from datetime import date
+from enum import Enum
+from itertools import count
+from pathlib import Path, PurePath
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
 from cs324dist.errors import UserError, printable, warn
 from cs324dist.runs.optimizers import each
+from cs324dist.runs.state_tree import split
 
 Hidden = dict[str, dict[str, Any]]
-"""By owner (a module, a task, a group of an optimizer) and name: the value."""
+"""By owner (a module, a task, a group of an optimizer) and name: the content."""
+
+MOST = 1000  # parts of a container that is searched for objects
+SAMPLE = 1 << 20  # values of a tensor that are compared
+CONTAINERS = {kind.__name__: kind for kind in (tuple, set, frozenset, deque, OrderedDict, Counter)}
+CONTAINER = (list, tuple, dict, set, frozenset, deque)
+BY_PART = r'|null|\{\}|\[null(, null)*\]|\{"\$lost": \["defaultdict", \{\}\]\}'
+"""What stands at the start where each part of the batch puts something under its number."""
+SHOWN = (bytes, complex, Enum, PurePath, range, slice, date, torch.dtype, torch.device)
+GENERATORS: dict[type, tuple[Any, Any]] = {
+    torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
+    random.Random: (random.Random.getstate, random.Random.setstate),
+    np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
+    np.random.Generator: (
+        lambda own: own.bit_generator.state,
+        lambda own, state: setattr(own.bit_generator, "state", state),
+    ),
+}
+SHUT = (*SHOWN, *CONTAINER, Tensor, type)
+OPEN = (nn.Module, nn.Parameter, Optimizer, Dataset, Namespace, SimpleNamespace, *GENERATORS)
+INSTALLED = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), str(Path(__file__).parents[1]))
+OF_MODULES = vars(nn.Module()).keys() - {"training"}
+HOOKS = {n for n in OF_MODULES if n.endswith("_hooks")} | {"_post_accumulate_grad_hooks"}
+LOST, TENSOR = '"$lost"', '"$on"'  # in the text of a content
+PLACES = count()  # of iterators, each another
+KEPT = {torch.complex64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+KEPT |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 class HiddenState:
@@ -24,37 +68,41 @@ class HiddenState:
     def __init__(self, task: Any) -> None:
         """At its start."""
         self._task = task
-        self._first = {place: _as_text(value) for place, value in self._values()}
+        self._first = {
+            owner: {name: (_text(content), id(value)) for name, (content, value) in contents.items()}
+            for owner, contents in _Walk(task).contents()
+        }
+        self._later: dict[
+            tuple[tuple[str, type], str], str
+        ] = {}  # what was made after the start, as first seen
         self._said: set[tuple[str, str]] = set()
 
     def changed(self) -> Hidden:
         """What differs from the start; a warning for what no checkpoint can hold."""
         found: Hidden = {}
-        for (owner, name), value in self._values():
-            if (text := _as_text(value)) != self._first.get((owner, name)):
-                if isinstance(text, str):
-                    found.setdefault(owner, {})[name] = json.loads(text)
-                else:
-                    self._say(owner, name, value)
+        for owner, contents in _Walk(self._task).contents():
+            first = self._first.get(owner, {})
+            different: dict[str, Any] = {name: {"$deleted": []} for name in first.keys() - contents.keys()}
+            for name, (content, value) in contents.items():
+                text, (was, identity) = _text(content), first.get(name, ("", 0))
+                if text == was or _is_by_part(value, text, was):
+                    continue
+                if LOST not in text and owner in self._first:
+                    is_same = id(value) == identity and isinstance(value, (Tensor, np.ndarray, *CONTAINER))
+                    different[name] = {"$same": content} if is_same else content
+                # What is made once and then stays is a cache.
+                elif was not in ("", "null") or self._later.setdefault((owner, name), text) != text:
+                    self._say(owner[0], name)
+            if different:
+                found[owner[0]] = different
         return found
 
-    def _values(self) -> Iterator[tuple[tuple[str, str], Any]]:
-        for owner_name, owner in _owners(self._task):
-            if isinstance(owner, Tensor):
-                yield (owner_name, "requires_grad"), owner.requires_grad
-                continue
-            values = owner if isinstance(owner, dict) else vars(owner)
-            for name, value in values.items():
-                if not (isinstance(owner, nn.Module) and name.startswith("_")) and name != "params":
-                    yield (owner_name, name), value
-
-    def _say(self, owner: str, name: str, value: object) -> None:
-        """Warn once about a value that looks like state, not like a cache."""
-        if (owner, name) not in self._said and isinstance(value, Tensor | list | dict | set):
+    def _say(self, owner: str, name: str) -> None:
+        if (owner, name) not in self._said:
             self._said.add((owner, name))
             warn(
-                f"{owner}.{name} has changed since the start, and is in no checkpoint: a run that is "
-                f"continued begins with another; return it in state_dict, or register it as a buffer"
+                f"{owner}.{name} has changed since the start, and no checkpoint can hold it: a run that is "
+                f"continued has it as a new task has; make it in __init__, or keep it as tensors or numbers"
             )
 
     def restore(self, hidden: Hidden) -> None:
@@ -63,50 +111,216 @@ class HiddenState:
         Raises:
             UserError: it is of another task.
         """
-        owners = dict(_owners(self._task))
-        for owner_name, values in hidden.items():
-            if owner_name not in owners:
+        owners = _Walk(self._task).owners
+        for owner, values in hidden.items():
+            if owner not in owners:
                 raise UserError(
-                    f"the checkpoint has {printable(owner_name)}, and this task has not: it is another task's"
+                    f"the checkpoint has {printable(owner)}, and this task has not: it is another task's"
                 )
-            owner = owners[owner_name]
-            for name, value in values.items():
-                if isinstance(owner, dict):
-                    owner[name] = tuple(value) if isinstance(owner.get(name), tuple) else value
-                elif isinstance(owner, Tensor):
-                    owner.requires_grad_(bool(value))
-                else:
-                    setattr(owner, name, value)
+            for name, content in values.items():
+                _set(owners[owner], name, content)
 
 
-def _owners(task: Any) -> Iterator[tuple[str, Any]]:
-    yield "task", task
-    for network_name, network in task.networks.items():
-        for name, module in network.named_modules():
-            yield (f"{network_name}.{name}" if name else network_name), module
-        for name, parameter in network.named_parameters():
-            yield f"{network_name}.{name}", parameter
-    for name, optimizer in each(task.optimizers):
-        for number, group in enumerate(optimizer.param_groups):
-            yield f"optimizer {name}, group {number}", group
+class _Walk:
+    """Everything whose attributes count, by name, and what they hold now."""
+
+    def __init__(self, task: Any) -> None:
+        self.owners: dict[str, Any] = {}
+        self._names: dict[int, str] = {}
+        optimizers = {f"optimizer {name}": optimizer for name, optimizer in each(task.optimizers)}
+        groups = {f"{n}, group {i}": g for n, o in optimizers.items() for i, g in enumerate(o.param_groups)}
+        first = {**task.networks, **optimizers, **groups, "task": task}
+        ahead = [*reversed(first.items())]
+        while ahead:
+            name, owner = ahead.pop()
+            if id(owner) not in self._names:
+                self._names[id(owner)], self.owners[name] = name, owner
+                inner = self._members(name).items()
+                parts = [part for member, value in inner for part in _objects(f"{name}.{member}", value)]
+                ahead += reversed(parts)
+        saved = {f"state_dict()[{name}]": tensor for name, tensor in split(task.state_dict())[1].items()}
+        for name, network in task.networks.items():
+            tensors = (*network.named_parameters(), *network.named_buffers())
+            saved |= {f"{name}.{inner}": tensor for inner, tensor in tensors}
+        for name, optimizer in optimizers.items():
+            states = enumerate(optimizer.state.values())
+            saved |= {f"{name}, {i}.{key}": value for i, state in states for key, value in state.items()}
+        self._saved = {
+            tensor.untyped_storage().data_ptr(): name
+            for name, tensor in saved.items()
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.numel()
+        }
+
+    def contents(self) -> Iterator[tuple[tuple[str, type], dict[str, tuple[Any, Any]]]]:
+        """By owner and its class, and by name: a content, as `Hidden` has it, and of which value it is."""
+        for name, owner in self.owners.items():
+            members = self._members(name)
+            yield (name, type(owner)), {key: (self._content(value), value) for key, value in members.items()}
+
+    def _members(self, name: str) -> dict[str, Any]:
+        owner = self.owners[name]
+        if isinstance(owner, dict):
+            return {key: value for key, value in owner.items() if key != "params"}
+        for kind, (get, _) in GENERATORS.items():
+            if isinstance(owner, kind):
+                return {"state": get(owner)}
+        if isinstance(owner, nn.Parameter):
+            return {"requires_grad": owner.requires_grad, "hooks": _hooks(owner)}
+        if isinstance(owner, nn.Module):
+            own = {key: value for key, value in vars(owner).items() if key not in OF_MODULES}
+            return {
+                **own,
+                **owner._parameters,
+                **owner._buffers,
+                **owner._modules,
+                "hooks": _hooks(owner),
+            }
+        has_private = _is_own(owner)
+        own = {key: value for key, value in vars(owner).items() if has_private or not key.startswith("_")}
+        if isinstance(owner, Optimizer):
+            own = {key: value for key, value in own.items() if not key.endswith("_hooks")}
+            if name.startswith("optimizer "):  # one of the task's
+                own = {key: value for key, value in own.items() if key not in ("state", "param_groups")}
+        return own
+
+    def _content(self, value: Any) -> Any:
+        if value is None or type(value) in (bool, int, str):
+            return value
+        if type(value) is float:
+            return {"$float": "nan"} if math.isnan(value) else value
+        if isinstance(value, np.generic) and value.dtype.kind in "biuf":
+            return {"$scalar": [value.dtype.str, self._content(value.item())]}
+        if type(value) is np.ndarray and value.dtype.char in "?bBhHiIlLqQefdF" and value.flags.writeable:
+            return {"$array": torch.from_numpy(np.asarray(value, order="C"))}
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if type(value) in (list, *CONTAINERS.values(), dict):
+            return self._container(value)
+        if isinstance(value, CONTAINER):
+            return {"$lost": [type(value).__name__, self._container(value)]}
+        if isinstance(value, SHOWN):
+            return {"$lost": repr(value)}
+        if isinstance(value, FunctionType | MethodType | type):
+            return {"$lost": value.__qualname__}
+        if isinstance(value, Iterator) and not _is_own(value) and not hasattr(value, "readline"):
+            return {"$lost": next(PLACES)}  # where it is cannot be seen
+        return {"$lost": [self._names.get(id(value), ""), type(value).__qualname__]}
+
+    def _tensor(self, value: Tensor) -> Any:
+        if value.layout is not torch.strided or value.is_meta or value.dtype not in KEPT:
+            return {"$lost": [id(value), value._version]}
+        if value.numel() and (name := self._saved.get(value.untyped_storage().data_ptr())):
+            return {"$lost": name}
+        return {"$on": value.device.type, "of": value.detach()}
+
+    def _container(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            if all(type(key) is str for key in value):
+                inner: Any = {key: self._content(part) for key, part in value.items()}
+            else:
+                inner = {"$items": [[self._content(k), self._content(part)] for k, part in value.items()]}
+        else:
+            inner = [self._content(part) for part in value]
+            if isinstance(value, set | frozenset):
+                inner.sort(key=_text)
+        kind = type(value).__name__
+        if isinstance(value, deque):
+            return {"$deque": inner, "most": value.maxlen}
+        return {f"${kind}": inner} if kind in CONTAINERS else inner
 
 
-def _as_text(value: Any) -> Any:
-    """A plain value as JSON; anything else by its identity, a tensor's with its version."""
-    try:
-        return json.dumps(_plain(value))
-    except TypeError:
-        is_counted = isinstance(value, Tensor) and not value.is_inference()
-        return (id(value), value._version) if is_counted else id(value)
+def _hooks(owner: Any) -> dict[str, int]:
+    """How many hooks there are: none can be saved."""
+    return {"$lost": sum(len(getattr(owner, name, None) or ()) for name in HOOKS)}
 
 
-def _plain(value: Any) -> Any:
-    if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
-        return value
-    if type(value) in (list, tuple):
-        return [_plain(part) for part in value]
-    if type(value) is dict and all(type(key) is int for key in value):
-        return {}  # what each part of the batch has put under its number
-    if type(value) is dict and all(type(key) is str for key in value):
-        return {key: _plain(part) for key, part in value.items()}
-    raise TypeError
+def _objects(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The objects in a value whose attributes count."""
+    if isinstance(value, OPEN) or (
+        hasattr(value, "__dict__") and _is_own(value) and not isinstance(value, SHUT)
+    ):
+        yield name, value
+    elif isinstance(value, dict | list | tuple | deque) and len(value) <= MOST:
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _objects(f"{name}[{key!r}]", part)
+
+
+def _is_own(value: Any) -> bool:
+    """Whether its class is the user's own, and of no library."""
+    module = type(value).__module__
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return module.partition(".")[0] not in sys.stdlib_module_names and not file.startswith(INSTALLED)
+
+
+def _text(content: Any) -> str:
+    return json.dumps(content, default=_checksum)
+
+
+def _checksum(tensor: Tensor) -> list[Any]:
+    flat = tensor.reshape(-1)
+    some = flat[:: 1 + len(flat) // SAMPLE].resolve_conj().resolve_neg().contiguous().cpu().view(torch.uint8)
+    version = tensor._version if len(flat) > SAMPLE and not tensor.is_inference() else 0
+    return [str(tensor.dtype), *tensor.shape, version, zlib.crc32(some.numpy().data)]
+
+
+def _is_by_part(value: Any, text: str, was: str) -> bool:
+    """Whether it is what each part of the batch has put under its number."""
+    is_numbered = isinstance(value, list) or (isinstance(value, dict) and all(type(k) is int for k in value))
+    return is_numbered and TENSOR in text and bool(re.fullmatch(BY_PART, was))
+
+
+@torch.no_grad()
+def _set(owner: Any, name: str, content: Any) -> None:
+    for kind, (_, put) in GENERATORS.items():
+        if isinstance(owner, kind):
+            put(owner, _value(content))
+            return
+    if isinstance(owner, nn.Parameter):
+        owner.requires_grad_(bool(content))
+        return
+    place = owner if isinstance(owner, dict) else vars(owner)
+    if isinstance(content, dict) and "$deleted" in content:
+        place.pop(name, None)
+        return
+    tensors = {**owner._parameters, **owner._buffers} if isinstance(owner, nn.Module) else {}
+    was, value = tensors.get(name, place.get(name)), _value(content)
+    in_place = name in tensors or (isinstance(content, dict) and "$same" in content)
+    if not (in_place and _refilled(was, value)):
+        place[name] = value
+
+
+def _refilled(was: Any, value: Any) -> bool:
+    """Whether a value has been put into what was there, which others may hold as well."""
+    if type(was) is type(value) and isinstance(was, list | deque | dict | set):
+        was.clear()
+        was.update(value) if isinstance(was, dict | set) else was.extend(value)
+        return True
+    fits = isinstance(was, Tensor | np.ndarray) and isinstance(value, Tensor | np.ndarray)
+    if fits and (was.shape, was.dtype) == (value.shape, value.dtype):
+        was[...] = value
+        return True
+    return False
+
+
+def _value(content: Any) -> Any:
+    if isinstance(content, list):
+        return [_value(part) for part in content]
+    if not isinstance(content, dict):
+        return content
+    match content:
+        case {"$same": inner}:
+            return _value(inner)
+        case {"$on": device, "of": tensor}:
+            return tensor.to(device)
+        case {"$array": tensor}:
+            return tensor.numpy()
+        case {"$scalar": [kind, number]}:
+            return np.dtype(kind).type(number)
+        case {"$items": items}:
+            return {_value(key): _value(part) for key, part in items}
+        case {"$deque": inner, "most": most}:
+            return deque(_value(inner), most)
+    for kind, inner in content.items():
+        if kind[1:] in CONTAINERS and kind[0] == "$":
+            return CONTAINERS[kind[1:]](_value(inner))
+    return {key: _value(part) for key, part in content.items()}

@@ -42,8 +42,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.write_bytes(save(copies))
 
 
-def read_tensors(path: Path, expected: Mapping[str, Tensor], *, all_needed: bool = True) -> dict[str, Tensor]:
-    """The tensors of a file that holds exactly the names, shapes and dtypes of `expected`.
+def read_tensors(
+    path: Path, expected: Mapping[str, Tensor] | None, *, all_needed: bool = True
+) -> dict[str, Tensor]:
+    """The tensors of a file that holds exactly the names, shapes and dtypes of `expected`, if it is given.
 
     Unless `all_needed`, some of them may be absent.
 
@@ -56,6 +58,8 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor], *, all_needed: bool
         tensors = load(content)
     except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
         raise UserError(f"{path} cannot be read as safetensors: {printable(error)}") from None
+    if expected is None:
+        return tensors
     absent, foreign = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if absent and all_needed:
         raise UserError(f"{path} lacks {len(absent)} tensors, the first of them {absent[0]!r:.99}")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from cs324dist.errors import UserError, printable
 from cs324dist.runs.models import read_tensors
 
 Optimizers = Mapping[str, Optimizer | Sequence[Optimizer]]
+
+_EXPECTED: "WeakKeyDictionary[Optimizer, set[str]]" = WeakKeyDictionary()
+"""What the state of each optimizer has after its first step."""
 
 
 def optimizers_of(optimizers: Optimizers, name: str) -> list[Optimizer]:
@@ -33,8 +37,14 @@ def optimizer_tensors(optimizers: Optimizers, networks: Mapping[str, nn.Module])
     """Every optimizer's state by name, such as `generator/generator.fc.0.weight/exp_avg`.
 
     Raises:
-        UserError: something in it is neither a tensor nor a number.
+        UserError: something in it is neither a tensor nor a number, or came after the first step.
     """
+    for name, optimizer in each(optimizers):
+        if late := _keys(optimizer) - _EXPECTED.get(optimizer, _keys(optimizer)):
+            raise UserError(
+                f"optimizer {name!r} has put {min(late)!r} into its state after its first step, and a "
+                f"run that is continued would not expect it: put it there in the first step"
+            )
     names = _parameter_names(networks)
     values = {
         f"{optimizer_name}/{names[parameter]}/{key}": value
@@ -105,11 +115,17 @@ def _after_a_step(optimizer: Optimizer) -> Optimizer:
     It has everything that the state of this optimizer can have, in the right shapes and places.
     """
     taken: Any = object.__new__(type(optimizer))  # a plain deep copy lacks a subclass's own attributes
-    vars(taken).update(copy.deepcopy(vars(optimizer), {id(optimizer): taken}))
+    own = {n: type(value)() if n.endswith("_hooks") else value for n, value in vars(optimizer).items()}
+    vars(taken).update(copy.deepcopy(own, {id(optimizer): taken}))
     for parameter in _parameters(taken):
         parameter.grad = torch.zeros_like(parameter)  # a frozen one may be trained later
     type(taken).step(taken)  # not what a scheduler has put in its place, which steps the original
+    _EXPECTED[optimizer] = _keys(taken)
     return taken
+
+
+def _keys(optimizer: Optimizer) -> set[str]:
+    return {key for state in optimizer.state.values() for key, value in state.items() if value is not None}
 
 
 def _states(optimizer: Optimizer) -> list[dict[str, Any]]:
