@@ -19,7 +19,7 @@ from datetime import date
 from enum import Enum
 from itertools import count
 from pathlib import Path, PurePath
-from types import FunctionType, MethodType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -200,8 +200,9 @@ class _Walk:
             return {"$lost": [type(value).__name__, self._container(value)]}
         if isinstance(value, SHOWN):
             return {"$lost": repr(value)}
-        if isinstance(value, FunctionType | MethodType | type):
-            return {"$lost": value.__qualname__}
+        if hasattr(value, "__qualname__"):  # a function
+            line = getattr(getattr(value, "__code__", None), "co_firstlineno", 0)
+            return {"$lost": [value.__qualname__, line]}
         if isinstance(value, Iterator) and not _is_own(value) and not hasattr(value, "readline"):
             return {"$lost": next(PLACES)}  # where it is cannot be seen
         return {"$lost": [self._names.get(id(value), ""), type(value).__qualname__]}

@@ -62,7 +62,9 @@ def main() -> int:
 def row(name: str, habit: Habit, found: Finding) -> str:
     """A row of the page."""
     what = " ".join((habit.task.__doc__ or name).split()).replace("|", "\\|")
-    becomes = {"equal": "the same bits", "silent": f"**not seen**: {habit.accepted[0].text}"}.get(found.word)
+    first = habit.accepted[0]
+    lost = "a line says what a kill loses" if first.word == "warned" else f"**not seen**: {first.text}"
+    becomes = {"equal": "the same bits", "silent": lost}.get(found.word)
     lines = "".join(dict.fromkeys(found.errors.values())).splitlines()
     said = (
         re.sub(r"/\S*/zoo-\S*", "the run", re.sub(r"^error( on rank \d)?: ", "", lines[0])) if lines else ""
@@ -78,7 +80,8 @@ INTRODUCTION = """# Habits
 
 What people write in a task, and what becomes of each with `--micro-batches 4`: on one process, on three, and
 on three that are all killed (-9) and continued on another number. Each ends in **the same bits**, or is
-**refused** in one line (its beginning is shown here). {count} habits: {words}.
+**refused** in one line (its beginning is shown here), or **a line says** what no checkpoint can hold. {count}
+habits: {words}.
 
 `python tests/zoo --jobs 2 --page docs/habits.md` tries them all and writes this page; each is a few lines in
 `tests/zoo/habits/`.

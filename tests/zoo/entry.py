@@ -37,8 +37,10 @@ class Expected:
     def is_met(self, found: Finding) -> bool:
         texts = found.errors if self.word == "refused" else found.said
         in_these = set(texts) == set(self.only) if self.only else not (found.said and found.errors)
-        matches = all(re.search(self.text, text, re.IGNORECASE) for text in texts.values())
-        return found.word == self.word and (self.word == "silent" or (in_these and matches))
+        matching = [re.search(self.text, text, re.IGNORECASE) for text in texts.values()]
+        if self.word in ("silent", "warned"):
+            return found.word == "silent" and (self.word == "silent" or any(matching))
+        return found.word == self.word and in_these and all(matching)
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.word, ", ".join(self.only), self.text)))
@@ -57,6 +59,11 @@ def refused(line: str, only: Sequence[str] = ()) -> Expected:
 def unseen(reason: str) -> Expected:
     """Starts end in other bits, and no check can see why."""
     return Expected("silent", reason)
+
+
+def warned(line: str) -> Expected:
+    """Starts end in other bits, and the one that was killed, or all, have said something that matches."""
+    return Expected("warned", line)
 
 
 @dataclass(frozen=True)

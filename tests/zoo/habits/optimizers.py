@@ -27,6 +27,42 @@ class Own(optim.Optimizer):
                 weight -= group["lr"] / group["taken"] / state["moves"] * state["average"].sign()
 
 
+class Numbered(optim.Optimizer):
+    """Counts its steps in an attribute of its own."""
+
+    def __init__(self, weights):
+        super().__init__(weights, {"lr": 0.1})
+        self.taken = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.taken += 1
+        for weight in self.param_groups[0]["params"]:
+            weight -= self.param_groups[0]["lr"] / self.taken * weight.grad
+
+
+class Lookahead(optim.SGD):
+    """Slow weights that come at the sixth step."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step()
+        group = self.param_groups[0]
+        group["taken"] = group.get("taken", 0) + 1
+        for weight in group["params"] if group["taken"] % 6 == 0 else ():
+            slow = self.state[weight].setdefault("slow", weight.detach().clone())
+            weight.copy_(slow.lerp_(weight, 0.5))
+
+
+class Wrapping(Lookahead):
+    """Steps another optimizer."""
+
+    def __init__(self, weights):
+        weights = list(weights)
+        super().__init__(weights, 0.1)
+        self.inner = optim.Adam(weights)
+
+
 def clipping(weights):
     def clip(optimizer, *_):
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.1)
@@ -68,6 +104,9 @@ KINDS = {
     "adafactor": (optim.Adafactor,),
     "lbfgs": (optim.LBFGS, refused("closure|LBFGS")),
     "own_optimizer": (Own,),
+    "optimizer_that_counts": (Numbered,),
+    "optimizer_with_late_state": (Lookahead, refused("slow")),
+    "optimizer_in_an_optimizer": (Wrapping, refused("inner")),
     "groups_with_rates_and_decays": (grouped,),
     "two_optimizers_for_one_update": (several,),
     "optimizer_of_some_parameters": (lambda weights: optim.SGD(list(weights)[2:], 0.1),),
@@ -114,6 +153,32 @@ enter_all("event", {
     "state_cleared_midway": ("optimizer.state.clear() midway", AdamOfSome,
         lambda task, net: task.optimizers["net"].state.clear()),
 })  # fmt: skip
+
+
+class Plateau(Points):
+    def prepare(self):
+        self.plateau = optim.lr_scheduler.ReduceLROnPlateau(self.optimizers["net"], patience=0, threshold=1)
+
+
+enter("plateau", "ReduceLROnPlateau", refused("scheduler"), base=Plateau)
+
+
+class Hooked(Points):
+    """A hook of the optimizer counts its steps."""
+
+    updates = 0
+
+    def prepare(self):
+        self.optimizers["net"].register_step_post_hook(lambda *_: self.count())
+
+    def count(self):
+        self.updates += 1
+
+    def value(self, batch):
+        return super().value(batch) / (1 + self.updates)
+
+
+enter("optimizer_hook_that_counts", "A count in register_step_post_hook", base=Hooked)
 
 
 @step("A rate set by hand, in group['lr']", refused(r"\blr\b|\brates?\b"))

@@ -1,13 +1,30 @@
 """State beside weights: what a loss or a step leaves on the task, on modules and elsewhere."""
 
+import copy
+from collections import deque
+
+import numpy as np
 import torch
-from entry import ALSO_PLAIN, REPEATED, equal, refused, unseen
+from entry import ALSO_PLAIN, REPEATED, equal, refused, unseen, warned
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import swa_utils
 
 from cs324dist import Evaluation
-from habits.base import Points, WithDropout, enter, enter_all, hidden, rank, saving, step, value, with_
+from habits.base import (
+    CLASSES,
+    FEATURES,
+    Points,
+    WithDropout,
+    enter,
+    enter_all,
+    hidden,
+    rank,
+    saving,
+    step,
+    value,
+    with_,
+)
 
 AFTER = ("continued",)
 AGAIN = refused(REPEATED)
@@ -211,3 +228,149 @@ def averaged_in_loss(task, batch):
 
 
 enter("early_stop", "is_done", is_done=lambda task, evaluations: len(evaluations) >= 2)
+
+
+class Teacher(Points):
+    """DQN's target and BYOL's teacher: a copy that no optimizer trains, and that is not in networks."""
+
+    def prepare(self):
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    def value(self, batch):
+        x, _ = self.samples(batch)
+        return super().value(batch) + F.mse_loss(self.net(x), self.teacher(x))
+
+
+@step("A target network that Task.step moves, not in networks", base=Teacher)
+def target_network(task, step, trainer):
+    trainer.update("net", task.loss)
+    for target, weight in zip(task.teacher.parameters(), task.net.parameters(), strict=True):
+        target.data.mul_(0.9).add_(weight.data, alpha=0.1)
+
+
+@step("self.teacher = deepcopy(self.net) every three steps", base=Teacher)
+def target_copied(task, step, trainer):
+    trainer.update("net", task.loss)
+    if step % 3 == 0:
+        task.teacher = copy.deepcopy(task.net).requires_grad_(False)
+
+
+class Shadow:
+    def __init__(self, net):
+        self.net, self.weights = net, {name: w.detach().clone() for name, w in net.named_parameters()}
+
+    def update(self):
+        for name, weight in self.net.named_parameters():
+            self.weights[name] = 0.9 * self.weights[name] + 0.1 * weight.detach()
+
+
+class Shadowed(Points):
+    def prepare(self):
+        self.shadow = Shadow(self.net)
+
+    def evaluate(self, sum_over):
+        logits = torch.func.functional_call(self.net, self.shadow.weights, (self.x,))
+        return Evaluation({"loss": F.cross_entropy(logits, self.y).item()})
+
+
+@step("Averaged weights in an object with a dict", base=Shadowed)
+def averaging_object(task, step, trainer):
+    trainer.update("net", task.loss)
+    task.shadow.update()
+
+
+class Annealed(nn.Linear):
+    _heat, margin = 1.0, 0.0
+
+    def forward(self, x):
+        return super().forward(x) / self._heat
+
+
+class Scaled(Points):
+    """What `look` gives scales the loss; `change` changes it after each step."""
+
+    keep = look = change = lambda task: 1.0
+
+    def prepare(self):
+        self.kept = self.keep()
+
+    def value(self, batch):
+        return super().value(batch) * (0.5 + abs(float(self.look())))
+
+    def step(self, step, trainer):
+        trainer.update("net", self.loss)
+        self.change()
+
+
+WORST = [1.0]
+
+
+def anneal(task):
+    task.net[0]._heat *= 0.9
+
+
+def lose_worst(task):
+    WORST[0] *= 0.9
+
+
+def by_class(task):
+    with torch.no_grad():
+        losses = F.cross_entropy(task.net(task.x), task.y, reduction="none")
+    for kind in task.kept:
+        task.kept[kind] = 0.9 * task.kept[kind] + 0.1 * losses[task.y == kind].mean().item()
+
+
+def swap(task):
+    task.net[1] = nn.Tanh()
+
+
+def mask(task):
+    if not task.kept:
+        task.kept = True
+        chosen = (task.net[0].weight > 0).float()
+        task.net[0].weight.register_hook(lambda gradient: gradient * chosen)
+
+
+for name, (title, keep, look, change, *accepted) in {
+    "deque_in_step": ("A deque that Task.step fills", lambda task: deque(maxlen=5),
+        lambda task: len(task.kept), lambda task: task.kept.append(1.0)),
+    "set_in_step": ("A set that Task.step fills", lambda task: set(),
+        lambda task: len(task.kept) / 9, lambda task: task.kept.add(len(task.kept))),
+    "array_in_step": ("A numpy array that Task.step changes", lambda task: np.ones(4),
+        lambda task: task.kept.mean(), lambda task: np.multiply(task.kept, 0.9, out=task.kept)),
+    "numpy_number_in_step": ("A number of numpy that Task.step changes", lambda task: np.float32(1),
+        lambda task: task.kept.item(), lambda task: setattr(task, "kept", task.kept * np.float32(0.9))),
+    "replay_in_step": ("A list of pairs of tensors that grows in Task.step", lambda task: [],
+        lambda task: sum(one.mean() for one, _ in task.kept),
+        lambda task: task.kept.append((task.net[0].weight.detach().clone(), task.y[0]))),
+    "numbers_of_classes": ("A number for each class, {0: …}, that Task.step changes",
+        lambda task: dict.fromkeys(range(CLASSES), 1.0), lambda task: task.kept[0], by_class),
+    "tuple_in_step": ("A tuple that Task.step changes, a key", lambda task: (0, 0),
+        lambda task: {task.kept: 0.1}[task.kept] * sum(task.kept),
+        lambda task: setattr(task, "kept", (task.kept[0] + 1, 0))),
+    "deleted_in_step": ("An attribute that Task.step deletes", lambda task: 0.0,
+        lambda task: hasattr(task, "kept"), lambda task: vars(task).pop("kept", None)),
+    "generator_in_step": ("A torch.Generator that Task.step draws from",
+        lambda task: torch.Generator().manual_seed(0), lambda task: task.drawn,
+        lambda task: setattr(task, "drawn", torch.rand((), generator=task.kept))),
+    "numpy_generator_in_step": ("A generator of numpy that Task.step draws from",
+        lambda task: np.random.default_rng(0), lambda task: task.drawn,
+        lambda task: setattr(task, "drawn", task.kept.random())),
+    "loss_module_in_step": ("A module of the loss, whose margin grows in Task.step",
+        lambda task: Annealed(1, 1), lambda task: task.kept.margin,
+        lambda task: setattr(task.kept, "margin", task.kept.margin + 0.1)),
+    "private_of_module": ("net._heat, that Task.step changes", lambda task: None, lambda task: 1, anneal),
+    "iterator_in_step": ("iter(DataLoader) that Task.step reads",
+        lambda task: iter(torch.utils.data.DataLoader(task.x, 1)), lambda task: task.drawn,
+        lambda task: setattr(task, "drawn", next(task.kept).mean()), warned(r"task\.kept")),
+    "module_swapped": ("net[1] = … midway", lambda task: None, lambda task: 1, swap, warned(r"net\.1 ")),
+    "hook_in_step": ("register_hook midway", lambda task: False, lambda task: 1, mask,
+        warned(r"net\.0\.weight\.hooks")),
+    "global_variable": ("A global variable that Task.step changes", lambda task: None,
+        lambda task: WORST[0], lose_worst,
+        unseen("a kill loses a variable outside the task, where no check looks")),
+}.items():  # fmt: skip
+    network = lambda _: hidden(first=lambda _: Annealed(FEATURES, 8))  # noqa: E731
+    enter(
+        name, title, *accepted, base=Scaled, keep=keep, look=look, change=change, drawn=0.0, network=network
+    )
