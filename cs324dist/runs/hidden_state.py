@@ -14,7 +14,7 @@ import sysconfig
 import zlib
 from argparse import Namespace
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from enum import Enum
 from itertools import count
@@ -28,10 +28,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from cs324dist.errors import UserError, printable, warn
+from cs324dist.errors import RANK, UserError, printable, warn
 from cs324dist.runs.optimizers import each
 from cs324dist.runs.state_tree import split
 
+Texts = dict[tuple[str, str], int]
+"""By owner and name: the checksum of a content."""
 Hidden = dict[str, dict[str, Any]]
 """By owner (a module, a task, a group of an optimizer) and name: the content."""
 
@@ -62,6 +64,16 @@ KEPT = {torch.complex64, torch.bool, torch.uint8, torch.int8, torch.int16, torch
 KEPT |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
+NOT_HELD = (
+    "no checkpoint can hold it: a run that is continued has it as a new task has; make it in __init__, or "
+    "keep it as tensors or numbers"
+)
+NOT_ALIKE = (
+    "is not the same on all processes: a checkpoint holds that of the first; keep it by part, under "
+    "batch.index, or add it up, by trainer.sum"
+)
+
+
 class HiddenState:
     """Compares a task with what it was at its start."""
 
@@ -72,14 +84,16 @@ class HiddenState:
             owner: {name: (_text(content), id(value)) for name, (content, value) in contents.items()}
             for owner, contents in _Walk(task).contents()
         }
-        self._later: dict[
-            tuple[tuple[str, type], str], str
-        ] = {}  # what was made after the start, as first seen
+        self._later: dict[Any, str] = {}  # what was made after the start, as first seen
         self._said: set[tuple[str, str]] = set()
 
-    def changed(self) -> Hidden:
-        """What differs from the start; a warning for what no checkpoint can hold."""
+    def changed(self, gather: Callable[[Texts], list[Texts]] = lambda own: [own]) -> Hidden:
+        """What differs from the start; the first process warns of what no checkpoint can hold.
+
+        `gather` gives what each process has, of what this one has.
+        """
         found: Hidden = {}
+        texts: Texts = {}
         for owner, contents in _Walk(self._task).contents():
             first = self._first.get(owner, {})
             different: dict[str, Any] = {name: {"$deleted": []} for name in first.keys() - contents.keys()}
@@ -88,22 +102,24 @@ class HiddenState:
                 if text == was or _is_by_part(value, text, was):
                     continue
                 if LOST not in text and owner in self._first:
+                    texts[owner[0], name] = zlib.crc32(text.encode())
                     is_same = id(value) == identity and isinstance(value, (Tensor, np.ndarray, *CONTAINER))
                     different[name] = {"$same": content} if is_same else content
                 # What is made once and then stays is a cache.
                 elif was not in ("", "null") or self._later.setdefault((owner, name), text) != text:
-                    self._say(owner[0], name)
+                    self._say(owner[0], name, NOT_HELD)
             if different:
                 found[owner[0]] = different
+        for other in gather(texts):
+            for place in {**texts, **other}:
+                if other.get(place) != texts.get(place):
+                    self._say(*place, NOT_ALIKE)
         return found
 
-    def _say(self, owner: str, name: str) -> None:
-        if (owner, name) not in self._said:
+    def _say(self, owner: str, name: str, why: str) -> None:
+        if RANK == "0" and (owner, name) not in self._said:
             self._said.add((owner, name))
-            warn(
-                f"{owner}.{name} has changed since the start, and no checkpoint can hold it: a run that is "
-                f"continued has it as a new task has; make it in __init__, or keep it as tensors or numbers"
-            )
+            warn(f"{owner}.{name} has changed since the start, and {why}")
 
     def restore(self, hidden: Hidden) -> None:
         """Set what `changed` found.
@@ -165,7 +181,7 @@ class _Walk:
             if isinstance(owner, kind):
                 return {"state": get(owner)}
         if isinstance(owner, nn.Parameter):
-            return {"requires_grad": owner.requires_grad, "hooks": _hooks(owner)}
+            return {"requires_grad": owner.requires_grad, "_hooks": _hooks(owner)}
         if isinstance(owner, nn.Module):
             own = {key: value for key, value in vars(owner).items() if key not in OF_MODULES}
             return {
@@ -173,7 +189,7 @@ class _Walk:
                 **owner._parameters,
                 **owner._buffers,
                 **owner._modules,
-                "hooks": _hooks(owner),
+                "_hooks": _hooks(owner),
             }
         has_private = _is_own(owner)
         own = {key: value for key, value in vars(owner).items() if has_private or not key.startswith("_")}

@@ -14,7 +14,7 @@ from cs324dist.runs.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from cs324dist.runs.hidden_state import HiddenState
+from cs324dist.runs.hidden_state import Hidden, HiddenState
 from cs324dist.runs.history import metric_of
 from cs324dist.runs.run_dir import RunDir
 
@@ -39,8 +39,8 @@ class Saving:
         """Go on from a checkpoint; raises as `read_checkpoint` does."""
         return read_checkpoint(checkpoint, self._trained, self.hidden, self._accelerator.scaler)
 
-    def write(self, step: int, *, is_over: bool, is_last: bool) -> None:
-        """Write the checkpoint after `step`, and delete the ones that are not kept.
+    def write(self, step: int, hidden: Hidden, *, is_over: bool, is_last: bool) -> None:
+        """Write the checkpoint after `step`, with what is `hidden`, and delete the ones that are not kept.
 
         Raises:
             RunFailed: a value is not finite, or the last checkpoint cannot be written.
@@ -54,7 +54,7 @@ class Saving:
                 processes=self._accelerator.num_processes,
                 loss_scale=scaler.state_dict() if scaler is not None and scaler.is_enabled() else {},
                 metrics_lines=self._run.write_metrics(sync=True),
-                hidden=self.hidden.changed(),
+                hidden=hidden,
                 is_over=is_over,
             )
             write_checkpoint(self._run.checkpoint(step), self._trained, state, self._run)

@@ -166,8 +166,8 @@ def test_another_tensor_is_not_copied_into_the_one_of_the_start(tmp_path):
         ("task.distance", lambda task: setattr(task, "distance", len)),
         ("task.activation", lambda task: setattr(task, "activation", lambda x: -x)),
         ("net.1", lambda task: task.net.__setitem__(1, nn.Identity())),
-        ("net.0.hooks", lambda task: task.net[0].register_forward_hook(print)),
-        ("net.0.weight.hooks", lambda task: task.net[0].weight.register_hook(print)),
+        ("net.0._hooks", lambda task: task.net[0].register_forward_hook(print)),
+        ("net.0.weight._hooks", lambda task: task.net[0].weight.register_hook(print)),
         ("task.noted", lambda task: setattr(task, "noted", SimpleNamespace())),
         ("task.own.state", lambda task: task.own.step()),
     ],
@@ -249,3 +249,13 @@ def test_a_rate_set_by_hand_is_refused_at_the_next_start_too(tmp_path):
     task, trainer, hidden = start()
     read_checkpoint(tmp_path / "1", task, hidden)
     assert refusal(trainer.step, 1, is_logged=False).startswith("the task has set a learning rate")
+
+
+def test_what_is_not_alike_on_all_processes_is_named(capsys):
+    task: Any = Bare(carried=0, count=0)
+    hidden = HiddenState(task)
+    task.carried, task.count = torch.ones(1), 1
+    hidden.changed(lambda own: [own, {**own, ("task", "carried"): 0}])
+    said = capsys.readouterr().err
+    assert "task.carried has changed since the start, and is not the same on all processes" in said
+    assert "task.count" not in said

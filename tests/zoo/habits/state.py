@@ -365,7 +365,7 @@ for name, (title, keep, look, change, *accepted) in {
         lambda task: setattr(task, "drawn", next(task.kept).mean()), warned(r"task\.kept")),
     "module_swapped": ("net[1] = … midway", lambda task: None, lambda task: 1, swap, warned(r"net\.1 ")),
     "hook_in_step": ("register_hook midway", lambda task: False, lambda task: 1, mask,
-        warned(r"net\.0\.weight\.hooks")),
+        warned(r"net\.0\.weight\._hooks")),
     "global_variable": ("A global variable that Task.step changes", lambda task: None,
         lambda task: WORST[0], lose_worst,
         unseen("a kill loses a variable outside the task, where no check looks")),
