@@ -261,15 +261,9 @@ class BaseRun:
         began = time.monotonic()
         with self.trackers.paused():
             self.compare()
-            hidden = self.saving.hidden.changed(
-                lambda own: gather_objects(own, "where hidden state is saved")
-            )
-            step, is_over, is_last = (
-                self.completed,
-                self.is_over,
-                self.is_over or self.completed >= self._until,
-            )
-            self._on_main(lambda: self.saving.write(step, hidden, is_over=is_over, is_last=is_last))
+            hidden = self.saving.hidden.changed(partial(gather_objects, where="where it is saved"))
+            ends = {"is_over": self.is_over, "is_last": self.is_over or self.completed >= self._until}
+            self._on_main(lambda: self.saving.write(self.completed, hidden, **ends))
         self._save_asked = False
         self.saving.seconds += time.monotonic() - began
 

@@ -43,7 +43,7 @@ CONTAINERS = {kind.__name__: kind for kind in (tuple, set, frozenset, deque, Ord
 CONTAINER = (list, tuple, dict, set, frozenset, deque)
 BY_PART = r'|null|\{\}|\[null(, null)*\]|\{"\$lost": \["defaultdict", \{\}\]\}'
 """What stands at the start where each part of the batch puts something under its number."""
-SHOWN = (bytes, complex, Enum, PurePath, range, slice, date, torch.dtype, torch.device)
+SHOWN = (str, int, float, bytes, complex, Enum, PurePath, range, slice, date, torch.dtype, torch.device)
 GENERATORS: dict[type, tuple[Any, Any]] = {
     torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
     random.Random: (random.Random.getstate, random.Random.setstate),
@@ -58,7 +58,8 @@ OPEN = (nn.Module, nn.Parameter, Optimizer, Dataset, Namespace, SimpleNamespace,
 INSTALLED = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), str(Path(__file__).parents[1]))
 OF_MODULES = vars(nn.Module()).keys() - {"training"}
 HOOKS = {n for n in OF_MODULES if n.endswith("_hooks")} | {"_post_accumulate_grad_hooks"}
-LOST, TENSOR = '"$lost"', '"$on"'  # in the text of a content
+LOST, TENSOR = '"$lost"', r'"\$(on|array)"'  # in the text of a content
+NUMBERS = "?bBhHiIlLqQefd"  # of numpy
 PLACES = count()  # of iterators, each another
 KEPT = {torch.complex64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 KEPT |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -99,10 +100,12 @@ class HiddenState:
             different: dict[str, Any] = {name: {"$deleted": []} for name in first.keys() - contents.keys()}
             for name, (content, value) in contents.items():
                 text, (was, identity) = _text(content), first.get(name, ("", 0))
-                if text == was or _is_by_part(value, text, was):
+                by_part = _is_numbered(value) and bool(re.fullmatch(BY_PART, was))
+                if text == was or (by_part and re.search(TENSOR, text)):
                     continue
                 if LOST not in text and owner in self._first:
-                    texts[owner[0], name] = zlib.crc32(text.encode())
+                    if not by_part:
+                        texts[owner[0], name] = zlib.crc32(text.encode())
                     is_same = id(value) == identity and isinstance(value, (Tensor, np.ndarray, *CONTAINER))
                     different[name] = {"$same": content} if is_same else content
                 # What is made once and then stays is a cache.
@@ -134,7 +137,12 @@ class HiddenState:
                     f"the checkpoint has {printable(owner)}, and this task has not: it is another task's"
                 )
             for name, content in values.items():
-                _set(owners[owner], name, content)
+                try:
+                    _set(owners[owner], name, content)
+                except (AttributeError, TypeError, ValueError):  # such as a generator of another kind
+                    raise UserError(
+                        f"the checkpoint's {printable(f'{owner}.{name}')} does not fit: it is another task's"
+                    ) from None
 
 
 class _Walk:
@@ -177,20 +185,14 @@ class _Walk:
         owner = self.owners[name]
         if isinstance(owner, dict):
             return {key: value for key, value in owner.items() if key != "params"}
-        for kind, (get, _) in GENERATORS.items():
-            if isinstance(owner, kind):
-                return {"state": get(owner)}
+        if type(owner) in GENERATORS:
+            return {"state": GENERATORS[type(owner)][0](owner)}
         if isinstance(owner, nn.Parameter):
             return {"requires_grad": owner.requires_grad, "_hooks": _hooks(owner)}
         if isinstance(owner, nn.Module):
             own = {key: value for key, value in vars(owner).items() if key not in OF_MODULES}
-            return {
-                **own,
-                **owner._parameters,
-                **owner._buffers,
-                **owner._modules,
-                "_hooks": _hooks(owner),
-            }
+            own |= {**owner._parameters, **owner._buffers, **owner._modules}
+            return {**own, "_hooks": _hooks(owner)}
         has_private = _is_own(owner)
         own = {key: value for key, value in vars(owner).items() if has_private or not key.startswith("_")}
         if isinstance(owner, Optimizer):
@@ -204,10 +206,10 @@ class _Walk:
             return value
         if type(value) is float:
             return {"$float": "nan"} if math.isnan(value) else value
-        if isinstance(value, np.generic) and value.dtype.kind in "biuf":
+        if isinstance(value, np.generic) and value.dtype.char in NUMBERS:
             return {"$scalar": [value.dtype.str, self._content(value.item())]}
-        if type(value) is np.ndarray and value.dtype.char in "?bBhHiIlLqQefdF" and value.flags.writeable:
-            return {"$array": torch.from_numpy(np.asarray(value, order="C"))}
+        if isinstance(value, np.ndarray):
+            return self._array(value)
         if isinstance(value, Tensor):
             return self._tensor(value)
         if type(value) in (list, *CONTAINERS.values(), dict):
@@ -223,6 +225,13 @@ class _Walk:
             return {"$lost": next(PLACES)}  # where it is cannot be seen
         return {"$lost": [self._names.get(id(value), ""), type(value).__qualname__]}
 
+    def _array(self, value: Any) -> Any:
+        if type(value) is np.ndarray and value.flags.writeable:
+            if value.dtype.char in NUMBERS and value.dtype.isnative:
+                return {"$array": torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))}
+            return {"$lost": self._content(value.tolist())}
+        return {"$lost": id(value)}
+
     def _tensor(self, value: Tensor) -> Any:
         if value.layout is not torch.strided or value.is_meta or value.dtype not in KEPT:
             return {"$lost": [id(value), value._version]}
@@ -235,7 +244,10 @@ class _Walk:
             if all(type(key) is str for key in value):
                 inner: Any = {key: self._content(part) for key, part in value.items()}
             else:
-                inner = {"$items": [[self._content(k), self._content(part)] for k, part in value.items()]}
+                keys = ({"$lost": "tensor"} if isinstance(k, Tensor) else self._content(k) for k in value)
+                inner = {
+                    "$items": [[key, self._content(value[k])] for key, k in zip(keys, value, strict=True)]
+                }
         else:
             inner = [self._content(part) for part in value]
             if isinstance(value, set | frozenset):
@@ -280,18 +292,15 @@ def _checksum(tensor: Tensor) -> list[Any]:
     return [str(tensor.dtype), *tensor.shape, version, zlib.crc32(some.numpy().data)]
 
 
-def _is_by_part(value: Any, text: str, was: str) -> bool:
-    """Whether it is what each part of the batch has put under its number."""
-    is_numbered = isinstance(value, list) or (isinstance(value, dict) and all(type(k) is int for k in value))
-    return is_numbered and TENSOR in text and bool(re.fullmatch(BY_PART, was))
+def _is_numbered(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, dict) and all(type(key) is int for key in value))
 
 
 @torch.no_grad()
 def _set(owner: Any, name: str, content: Any) -> None:
-    for kind, (_, put) in GENERATORS.items():
-        if isinstance(owner, kind):
-            put(owner, _value(content))
-            return
+    if type(owner) in GENERATORS:
+        GENERATORS[type(owner)][1](owner, _value(content))
+        return
     if isinstance(owner, nn.Parameter):
         owner.requires_grad_(bool(content))
         return
