@@ -77,6 +77,11 @@ class _BatchNormOverBatch(_BatchNorm):
         place = current_place()
         if not self.training or place is None:
             return super().forward(input)
+        if torch._C._are_functorch_transforms_active():
+            raise UserError(
+                "torch.func (grad, vmap, …) cannot pass BatchNorm over the batch: take torch.autograd.grad, "
+                "or GroupNorm, InstanceNorm or LayerNorm"
+            )
         output, mean, variance, count = _NormaliseOverBatch.apply(
             input, self.weight, self.bias, self.eps, place, self.number
         )
@@ -122,8 +127,14 @@ class _NormaliseOverBatch(torch.autograd.Function):
         return F.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance, count
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        # `once_differentiable` would lose gradients in silence: autograd.grad passes over its error.
+        if torch.is_grad_enabled():  # by create_graph=True
+            raise UserError(
+                "the loss differentiates a gradient (create_graph=True) that passed BatchNorm over the "
+                "batch: take GroupNorm, InstanceNorm or LayerNorm in that network, or a finite difference "
+                "of two passes, as the GAN here does"
+            )
         x, weight, mean, variance, count = ctx.saved_tensors
         scale = torch.ones_like(mean) if weight is None else weight
         # As if mean and variance were constants; what they contribute is taken off below.

@@ -27,6 +27,7 @@ from cs324dist.distributed.process import accelerator_of_script, check_batch, ma
 from cs324dist.distributed.refusals import (
     refuse_gradients_of_others,
     refuse_gradients_of_the_loss,
+    refuse_incomplete_graphs,
     refuse_other_draws,
     refuse_what_is_prepared,
 )
@@ -179,6 +180,8 @@ class ExactGradients(Gradients):
                 value, weight = pair(loss_of(self.batch(index, step, batch_size, is_check=is_check)))
                 unused: Sequence[Tensor | None] = [None] * len(parameters)
                 refuse_gradients_of_the_loss(names, parameters, unused)
+                if is_check:
+                    refuse_incomplete_graphs(value)
                 found = (
                     torch.autograd.grad(value, parameters, allow_unused=True)
                     if value.requires_grad

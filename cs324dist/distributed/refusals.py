@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from cs324dist.errors import UserError
 
@@ -100,3 +101,28 @@ def refuse_gradients_of_the_loss(
             raise UserError(f"the loss calls backward(), which leaves a gradient in {name}: return the loss")
         if gradient is not None and gradient.is_sparse:
             raise UserError(f"the gradient of {name} is sparse: give its embedding sparse=False")
+
+
+INCOMPLETE = {
+    "CheckpointFunctionBackward": "torch.utils.checkpoint(use_reentrant=True), whose parameters get no "
+    "gradient here: give it use_reentrant=False",
+    "torch::autograd::Error": "the gradient of a function that is once_differentiable, whose own gradient "
+    "would be left out: write its backward without that decorator",
+}
+"""What autograd.grad leaves out in silence where nothing behind it is trained, by its name in a graph."""
+
+
+def refuse_incomplete_graphs(value: Tensor) -> None:
+    """Refuse a loss of which autograd.grad would find a part of the gradient only.
+
+    Raises:
+        UserError: naming what is in the way.
+    """
+    seen: set[Node] = set()
+    found = [value.grad_fn]
+    while found:
+        if (node := found.pop()) is not None and node not in seen:
+            seen.add(node)
+            found += [following for following, _ in node.next_functions]
+            if why := INCOMPLETE.get(node.name()):
+                raise UserError(f"the loss depends on {why}")

@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from launched import refusal
 from ranks import Rank, as_ranks
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cs324dist.data.streams import MicroBatch, seeded
 from cs324dist.distributed.exact import ExactGradients
+from cs324dist.distributed.gradients import DDPGradients
 
 COUNT, SIZE = 4, 3
 Loss = Callable[[nn.ModuleDict, MicroBatch], Any]
@@ -100,3 +103,91 @@ def test_a_gradient_that_was_used_may_be_left_or_filled_with_zeros():
         expected.backward(lambda batch: mean(net, batch), step, 2 * COUNT)
         assert torch.equal(net["used"].weight.grad, found)
         net.zero_grad()
+
+
+class TestWhatAutogradGradLeavesOut:
+    """Where a node leads to no parameter, autograd.grad passes over it, and over the error that it has."""
+
+    class Squared(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return 2 * gradient * ctx.saved_tensors[0]
+
+    def net(self, norm: nn.Module) -> nn.Sequential:
+        with seeded(0, "weights"):
+            layers = nn.Linear(SIZE, 8, bias=False), norm, nn.Tanh(), nn.Linear(8, 1)
+        return nn.Sequential(*layers)
+
+    def penalty(self, net: nn.Module, batch: MicroBatch) -> Tensor:
+        x = inputs(batch).requires_grad_()
+        (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+        return (slope.norm(dim=1) - 1).square().mean()
+
+    def squared_penalty(self, net: nn.Module, batch: MicroBatch) -> Tensor:
+        x = inputs(batch).requires_grad_()
+        (slope,) = torch.autograd.grad(self.Squared.apply(net(x)).sum().square(), x, create_graph=True)
+        return slope.square().mean()
+
+    def reentrant(self, net: nn.Sequential, batch: MicroBatch) -> Tensor:
+        return net[2:](checkpoint(net[:2], inputs(batch).requires_grad_(), use_reentrant=True)).mean()
+
+    def not_reentrant(self, net: nn.Sequential, batch: MicroBatch) -> Tensor:
+        return net[2:](checkpoint(net[:2], inputs(batch).requires_grad_(), use_reentrant=False)).mean()
+
+    @pytest.mark.parametrize("processes", [1, 3])
+    @pytest.mark.parametrize("loss", ["penalty", "not_reentrant"])
+    def test_what_can_be_computed_is_that_of_a_plain_loop(self, loss, processes):
+        def found(rank: Rank) -> dict[str, Tensor]:
+            exact = ExactGradients(COUNT, 0, rank)
+            net = exact.prepare(self.net(nn.LayerNorm(8)))
+            exact.backward(lambda batch: getattr(self, loss)(net, batch), 0, 2 * COUNT)
+            return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+        plain = self.net(nn.LayerNorm(8))
+        getattr(self, loss)(plain, MicroBatch(0, 2 * COUNT)).backward()
+        expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+        for of_rank in as_ranks(processes, found):
+            torch.testing.assert_close(of_rank, expected)
+
+    @pytest.mark.parametrize("processes", [1, 3])
+    @pytest.mark.parametrize(
+        ("loss", "norm", "said"),
+        [
+            ("penalty", nn.BatchNorm1d(8), "(create_graph=True) that passed BatchNorm over the batch"),
+            ("squared_penalty", nn.Identity(), "of a function that is once_differentiable"),
+            ("reentrant", nn.Identity(), "give it use_reentrant=False"),
+        ],
+    )
+    def test_what_cannot_is_refused(self, loss, norm, said, processes):
+        def refused(rank: Rank) -> str:
+            exact = ExactGradients(COUNT, 0, rank)
+            net = exact.prepare(self.net(norm))
+            return refusal(exact.backward, lambda batch: getattr(self, loss)(net, batch), 0, 2 * COUNT)
+
+        for line in as_ranks(processes, refused):
+            assert said in line
+
+    def test_without_micro_batches_a_penalty_through_batch_norm_is_torch_s_own(self):
+        plain, net = self.net(nn.BatchNorm1d(8)), self.net(nn.BatchNorm1d(8))
+        self.penalty(plain, MicroBatch(0, 8)).backward()
+        gradients = DDPGradients(0, Rank(0, 1))
+        networks = (gradients.prepare(net),)
+        gradients.wrap([networks])
+        gradients.backward(lambda batch: self.penalty(net, batch), 0, 8, networks, "loss")
+        for one, other in zip(plain.parameters(), net.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad)
+
+    def test_and_on_several_processes_it_is_refused(self):
+        gradients = DDPGradients(0, Rank(0, 1))
+        gradients.parts.count = 2  # as if there were another
+        net = gradients.prepare(self.net(nn.BatchNorm1d(8)))
+        gradients.parts.count = 1
+        gradients.wrap([(net,)])
+        line = refusal(gradients.backward, lambda batch: self.penalty(net, batch), 0, 8, (net,), "loss")
+        assert "(create_graph=True) that passed BatchNorm over the batch" in line

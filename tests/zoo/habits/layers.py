@@ -199,6 +199,25 @@ def siamese(task, batch):
     return torch.where(y == y.flip(0), apart, (1 - apart).relu()).mean()
 
 
+class FrozenStem(Points):
+    def prepare(self):
+        self.net[0].requires_grad_(False)
+
+
+@value("torch.utils.checkpoint with use_reentrant=True", refused("use_reentrant=False"), base=FrozenStem)
+def reentrant_checkpoint(task, batch):
+    x, y = task.samples(batch)
+    features = task.net[0](x).requires_grad_()  # as Hugging Face's enable_input_require_grads
+    return F.cross_entropy(checkpoint(task.net[1:], features, use_reentrant=True), y)
+
+
+@value("torch.func.grad through BatchNorm", refused("torch.func"), base=WithNorm)
+def functional_gradient_with_norm(task, batch):
+    x, y = task.samples(batch)
+    slope = torch.func.grad(lambda x: F.cross_entropy(task.net(x), y))(x)
+    return F.cross_entropy(task.net(x + 0.1 * slope.sign()), y)
+
+
 @value("torch.utils.checkpoint", base=WithDropout, with_norm=[equal(), ELSEWHERE])
 def checkpointed(task, batch):
     x, y = task.samples(batch)
