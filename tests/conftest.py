@@ -41,6 +41,7 @@ def process_as_it_was() -> Iterator[None]:
     cores = torch.get_num_threads()
     yield
     torch.set_flush_denormal(False)
+    torch.set_autocast_cache_enabled(True)
     torch.set_num_threads(cores)
     torch.set_default_dtype(torch.float32)
 

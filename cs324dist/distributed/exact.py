@@ -84,6 +84,8 @@ class ExactGradients(Gradients):
             make_deterministic()
         torch.set_num_threads(1)  # sums depend on the number of threads
         torch.set_flush_denormal(True)
+        # Which uses of a weight share a cast, and add their gradients in bf16, would depend on the threads.
+        torch.set_autocast_cache_enabled(False)
         seed_everything(seed, "start", self._device)
         self._check_every, self._anywhere = check_every, anywhere
         self._checked: set[str] = set()

@@ -285,11 +285,13 @@ def _thread_state(device: torch.device) -> Callable[[], AbstractContextManager[N
     current = torch.cuda.current_device() if device.type == "cuda" else None  # `device` may have no index
     kinds = dict.fromkeys(("cpu", device.type))
     autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
+    is_cached = torch.is_autocast_cache_enabled()
 
     @contextmanager
     def enter() -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(True)
+        torch.set_autocast_cache_enabled(is_cached)
         if current is not None:
             torch.cuda.set_device(current)
         with ExitStack() as stack, torch.set_grad_enabled(grad):

@@ -73,13 +73,15 @@ class TestTurns:
 
         def state(index: int = 0) -> list[Any]:
             product = torch.ones(2, 2) @ torch.ones(2, 2)
-            return [variable.get(), product.dtype, torch.get_num_threads(), torch.is_grad_enabled()]
+            of_torch = torch.get_num_threads(), torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+            return [variable.get(), product.dtype, *of_torch]
 
         torch.set_num_threads(1)
         assert all_of(spanned(), state) == [state()] * COUNT
         variable.set(1)
+        torch.set_autocast_cache_enabled(False)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            assert state() == [1, torch.bfloat16, 1, False]
+            assert state() == [1, torch.bfloat16, 1, False, False]
             assert all_of(spanned(), state) == [state()] * COUNT
 
     def test_a_thread_has_the_default_device_of_its_caller(self):

@@ -129,6 +129,15 @@ enter_all("value", {
 enter("bf16", "--mixed_precision bf16", precision="bf16")
 
 
+@value("A network that is called for each of two views, with BatchNorm, in bf16", precision="bf16",
+       base=WithNorm, network=lambda _: nn.Sequential(  # wide, so that bf16 rounds its sums
+           nn.Linear(FEATURES, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, CLASSES)))  # fmt: skip
+def two_views_in_bf16(task, batch):
+    x, y = task.samples(batch)
+    one, other = (task.net(x + 0.1 * torch.randn_like(x)) for _ in range(2))
+    return F.cross_entropy(one, y) + F.cross_entropy(other, y) + F.mse_loss(one, other)
+
+
 @value("A gradient penalty, with create_graph", with_norm=[refused("BatchNorm")])
 def gradient_penalty(task, batch):
     x, y = task.samples(batch)
