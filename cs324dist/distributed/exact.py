@@ -91,7 +91,7 @@ class ExactGradients(Gradients):
         self._checked: set[str] = set()
         self._sums: dict[tuple[int, ...], OrderedSum] = {}
         self._given: dict[Tensor, tuple[Tensor, int]] = {}  # see `Given`
-        self._has_warned = False
+        self._said: set[str] = set()
         self.belongings = PartBelongings({}, self._device, micro_batches)
 
     def prepare(self, network: nn.Module, name: str = "") -> nn.Module:
@@ -291,9 +291,10 @@ class ExactGradients(Gradients):
         own = {index: rows[index] for index in self.parts.of()}
         of_all = gather_rows(own, self.parts.count)
         # Read together: to read waits for a GPU.
-        numbers, count = torch.cat([of_all[:, 2], of_all[:, 3], of_all[:, 4:].amax(0)]).tolist(), len(of_all)
-        kinds, used = numbers[:count], numbers[2 * count :]
-        refuse_other_draws(numbers[count : 2 * count])
+        numbers, count = torch.cat([*of_all[:, 1:4].T, of_all[:, 4:].amax(0)]).tolist(), len(of_all)
+        weights, kinds, drawn = (numbers[start : start + count] for start in range(0, 3 * count, count))
+        used = numbers[3 * count :]
+        refuse_other_draws(drawn)
         if len(set(kinds)) > 1:
             raise UserError(
                 "the losses of some parts are pairs (sum, weight), those of others are not: give one kind"
@@ -302,14 +303,23 @@ class ExactGradients(Gradients):
             if not is_used:
                 parameter.grad = None
         self._given |= {p: (p.grad, p._version) for p in parameters if p.grad is not None}
-        if not any(used) and not self._has_warned:
-            self._has_warned = True
-            if self.parts.rank == 0:
-                warn("the loss of no part depends on a parameter, and nothing is trained: is it detached?")
+        if not any(used):
+            self._warn("the loss of no part depends on a parameter, and nothing is trained: is it detached?")
+        if any(0 < weight < 1 for weight in weights):
+            self._warn(
+                "the second value that a loss returns is taken as the weight of a sum, and is between 0 and "
+                "1: if it is a metric, return the loss alone"
+            )
         value, weight = add_in_order(of_all[:, :2])
         if kinds[0]:
             scale(networks, self.parts.count / weight)
         return value / weight
+
+    def _warn(self, text: str) -> None:
+        """Once."""
+        if text not in self._said and self.parts.rank == 0:
+            warn(text)
+        self._said.add(text)
 
 
 Sums = dict[int, dict[str, int]]

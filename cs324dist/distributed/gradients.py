@@ -2,6 +2,8 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from numbers import Real
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -111,12 +113,16 @@ class DDPGradients(Gradients):
             scale(networks, self.parts.count / add_in_order(gather_rows(weights, self.parts.count)))
 
 
-def pair(found: Mean) -> tuple[Tensor, Tensor | float | None]:
+def pair(found: Any) -> tuple[Tensor, Tensor | float | None]:
     """A loss, and its weight if it is a sum.
 
     Raises:
-        UserError: it is not one number.
+        UserError: one of them is not one number, or the weight has a gradient, which would be lost.
     """
+    if isinstance(found, tuple) and len(found) != 2:
+        raise UserError(
+            f"a loss returned {len(found)} values: return a mean, or a sum and its weight, and no others"
+        )
     value, weight = found if isinstance(found, tuple) else (found, None)
     if not isinstance(value, Tensor):
         raise UserError(
@@ -124,7 +130,21 @@ def pair(found: Mean) -> tuple[Tensor, Tensor | float | None]:
         )
     if value.dim():
         raise UserError(f"a loss has to be one number, and has shape {tuple(value.shape)}: return its mean")
+    is_weight = weight is None or isinstance(weight, Real)
+    if isinstance(weight, Tensor):
+        is_weight = not (weight.dim() or weight.requires_grad)
+    if not is_weight:
+        raise UserError(
+            f"a loss returned a second value, which has to be the weight of a sum, one number without a "
+            f"gradient, and is {_described(weight)}: return the loss alone"
+        )
     return value, weight
+
+
+def _described(weight: object) -> str:
+    if not isinstance(weight, Tensor):
+        return f"a {type(weight).__name__}"
+    return f"of shape {tuple(weight.shape)}" if weight.dim() else "a tensor with a gradient"
 
 
 def scale(networks: Networks, factor: Tensor) -> None:

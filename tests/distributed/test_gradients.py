@@ -105,6 +105,28 @@ def test_a_gradient_that_was_used_may_be_left_or_filled_with_zeros():
         net.zero_grad()
 
 
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ((0.5, 2), "a loss returned 3 values"),
+        (({"accuracy": 0.5},), "and is a dict: return the loss alone"),
+        ((torch.zeros(3, 2),), "and is of shape (3, 2): return the loss alone"),
+        ((torch.ones((), requires_grad=True),), "and is a tensor with a gradient: return the loss alone"),
+    ],
+)
+def test_a_second_value_that_is_no_weight_is_refused(second, said):
+    assert said in refusal(exact, Rank(0, 1), lambda net, batch: (mean(net, batch), *second))
+
+
+def test_a_weight_that_may_be_a_metric_is_warned_of_once(capsys):
+    gradients = ExactGradients(COUNT, 0, Rank(0, 1))
+    gradients.prepare(net := network())
+    for step, weight in enumerate((1.0, 0.75, 0.5)):
+        gradients.backward(lambda batch: (mean(net, batch), weight), step, 2 * COUNT)  # noqa: B023
+        net.zero_grad()
+        assert ("is taken as the weight of a sum" in capsys.readouterr().err) == (step == 1)
+
+
 class TestWhatAutogradGradLeavesOut:
     """Where a node leads to no parameter, autograd.grad passes over it, and over the error that it has."""
 

@@ -159,6 +159,19 @@ def pair_in_some_parts(task, batch):
     return (value if batch.index else (value * 3, 3)), {}
 
 
+@loss("An accuracy where a weight is meant: (loss, accuracy)", equal("weight of a sum"))
+def accuracy_as_weight(task, batch):
+    x, y = task.samples(batch)
+    logits = task.net(x)
+    return (F.cross_entropy(logits, y), (logits.argmax(1) == y).float().mean() + 0.1), {}
+
+
+@loss("Three values for a loss", refused("3 values"))
+def three_values(task, batch):
+    value = task.value(batch)
+    return (value, value.detach(), 1), {}
+
+
 @loss("Metrics that some parts lack", refused("metrics"))
 def metrics_of_some_parts(task, batch):
     value = task.value(batch)
