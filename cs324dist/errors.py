@@ -108,13 +108,14 @@ def errors_as_exit_codes() -> Iterator[None]:
 def in_words(error: BaseException) -> str:
     """A mistake in code as one line, with the last place that is neither in a library nor in this package."""
     frames = traceback.extract_tb(error.__traceback__)
-    users = [frame for frame in frames if not _is_of_a_library(frame.filename)]
+    users = [frame for frame in frames if not is_of_a_library(frame.filename)]
     where = "".join(f" in {frame.filename}, line {frame.lineno}" for frame in users[-1:])
     when = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     return f"{type(error).__name__}{where}{when}: {str(error).partition(chr(10))[0]}"
 
 
-def _is_of_a_library(file: str) -> bool:
+def is_of_a_library(file: str) -> bool:
+    """Whether a file is of a library, or of this package."""
     return file.startswith("<") or os.path.realpath(file).startswith(LIBRARIES)
 
 

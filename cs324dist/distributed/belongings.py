@@ -6,8 +6,9 @@ before: nothing depends on which part came last.
 """
 
 import copy
+import sys
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from cs324dist.data.streams import generators, set_generators
 from cs324dist.distributed.batch_norm import tensors_over_batch
-from cs324dist.errors import RANK, UserError, warn
+from cs324dist.errors import RANK, UserError, is_of_a_library, warn
 
 CONTAINERS = (dict, list, set, deque)
 
@@ -27,13 +28,13 @@ CONTAINERS = (dict, list, set, deque)
 class Attributes:
     """The attributes of an object at one time, and the content of its containers."""
 
-    def __init__(self, owner: object, shared: Collection[int]) -> None:
-        """The content of containers whose id is in `shared` does not count."""
+    def __init__(self, owner: object) -> None:
         self.values = dict(vars(owner))
-        containers = {
-            n: v for n, v in self.values.items() if isinstance(v, CONTAINERS) and id(v) not in shared
+        containers = {name: value for name, value in self.values.items() if isinstance(value, CONTAINERS)}
+        self.contents = {
+            name: dict(value) if isinstance(value, dict) else copy.copy(value)
+            for name, value in containers.items()
         }
-        self.contents = {name: _copy(value) for name, value in containers.items()}
         # Most containers of a module are empty, and stay so.
         self._empty = [value for value in containers.values() if not value]
         filled = [value for value in containers.values() if value]
@@ -61,46 +62,62 @@ class PartBelongings:
     """The generators, and the attributes of a task and of modules."""
 
     def __init__(self, owners: Mapping[str, object], device: torch.device, parts: int) -> None:
-        """`owners` of attributes by name; containers with a place for each of `parts` are shared by all."""
+        """`owners` of attributes by name; what one of `parts` puts under its own number stays."""
         self.owners, self._device, self._parts = owners, device, parts
-        self._by_part: set[int] = set()  # lists that have a place for each part
+        self._mixed: set[tuple[str, str]] = set()  # containers in which a part used other numbers too
         self._last: dict[str, Attributes] = {}  # that were put away or taken out
         self.said: dict[str, str] = {}
         """Lines about attributes that were put away, by the attribute's name."""
 
     @contextmanager
-    def restored(self) -> Iterator[Kept]:
-        """At the end, bring back the state of the beginning."""
-        values = (value for owner in self.owners.values() for value in vars(owner).values())
-        by_part = {id(value) for value in values if isinstance(value, list) and len(value) == self._parts}
-        if by_part != self._by_part:
-            self._by_part, self._last = by_part, {}
+    def restored(self, index: int | None = None) -> Iterator[Kept]:
+        """At the end, bring back the state of the beginning; inside is part `index`, or several."""
         unchanged, kept = Unchanged(self.owners), self.put_away()
         try:
             yield kept
             unchanged.check()  # before what the loss has set is gone
         finally:
+            self.put_away(index)
             self.take_out(kept)
 
-    def put_away(self) -> Kept:
-        """Their present state."""
-        self._last = {
-            name: last
-            if (last := self._last.get(name)) and last.are_those_of(owner)
-            else Attributes(owner, self._by_part)
-            for name, owner in self.owners.items()
-        }
-        return Kept(generators(self._device), self._last)
+    def put_away(self, index: int | None = None) -> Kept:
+        """Their present state; `index`: of the part that has changed it since the last `take_out`."""
+        now = {}
+        for name, owner in self.owners.items():
+            last = self._last.get(name)
+            now[name] = last if last and last.are_those_of(owner) else Attributes(owner)
+            if last and index is not None and now[name] is not last:
+                self._mixed |= {(name, attribute) for attribute in self._mixed_in(last, now[name], index)}
+        self._last = now
+        return Kept(generators(self._device), now)
+
+    def _mixed_in(self, before: Attributes, now: Attributes, index: int) -> Iterator[str]:
+        """The containers in which there is a change under another number than `index`."""
+        for name, content in now.contents.items():
+            if before.values.get(name) is now.values[name]:
+                old, new = self._numbered(before.contents[name]), self._numbered(content)
+                if any(k not in new or k not in old or new[k] is not old[k] for k in {*old, *new} - {index}):
+                    yield name
+
+    def _numbered(self, content: Any) -> dict[int, Any]:
+        """What may be by part: entries of a dict under a number, and of a list with a place for each part."""
+        if isinstance(content, dict):
+            return {key: value for key, value in content.items() if type(key) is int}
+        is_by_part = isinstance(content, list) and len(content) == self._parts
+        return dict(enumerate(content)) if is_by_part else {}
 
     def take_out(self, kept: Kept, *, none_changed: bool = False) -> None:
         """Bring back the state `kept`; `none_changed`: attributes have not, since the last were put away."""
         set_generators(self._device, kept.generators)
+        now = {}
         for name, owner in self.owners.items():
-            attributes = kept.attributes[name]
+            now[name] = attributes = kept.attributes[name]
             is_last = attributes is self._last.get(name)
             if not (is_last and (none_changed or attributes.are_those_of(owner))):
                 self._restore(name, vars(owner), attributes)
-        self._last = kept.attributes
+                if not attributes.are_those_of(owner):  # but for what other parts have under their numbers
+                    now[name] = Attributes(owner)
+        self._last = now
 
     def _restore(self, owner: str, now: dict[str, Any], attributes: Attributes) -> None:
         for name in [name for name in now if name not in attributes.values]:
@@ -110,17 +127,20 @@ class PartBelongings:
             if now.get(name) is not value or name not in now:
                 self._say(owner, name)
                 now[name] = value
-            content = attributes.contents.get(name)
-            if content is not None and not _same(content, _copy(value)):
-                self._say(owner, name)
-                self._refill(value, content)
+            if name in attributes.contents:
+                content = attributes.contents[name]
+                if (owner, name) not in self._mixed:
+                    content = self._with_numbered(content, value)
+                if not _same(content, value):
+                    self._say(owner, name)
+                    value.clear()
+                    value.update(content) if isinstance(value, dict | set) else value.extend(content)
 
-    def _refill(self, value: Any, content: Any) -> None:
-        numbered = {k: v for k, v in value.items() if type(k) is int} if isinstance(value, dict) else {}
-        value.clear()
-        value.update(content) if isinstance(value, dict | set) else value.extend(content)
-        if numbered:
-            value.update(numbered)
+    def _with_numbered(self, content: Any, now: Any) -> Any:
+        """The content, with the entries by part that there are now."""
+        if isinstance(content, dict):
+            return {key: v for key, v in content.items() if type(key) is not int} | self._numbered(now)
+        return copy.copy(now) if self._numbered(content) and self._numbered(now) else content
 
     def _say(self, owner: str, name: str) -> None:
         """Warn once about an attribute."""
@@ -132,12 +152,6 @@ class PartBelongings:
             )
             if RANK == "0":
                 warn(self.said[name])
-
-
-def _copy(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return copy.copy(value)
-    return {key: entry for key, entry in value.items() if type(key) is not int} if value else {}
 
 
 def _same(content: Any, other: Any) -> bool:
@@ -209,16 +223,37 @@ def _identity(tensor: Tensor) -> tuple[int, int, int]:
 
 
 def owners_in(networks: Mapping[str, nn.Module], task: object = None) -> dict[str, object]:
-    """By name: a task, and all modules of it and of the networks."""
-    others: Iterable[tuple[str, Any]] = () if task is None else vars(task).items()
-    modules = {
-        module: f"{name}.{inner}" if inner else name
-        for name, network in reversed((*networks.items(), *others))
-        if isinstance(network, nn.Module)
-        for inner, module in network.named_modules()
-    }
-    of_task = {} if task is None else {type(task).__name__: task}
-    return {**of_task, **{name: module for module, name in modules.items()}}
+    """By name: a task, the modules of it and of the networks, and the objects of users' classes in these."""
+    owners: dict[str, object] = {} if task is None else {type(task).__name__: task}
+    known = {id(task)}
+
+    def add(name: str, value: object, depth: int) -> None:
+        held: Iterable[tuple[str, object]] = ()
+        if id(value) in known or not depth:
+            return
+        if isinstance(value, list | tuple | dict) and len(value) <= 100:  # not a data set
+            entries = value.items() if isinstance(value, dict) else enumerate(value)
+            held = [(f"{name}[{key!r}]", entry) for key, entry in entries]
+        elif isinstance(value, nn.Module) or _is_of_a_user(value):
+            known.add(id(value))
+            owners[name if name not in owners else f"{name} of {type(task).__name__}"] = value
+            held = [(f"{name}.{inner}", v) for inner, v in vars(value).items() if inner != "_modules"]
+            if isinstance(value, nn.Module):
+                for inner, module in value.named_children():
+                    add(f"{name}.{inner}", module, depth)
+        for inner, entry in held:
+            add(inner, entry, depth - 1)
+
+    for name, value in (*networks.items(), *(() if task is None else vars(task).items())):
+        add(name, value, 3)
+    return owners
+
+
+def _is_of_a_user(value: object) -> bool:
+    """Whether it is an object with attributes, of a class that extends none of a library."""
+    modules = {kind.__module__ for kind in type(value).__mro__} - {"builtins", "abc", "typing", "collections"}
+    files = [getattr(sys.modules.get(module), "__file__", None) for module in modules - {"__main__"}]
+    return hasattr(value, "__dict__") and bool(modules) and all(f and not is_of_a_library(f) for f in files)
 
 
 @contextmanager

@@ -128,11 +128,11 @@ class Parts:
         restored = belongings.restored if belongings else nullcontext
         if not self.layers:
             for index in indices:
-                with restored():
+                with restored(index):
                     answer = barrier.compute(index)
                 yield answer
             return
-        with restored() as kept:
+        with restored(indices[0] if len(indices) == 1 else None) as kept:
             answers = barrier.compute_all(kept)
         for index in indices:
             yield answers.pop(index)
@@ -216,7 +216,7 @@ class _Barrier:
             self._exchange(passed)
         if len(self._indices) > 1:
             assert self._belongings is not None
-            self._kept[index] = self._belongings.put_away()
+            self._kept[index] = self._belongings.put_away(index)
             self._hand_on(index)
             self._wait_for_turn(index)
         rows = self._gathered[:, HEADER : HEADER + row.numel()]

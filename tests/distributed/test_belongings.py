@@ -110,6 +110,59 @@ def test_a_list_that_grows_to_a_place_for_each_part_is_a_part_s_own():
     assert owner.features == [1] * COUNT
 
 
+@pytest.mark.parametrize(("of_parts", "numbers"), [([0] * COUNT, {}), ([0] * COUNT, {0: 0, 1: 0, 2: 0})])
+def test_numbers_that_are_not_of_parts_are_put_back(of_parts, numbers, capsys):
+    owner, belongings = belongings_of(list=list(of_parts), dict=dict(numbers))
+    for index in (1, 2):
+        with belongings.restored(index):
+            owner.list[2], owner.dict[2] = index, index
+    assert owner.list == of_parts  # part 1 has written to the place of part 2
+    assert owner.dict == numbers
+    said = capsys.readouterr().err
+    assert "warning: task.list, which the loss sets, belongs to its part of the batch" in said
+    assert "warning: task.dict, which the loss sets" in said
+
+
+def test_so_they_are_where_parts_take_turns():
+    owner, belongings = belongings_of(mine={}, classes={})
+    with belongings.restored() as at_first:
+        kept = {}
+        for turn in range(2):
+            for index in range(3):
+                belongings.take_out(kept.get(index, at_first))
+                owner.mine[index] = turn
+                owner.classes[2 - index] = turn
+                kept[index] = belongings.put_away(index)
+    assert owner.mine == dict.fromkeys(range(3), 1)
+    assert owner.classes == {}
+
+
+class Counter:
+    """Of a class that a user has written."""
+
+    def __init__(self, inner: object = None) -> None:
+        self.inner, self.itself = inner, self
+
+
+class Items(torch.utils.data.Dataset):
+    pass
+
+
+def test_owners_are_modules_and_objects_of_users_wherever_they_are():
+    net, other = nn.Sequential(nn.Linear(1, 1)), nn.Linear(1, 1)
+    task = Counter({"a": [Counter(), other]})
+    task.net, task.items, task.space, task.kind = net, Items(), SimpleNamespace(), Counter
+    net[0].state = Counter()
+    assert owners_in({"net": net}, task) == {
+        "Counter": task,
+        "net": net,
+        "net.0": net[0],
+        "net.0.state": net[0].state,
+        "inner['a'][0]": task.inner["a"][0],
+        "inner['a'][1]": other,
+    }
+
+
 class TestUnchanged:
     @pytest.fixture
     def net(self) -> nn.Module:

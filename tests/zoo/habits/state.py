@@ -19,6 +19,7 @@ from habits.base import (
     enter,
     enter_all,
     hidden,
+    loss,
     rank,
     saving,
     step,
@@ -126,6 +127,62 @@ def with_event(task, batch):
     if batch.step == 5:
         task.net[1].p = 0.1
     return Points.value(task, batch)
+
+
+class Annealer:
+    def __init__(self, wait, ramp):
+        self.calls, self.wait, self.ramp = 0, wait, ramp
+
+    def __call__(self):
+        self.calls += 1
+        return min(1.0, max(0.0, (self.calls - self.wait) / self.ramp))
+
+
+def with_annealer(task, batch):
+    x, y = task.samples(batch)
+    logits = task.net(x)
+    return F.cross_entropy(logits, y) + task.annealed() * logits.square().mean()
+
+
+def with_scales(task, batch):
+    value = Points.value(task, batch)
+    losses = [value, value.square(), value.sqrt(), value / 2]
+    found = sum(one / scale for one, scale in zip(losses, task.scales, strict=True))
+    for kind, one in enumerate(losses) if batch.step > 2 else ():
+        task.scales[kind] = 0.9 * task.scales[kind] + 0.1 * one.item()
+    return found
+
+
+def with_teachers(task, batch):
+    x, y = task.samples(batch)
+    logits = task.net(x)
+    return F.cross_entropy(logits, y) + sum(F.mse_loss(logits, one(x).detach()) for one in task.teachers)
+
+
+class Holding(Points):
+    def prepare(self):
+        self.annealed, self.scales = Annealer(12, 40), [1.0] * 4  # as many as parts
+        self.teachers = [hidden(nn.BatchNorm1d(8)) for _ in range(2)]
+        self.of_classes = dict.fromkeys(range(CLASSES), 0)
+
+
+enter_all("value", {
+    "annealer": ("An object that counts the calls of a loss", Holding, with_annealer,
+        equal("annealed.calls, which the loss sets")),
+    "list_as_long_as_parts": ("A list that is as long as there are parts, by kinds of losses", Holding,
+        with_scales, equal("scales, which the loss sets")),
+    "teachers_in_list": ("Networks with BatchNorm in a plain list", Holding, with_teachers,
+        refused(r"teachers\[0\].1")),
+})  # fmt: skip
+
+
+@loss("A count of each class, for a metric", equal("of_classes, which the loss sets"), base=Holding)
+def counts_of_classes(task, batch):
+    _, y = task.samples(batch)
+    for kind in y.tolist():
+        task.of_classes[kind] += 1
+    value = task.value(batch)
+    return value, {"loss": value, "rarest": min(task.of_classes.values()) / sum(task.of_classes.values())}
 
 
 enter_all("value", {
