@@ -65,6 +65,7 @@ class Trainer:
             self._gradients.wrap(self._trained.values())
         else:
             self._gradients.watch(task.networks, task)
+            self._gradients.belongings.noted = self._metrics_of
         for name, optimizer in each(task.optimizers):
             self._check_schedule(name, optimizer)
             for group in optimizer.param_groups:
@@ -182,6 +183,13 @@ class Trainer:
             total, weight = value if isinstance(value, tuple) else (value, 1.0)
             pair = self._number(total), self._number(weight)
             self._metrics.setdefault(f"train/{name}", {})[batch.index] = pair
+
+    def _metrics_of(self, index: int) -> dict[str, Tensor]:
+        return {
+            f"the metric {name}": torch.cat([number.flatten() for number in by_part[index]])
+            for name, by_part in self._metrics.items()
+            if index in by_part
+        }
 
     def _number(self, value: Tensor | float) -> Float64[Tensor, ""]:
         device = self.accelerator.device

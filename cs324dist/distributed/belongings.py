@@ -8,7 +8,7 @@ before: nothing depends on which part came last.
 import copy
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -66,6 +66,8 @@ class PartBelongings:
         self.owners, self._device, self._parts = owners, device, parts
         self._mixed: set[tuple[str, str]] = set()  # containers in which a part used other numbers too
         self._last: dict[str, Attributes] = {}  # that were put away or taken out
+        self.noted: Callable[[int], Mapping[str, Tensor]] = lambda _: {}
+        """What else the loss of a part gave, such as metrics, which a check compares as well."""
         self.said: dict[str, str] = {}
         """Lines about attributes that were put away, by the attribute's name."""
 

@@ -17,8 +17,8 @@ MIX = -0x61C8864680B583EB  # odd: 2^64 divided by the golden ratio, as an int64
 AT_ONCE = 1 << 20  # values that are summed together
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 LOOK_FOR = (
-    "look for random numbers that nothing seeds, for state that one part of the batch leaves to the next, "
-    "for data that is not the same on every process, and for broken hardware"
+    "look for random numbers that nothing seeds, for a clock, for state that one part of the batch leaves to "
+    "the next, for data that is not the same on every process, and for broken hardware"
 )
 
 

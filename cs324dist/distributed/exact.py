@@ -240,7 +240,7 @@ class ExactGradients(Gradients):
             index = first + self.parts.rank
             gradients = next(answers) if index in own else ()
             if found is not None and index in own:
-                found[index] = _sums_of(names, gradients, rows[index])
+                found[index] = self._sums_of(names, gradients, index, rows[index])
             total.add(first, gradients)
         for parameter, mean in zip(parameters, total.means(), strict=True):
             parameter.grad = mean
@@ -262,11 +262,21 @@ class ExactGradients(Gradients):
         with buffers_kept(self.networks.values()):
             answers = self.parts.each(gradients_of, indices, self.belongings, shift=shift)
             for index, gradients in zip(indices, answers, strict=True):
-                found[index] = _sums_of(names, gradients, rows.pop(index))
+                found[index] = self._sums_of(names, gradients, index, rows.pop(index))
         for name, now in checksums(tensors).items():
             if now != before[name]:
                 raise UserError(changed_in_the_loss(name))
         return found
+
+    def _sums_of(
+        self, names: Sequence[str], gradients: Sequence[Tensor | None], index: int, row: Tensor
+    ) -> dict[str, int]:
+        of_gradients = {
+            f"the gradient of {name}": gradient
+            for name, gradient in zip(names, gradients, strict=True)
+            if gradient is not None
+        }
+        return checksums({"the loss": row, **of_gradients, **self.belongings.noted(index)})
 
     def _compare(self, first: "Sums", again: "Sums", step: int) -> None:
         everywhere = gather_objects((first, again), f"after the gradients of step {step + 1}")
@@ -323,13 +333,4 @@ class ExactGradients(Gradients):
 
 
 Sums = dict[int, dict[str, int]]
-"""By the index of a part: checksums of its loss and of each gradient."""
-
-
-def _sums_of(names: Sequence[str], gradients: Sequence[Tensor | None], row: Tensor) -> dict[str, int]:
-    of_gradients = {
-        f"the gradient of {name}": gradient
-        for name, gradient in zip(names, gradients, strict=True)
-        if gradient is not None
-    }
-    return checksums({"the loss": row, **of_gradients})
+"""By the index of a part: checksums of its loss, of each gradient, and of what was noted."""

@@ -2,6 +2,7 @@
 
 import copy
 from collections import deque
+import time
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from habits.base import (
     FEATURES,
     Points,
     WithDropout,
+    WithNorm,
     enter,
     enter_all,
     hidden,
@@ -183,6 +185,39 @@ def counts_of_classes(task, batch):
         task.of_classes[kind] += 1
     value = task.value(batch)
     return value, {"loss": value, "rarest": min(task.of_classes.values()) / sum(task.of_classes.values())}
+
+
+def with_metric(metric):
+    def loss(task, batch):
+        value = task.value(batch)
+        return value, {"loss": value, "other": metric(task, batch)}
+
+    return loss
+
+
+def share_of_diagonal(task, batch):
+    x, y = task.samples(batch)
+    np.add.at(task.confusion, (y.numpy(), task.net(x).argmax(1).numpy()), 1)
+    return np.trace(task.confusion) / task.confusion.sum()
+
+
+ACTIVATIONS = {}  # as in a thousand forum posts
+
+
+def keep_activations(task):
+    task.confusion = np.zeros((CLASSES, CLASSES))
+    task.net[0].register_forward_hook(lambda _, __, output: ACTIVATIONS.update(first=output.detach()))
+
+
+OF_METRIC = refused("the metric train/other of part")
+enter_all("loss", {
+    "confusion_in_metric": ("A confusion matrix of numpy, for a metric", Points,
+        with_metric(share_of_diagonal), OF_METRIC),
+    "global_dict_for_metric": ("A hook that keeps features in a global dict, for a metric, with BatchNorm",
+        WithNorm, with_metric(lambda *_: (ACTIVATIONS["first"] < 0).float().mean()), OF_METRIC),
+    "seconds_as_metric": ("A time as a metric", Points,
+        with_metric(lambda *_: time.perf_counter()), OF_METRIC),
+}, prepare=keep_activations)  # fmt: skip
 
 
 enter_all("value", {
