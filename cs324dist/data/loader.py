@@ -3,6 +3,7 @@
 import atexit
 import ctypes
 import os
+import random
 import signal
 import sys
 import threading
@@ -22,6 +23,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
 from cs324dist.data.streams import CPU, MicroBatch, ShuffledEpochs, generators_kept, seed_everything
+from cs324dist.data.streams import (
+    CPU,
+    MicroBatch,
+    ShuffledEpochs,
+    drawn_so_far,
+    generators,
+    seed_everything,
+    set_generators,
+)
 from cs324dist.errors import ReportedError, UserError
 
 Collate = Callable[[list[Any]], Any]
@@ -105,7 +115,9 @@ class Loader:
             ReportedError: one that the data set raised.
         """
         if batch.is_check:
-            return _on(batch.device, self._samples.__getitems__(self._plan.of(replace(batch, device=CPU))))
+            addresses = self._plan.of(replace(batch, device=CPU))
+            self._samples.refuse_kept_draws(addresses[0])
+            return _on(batch.device, self._samples.__getitems__(addresses))
         step = replace(batch, index=0, device=CPU)
         began = time.perf_counter()
         if step != self._step:
@@ -176,10 +188,29 @@ class _Samples(Dataset[Any]):
         except ReportedError as error:
             return error
 
-    def _sample(self, random_name: str, item: int) -> Any:
+    def refuse_kept_draws(self, address: Address) -> None:
+        """Refuse a data set that keeps a sample with what it drew, and draws no second time.
+
+        Raises:
+            UserError: it does.
+        """
+        drawn: list[Any] = []
+        for _ in range(2):
+            self._sample(*address, drawn)
+        if drawn[0] != drawn[1]:
+            raise UserError(
+                f"the data set of {self._name!r} draws random numbers for item {address[1]} once, and others "
+                f"or none the second time: if it keeps what it drew, each process has another, and a kill "
+                f"loses it; keep the item as it was before"
+            )
+
+    def _sample(self, random_name: str, item: int, drawn: list[Any] | None = None) -> Any:
         try:
             with _everything_seeded(self._seed, f"{self._name}/{random_name}"):
-                return self._dataset[item]
+                sample = self._dataset[item]
+                if drawn is not None:
+                    drawn.append((drawn_so_far(), random.getstate()))
+                return sample
         except Exception as error:
             error.add_note(f"at item {item} of the data set of {self._name!r}")
             raise

@@ -95,6 +95,20 @@ enter_all("collate", {
     "own_generator_in_collate": ("np.random.default_rng() in collate", Loaded,
         collating(lambda x: x * np.random.default_rng().random()), AGAIN),
 })  # fmt: skip
+
+
+def kept(data, x):
+    known = vars(data).setdefault("known", {})
+    key = tuple(x.tolist())
+    if key not in known:
+        known[key] = x + 0.1 * torch.randn(FEATURES)
+    return known[key]
+
+
+enter("kept_augmentation", "A data set that keeps what it augmented", refused("keeps what it drew"),
+      base=Loaded, change=kept)  # fmt: skip
+enter("kept_augmentation_by_workers", "A data set that keeps what it augmented, in workers",
+      refused("keeps what it drew"), base=ByWorkers, change=kept)  # fmt: skip
 enter_all("change", {
     "own_generator_in_data_set": ("np.random.RandomState(0) of a data set", Loaded,
         lambda data, x: x + 0.1 * data.rng.randn(), AGAIN),
