@@ -1,13 +1,18 @@
 """Optimizers, groups of parameters, rates, and the dtypes of parameters."""
 
+import os
 from dataclasses import replace
 
 import torch
-from entry import equal, refused
+from entry import equal, refused, unseen
 from torch import nn, optim
 
 from habits.base import CLASSES, FEATURES, OPTIONS, Pictures, Points, Words, enter, enter_all, step, with_
 from habits.state import AFTER, Eventful
+
+
+def rate_of_world(weights):
+    return optim.SGD(weights, 0.1 * int(os.environ.get("WORLD_SIZE", "1")))
 
 
 class Own(optim.Optimizer):
@@ -211,3 +216,11 @@ enter_all("network", {
     "limited": ("--max-grad-norm, and a schedule with warm-up", with_(Pictures, presets={"fast": LIMITED}),
         lambda _: nn.Sequential(nn.Flatten(), nn.Linear(36, 1024), nn.Linear(1024, CLASSES))),
 }, threads=2)  # fmt: skip
+
+
+enter(
+    "rate_of_world",
+    "A rate that is multiplied by WORLD_SIZE, as for DDP",
+    unseen("a run has one number of processes; the batch is the same on any, so leave the rate"),
+    optimizer=lambda _, weights: rate_of_world(weights),
+)
