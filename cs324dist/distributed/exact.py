@@ -25,6 +25,7 @@ from cs324dist.distributed.ordered_sum import OrderedSum
 from cs324dist.distributed.parts import add_in_order, gather_rows
 from cs324dist.distributed.process import accelerator_of_script, check_batch, make_deterministic
 from cs324dist.distributed.refusals import (
+    known_errors_explained,
     refuse_gradients_of_others,
     refuse_gradients_of_the_loss,
     refuse_incomplete_graphs,
@@ -178,7 +179,7 @@ class ExactGradients(Gradients):
         def gradients_of(index: int, is_check: bool = False) -> Sequence[Tensor | None]:
             self.seed(step, name, index)
             # Backward passes stay in the thread of their part, where they wait at barriers.
-            with torch.autograd.set_multithreading_enabled(not self.parts.layers):
+            with torch.autograd.set_multithreading_enabled(not self.parts.layers), known_errors_explained():
                 value, weight = pair(loss_of(self.batch(index, step, batch_size, is_check=is_check)))
                 unused: Sequence[Tensor | None] = [None] * len(parameters)
                 refuse_gradients_of_the_loss(names, parameters, unused)
@@ -194,7 +195,12 @@ class ExactGradients(Gradients):
             return found
 
         if not parameters:
-            raise UserError("there is nothing to train: give each network to ExactGradients.prepare first")
+            why = "give each network to ExactGradients.prepare first"
+            if of_networks:
+                why = (
+                    f"when the update of {name} begins, all parameters are frozen; set that outside of losses"
+                )
+            raise UserError(f"there is nothing to train: {why}")
         if batch_size % self.parts.count:
             raise UserError(f"batch_size={batch_size} is not divisible by micro_batches={self.parts.count}")
         is_checked = self._check_every and (name not in self._checked or step % self._check_every == 0)

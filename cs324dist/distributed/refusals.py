@@ -1,12 +1,13 @@
 """What exact gradients refuse: the work of others on the same networks, which would be lost or come twice."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from cs324dist.errors import UserError
+from cs324dist.errors import UserError, in_words
 
 Given = Mapping[Tensor, tuple[Tensor, int]]
 """By parameter: the gradient that it was given last, and the parameter's version then."""
@@ -101,6 +102,29 @@ def refuse_gradients_of_the_loss(
             raise UserError(f"the loss calls backward(), which leaves a gradient in {name}: return the loss")
         if gradient is not None and gradient.is_sparse:
             raise UserError(f"the gradient of {name} is sparse: give its embedding sparse=False")
+
+
+EXPLAINED = {
+    "differentiated Tensors does not require grad": "the loss asks for the gradient of a frozen parameter, "
+    "such as a bias directly before BatchNorm, which cancels it: ask for those with requires_grad",
+    "through the graph a second time": "the loss differentiates a graph that is gone, its own "
+    "(retain_graph=True keeps it) or that of another part of the batch, which a global dict or "
+    "parametrize.cached has kept: detach it, or keep it on the task or a module",
+    "created in a thread": "with BatchNorm, each part of the batch has a thread: open what belongs to one "
+    "thread in each, or let others use it (sqlite3.connect(…, check_same_thread=False))",
+}
+
+
+@contextmanager
+def known_errors_explained() -> Iterator[None]:
+    """Turn errors that the parts of a batch bring about into lines that say so."""
+    try:
+        yield
+    except Exception as error:
+        for text, why in EXPLAINED.items():
+            if text in str(error):
+                raise UserError(f"{why} [{in_words(error):.150}]") from error
+        raise
 
 
 INCOMPLETE = {

@@ -1,6 +1,7 @@
 """Data: how they are loaded, drawn, split and looked at before the first step."""
 
 import random
+import sqlite3
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate, random_split
 
 from cs324dist import Stream, loader
-from habits.base import CLASSES, FEATURES, SAMPLES, Points, enter, enter_all, rank, with_
+from habits.base import CLASSES, FEATURES, SAMPLES, Points, WithNorm, enter, enter_all, rank, with_
 
 AGAIN, UNLIKE = refused(REPEATED), refused(REPEATED, ON_SEVERAL)
 WIDE = 512
@@ -95,6 +96,32 @@ enter_all("collate", {
     "own_generator_in_collate": ("np.random.default_rng() in collate", Loaded,
         collating(lambda x: x * np.random.default_rng().random()), AGAIN),
 })  # fmt: skip
+
+
+class Table(Dataset):
+    """A table in a file, which is opened when it is needed first."""
+
+    def __init__(self, x, y):
+        self.x, self.y, self.opened = x, y, None
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, item):
+        self.opened = self.opened or sqlite3.connect(":memory:")
+        (item,) = self.opened.execute("select ?", (item,)).fetchone()
+        return self.x[item], self.y[item]
+
+
+def with_table(task):
+    task.loader = loader(Table(task.x, task.y), task.config.seed, "train")
+
+
+enter_all("samples", {
+    "sqlite": ("A data set in sqlite", Points, lambda task, batch: task.loader.batch(batch)),
+    "sqlite_with_norm": ("A data set in sqlite, with BatchNorm", WithNorm,
+        lambda task, batch: task.loader.batch(batch), refused("check_same_thread")),
+}, prepare=with_table)  # fmt: skip
 
 
 def kept(data, x):

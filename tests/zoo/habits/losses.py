@@ -5,6 +5,7 @@ import torch.distributed as dist
 from entry import ALSO_PLAIN, ON_SEVERAL, RANKS, REPEATED, equal, refused
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize
 
 from habits.base import CLASSES, FEATURES, Points, WithNorm, enter, enter_all, loss, rank, step, value
 
@@ -145,6 +146,22 @@ def gradient_penalty(task, batch):
     return F.cross_entropy(task.net(x), y) + (slope.norm(dim=1) - 1).square().mean()
 
 
+@value("autograd.grad of a loss to all parameters, with a Linear before BatchNorm",
+       refused("a bias directly before BatchNorm"), base=WithNorm)  # fmt: skip
+def balanced_by_gradients(task, batch):
+    value = Points.value(task, batch)
+    slopes = torch.autograd.grad(value, list(task.net.parameters()), retain_graph=True)
+    return value / (1 + sum(slope.square().sum() for slope in slopes)).sqrt()
+
+
+@value("parametrize.cached, with BatchNorm", refused("parametrize.cached has kept"), base=WithNorm,
+       network=lambda _: nn.Sequential(parametrizations.weight_norm(nn.Linear(FEATURES, 8)),
+                                       nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES)))  # fmt: skip
+def cached_parametrization(task, batch):
+    with parametrize.cached():
+        return Points.value(task, batch)
+
+
 @loss("A loss over some samples: (sum, weight)")
 def masked(task, batch):
     x, y = task.samples(batch)
@@ -238,6 +255,26 @@ def gan(task, step, trainer):
     trainer.update("judge", of_judge)
     trainer.update("generator", of_generator)
     trainer.measure(of_generator)
+
+
+@step(
+    "requires_grad_(False) of the judge in a GAN's loss",
+    refused("all parameters are frozen"),
+    prepare=adversaries,
+)
+def frozen_in_loss(task, step, trainer):
+    generator, judge = task.networks.values()
+
+    def of_judge(batch):
+        judge.requires_grad_(True)
+        return F.softplus(judge(generator(torch.randn(len(batch.samples), 2)).detach())).mean(), {}
+
+    def of_generator(batch):
+        judge.requires_grad_(False)
+        return F.softplus(-judge(generator(torch.randn(len(batch.samples), 2)))).mean(), {}
+
+    trainer.update("judge", of_judge)
+    trainer.update("generator", of_generator)
 
 
 class Noting(Points):
