@@ -22,15 +22,13 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
-from cs324dist.data.streams import CPU, MicroBatch, ShuffledEpochs, generators_kept, seed_everything
 from cs324dist.data.streams import (
     CPU,
     MicroBatch,
     ShuffledEpochs,
     drawn_so_far,
-    generators,
+    generators_kept,
     seed_everything,
-    set_generators,
 )
 from cs324dist.errors import ReportedError, UserError
 

@@ -1,8 +1,8 @@
 """State beside weights: what a loss or a step leaves on the task, on modules and elsewhere."""
 
 import copy
-from collections import deque
 import time
+from collections import deque
 
 import numpy as np
 import torch
