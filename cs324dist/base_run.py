@@ -228,7 +228,6 @@ class BaseRun:
         self._save_asked = True
 
     def _is_to_be_saved(self) -> bool:
-        """Whether this step asked for a checkpoint."""
         return self._save_asked
 
     def _end_stopped(self) -> None:

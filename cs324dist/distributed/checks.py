@@ -21,6 +21,9 @@ LOOK_FOR = (
     "the next, for data that is not the same on every process, and for broken hardware"
 )
 
+Sums = dict[int, dict[str, int]]
+"""By the index of a part: checksums of its loss, of each gradient, and of what was noted."""
+
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> Int64[Tensor, ""]:
@@ -60,6 +63,23 @@ def held(trained: Trained, *, buffers_from_first: bool) -> dict[str, Any]:
         for name, tensor in some.items()
     }
     return {**checksums(tensors), "the task's own state": plain_state(trained)}
+
+
+def compare_sums(first: Sums, again: Sums, step: int) -> None:
+    """Compare the parts that this process and others have computed `first` with those computed `again`.
+
+    Raises:
+        RunFailed: naming what is not the same.
+    """
+    everywhere = gather_objects((first, again), f"after the gradients of step {step + 1}")
+    of_all = {index: sums for found, _ in everywhere for index, sums in found.items()}
+    for rank, (_, found) in enumerate(everywhere):
+        for index, sums in found.items():
+            if wrong := [name for name, value in sums.items() if of_all[index].get(name) != value]:
+                raise RunFailed(
+                    f"in step {step + 1}, {wrong[0]} of part {index} of the batch was not the same when "
+                    f"rank {rank} computed it a second time ({len(wrong)} of {len(sums)} differ): {LOOK_FOR}"
+                )
 
 
 def gather_objects(own: Any, where: str) -> list[Any]:

@@ -19,7 +19,7 @@ from cs324dist.distributed.belongings import (
     changed_in_the_loss,
     owners_in,
 )
-from cs324dist.distributed.checks import LOOK_FOR, checksums, differences, gather_objects
+from cs324dist.distributed.checks import Sums, checksums, compare_sums, differences, gather_objects
 from cs324dist.distributed.gradients import Gradients, LossOf, Networks, pair, scale
 from cs324dist.distributed.ordered_sum import OrderedSum
 from cs324dist.distributed.parts import add_in_order, gather_rows
@@ -33,7 +33,7 @@ from cs324dist.distributed.refusals import (
     refuse_what_is_prepared,
 )
 from cs324dist.distributed.sum_over import SumOver
-from cs324dist.errors import RunFailed, UserError, warn
+from cs324dist.errors import UserError, warn
 
 unwrapped = partial(extract_model_from_parallel, keep_torch_compile=False)
 _exact: "weakref.WeakKeyDictionary[nn.Module, ExactGradients]" = weakref.WeakKeyDictionary()
@@ -195,12 +195,10 @@ class ExactGradients(Gradients):
             return found
 
         if not parameters:
-            why = "give each network to ExactGradients.prepare first"
-            if of_networks:
-                why = (
-                    f"when the update of {name} begins, all parameters are frozen; set that outside of losses"
-                )
-            raise UserError(f"there is nothing to train: {why}")
+            why = "freeze none in a loss" if of_networks else "give each to ExactGradients.prepare first"
+            raise UserError(
+                f"there is nothing to train: the networks of {name} have no free parameter: {why}"
+            )
         if batch_size % self.parts.count:
             raise UserError(f"batch_size={batch_size} is not divisible by micro_batches={self.parts.count}")
         is_checked = self._check_every and (name not in self._checked or step % self._check_every == 0)
@@ -209,7 +207,7 @@ class ExactGradients(Gradients):
         again = self._again(partial(gradients_of, is_check=True), rows, names) if is_checked else {}
         first = self._in_order(gradients_of, rows, names, parameters, {} if is_checked else None)
         if is_checked:
-            self._compare(first, again, step)
+            compare_sums(first, again, step)
             self._checked.add(name)
         return self._finish(rows, parameters, names, networks)
 
@@ -233,8 +231,8 @@ class ExactGradients(Gradients):
         rows: Mapping[int, Tensor],
         names: Sequence[str],
         parameters: Sequence[Tensor],
-        found: "Sums | None",
-    ) -> "Sums":
+        found: Sums | None,
+    ) -> Sums:
         """Add up the gradients of all parts; returns the checksums of this process's, if `found` is given."""
         if (key := tuple(map(id, parameters))) not in self._sums:
             self._sums[key] = OrderedSum(parameters, self.parts.count)
@@ -257,7 +255,7 @@ class ExactGradients(Gradients):
         gradients_of: Callable[[int], Sequence[Tensor | None]],
         rows: dict[int, Tensor],
         names: Sequence[str],
-    ) -> "Sums":
+    ) -> Sums:
         """Compute parts once more, before the others, on another process if any can; see `__init__`."""
         shift = 1 if self._anywhere else 0
         indices = list(reversed(self.parts.of(shift)))
@@ -277,24 +275,9 @@ class ExactGradients(Gradients):
     def _sums_of(
         self, names: Sequence[str], gradients: Sequence[Tensor | None], index: int, row: Tensor
     ) -> dict[str, int]:
-        of_gradients = {
-            f"the gradient of {name}": gradient
-            for name, gradient in zip(names, gradients, strict=True)
-            if gradient is not None
-        }
+        pairs = zip(names, gradients, strict=True)
+        of_gradients = {f"the gradient of {name}": grad for name, grad in pairs if grad is not None}
         return checksums({"the loss": row, **of_gradients, **self.belongings.noted(index)})
-
-    def _compare(self, first: "Sums", again: "Sums", step: int) -> None:
-        everywhere = gather_objects((first, again), f"after the gradients of step {step + 1}")
-        of_all = {index: sums for found, _ in everywhere for index, sums in found.items()}
-        for rank, (_, found) in enumerate(everywhere):
-            for index, sums in found.items():
-                if wrong := [name for name, value in sums.items() if of_all[index].get(name) != value]:
-                    raise RunFailed(
-                        f"in step {step + 1}, {wrong[0]} of part {index} of the batch was not the same when "
-                        f"rank {rank} computed it a second time ({len(wrong)} of {len(sums)} differ): "
-                        f"{LOOK_FOR}"
-                    )
 
     def _finish(
         self,
@@ -336,7 +319,3 @@ class ExactGradients(Gradients):
         if text not in self._said and self.parts.rank == 0:
             warn(text)
         self._said.add(text)
-
-
-Sums = dict[int, dict[str, int]]
-"""By the index of a part: checksums of its loss, of each gradient, and of what was noted."""

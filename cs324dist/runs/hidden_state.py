@@ -5,20 +5,12 @@ of an object that the task holds, in a parameter's `requires_grad`, in an optimi
 checkpoint has those that differ from a new task's.
 """
 
-import json
-import math
 import random
 import re
-import sys
-import sysconfig
 import zlib
 from argparse import Namespace
-from collections import Counter, OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
-from datetime import date
-from enum import Enum
-from itertools import count
-from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from cs324dist.errors import RANK, UserError, printable, warn
+from cs324dist.runs.contents import CONTAINER, SHOWN, Contents, is_own, refilled, text_of, value_of
 from cs324dist.runs.optimizers import each
 from cs324dist.runs.state_tree import split
 
@@ -38,12 +31,8 @@ Hidden = dict[str, dict[str, Any]]
 """By owner (a module, a task, a group of an optimizer) and name: the content."""
 
 MOST = 1000  # parts of a container that is searched for objects
-SAMPLE = 1 << 20  # values of a tensor that are compared
-CONTAINERS = {kind.__name__: kind for kind in (tuple, set, frozenset, deque, OrderedDict, Counter)}
-CONTAINER = (list, tuple, dict, set, frozenset, deque)
 BY_PART = r'|null|\{\}|\[null(, null)*\]|\{"\$lost": \["defaultdict", \{\}\]\}'
 """What stands at the start where each part of the batch puts something under its number."""
-SHOWN = (str, int, float, bytes, complex, Enum, PurePath, range, slice, date, torch.dtype, torch.device)
 GENERATORS: dict[type, tuple[Any, Any]] = {
     torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
     random.Random: (random.Random.getstate, random.Random.setstate),
@@ -55,14 +44,9 @@ GENERATORS: dict[type, tuple[Any, Any]] = {
 }
 SHUT = (*SHOWN, *CONTAINER, Tensor, type)
 OPEN = (nn.Module, nn.Parameter, Optimizer, Dataset, Namespace, SimpleNamespace, *GENERATORS)
-INSTALLED = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), str(Path(__file__).parents[1]))
 OF_MODULES = vars(nn.Module()).keys() - {"training"}
 HOOKS = {n for n in OF_MODULES if n.endswith("_hooks")} | {"_post_accumulate_grad_hooks"}
 LOST, TENSOR = '"$lost"', r'"\$(on|array)"'  # in the text of a content
-NUMBERS = "?bBhHiIlLqQefd"  # of numpy
-PLACES = count()  # of iterators, each another
-KEPT = {torch.complex64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-KEPT |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 NOT_HELD = (
@@ -82,7 +66,7 @@ class HiddenState:
         """At its start."""
         self._task = task
         self._first = {
-            owner: {name: (_text(content), id(value)) for name, (content, value) in contents.items()}
+            owner: {name: (text_of(content), id(value)) for name, (content, value) in contents.items()}
             for owner, contents in _Walk(task).contents()
         }
         self._later: dict[Any, str] = {}  # what was made after the start, as first seen
@@ -99,7 +83,7 @@ class HiddenState:
             first = self._first.get(owner, {})
             different: dict[str, Any] = {name: {"$deleted": []} for name in first.keys() - contents.keys()}
             for name, (content, value) in contents.items():
-                text, (was, identity) = _text(content), first.get(name, ("", 0))
+                text, (was, identity) = text_of(content), first.get(name, ("", 0))
                 by_part = _is_numbered(value) and bool(re.fullmatch(BY_PART, was))
                 if text == was or (by_part and re.search(TENSOR, text)):
                     continue
@@ -169,17 +153,21 @@ class _Walk:
         for name, optimizer in optimizers.items():
             states = enumerate(optimizer.state.values())
             saved |= {f"{name}, {i}.{key}": value for i, state in states for key, value in state.items()}
-        self._saved = {
+        places = {
             tensor.untyped_storage().data_ptr(): name
             for name, tensor in saved.items()
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.numel()
         }
+        self._contents = Contents(self._names, places)
 
     def contents(self) -> Iterator[tuple[tuple[str, type], dict[str, tuple[Any, Any]]]]:
         """By owner and its class, and by name: a content, as `Hidden` has it, and of which value it is."""
         for name, owner in self.owners.items():
             members = self._members(name)
-            yield (name, type(owner)), {key: (self._content(value), value) for key, value in members.items()}
+            yield (
+                (name, type(owner)),
+                {key: (self._contents.of(value), value) for key, value in members.items()},
+            )
 
     def _members(self, name: str) -> dict[str, Any]:
         owner = self.owners[name]
@@ -193,69 +181,13 @@ class _Walk:
             own = {key: value for key, value in vars(owner).items() if key not in OF_MODULES}
             own |= {**owner._parameters, **owner._buffers, **owner._modules}
             return {**own, "_hooks": _hooks(owner)}
-        has_private = _is_own(owner)
+        has_private = is_own(owner)
         own = {key: value for key, value in vars(owner).items() if has_private or not key.startswith("_")}
         if isinstance(owner, Optimizer):
             own = {key: value for key, value in own.items() if not key.endswith("_hooks")}
             if name.startswith("optimizer "):  # one of the task's
                 own = {key: value for key, value in own.items() if key not in ("state", "param_groups")}
         return own
-
-    def _content(self, value: Any) -> Any:
-        if value is None or type(value) in (bool, int, str):
-            return value
-        if type(value) is float:
-            return {"$float": "nan"} if math.isnan(value) else value
-        if isinstance(value, np.generic) and value.dtype.char in NUMBERS:
-            return {"$scalar": [value.dtype.str, self._content(value.item())]}
-        if isinstance(value, np.ndarray):
-            return self._array(value)
-        if isinstance(value, Tensor):
-            return self._tensor(value)
-        if type(value) in (list, *CONTAINERS.values(), dict):
-            return self._container(value)
-        if isinstance(value, CONTAINER):
-            return {"$lost": [type(value).__name__, self._container(value)]}
-        if isinstance(value, SHOWN):
-            return {"$lost": repr(value)}
-        if hasattr(value, "__qualname__"):  # a function
-            line = getattr(getattr(value, "__code__", None), "co_firstlineno", 0)
-            return {"$lost": [value.__qualname__, line]}
-        if isinstance(value, Iterator) and not _is_own(value) and not hasattr(value, "readline"):
-            return {"$lost": next(PLACES)}  # where it is cannot be seen
-        return {"$lost": [self._names.get(id(value), ""), type(value).__qualname__]}
-
-    def _array(self, value: Any) -> Any:
-        if type(value) is np.ndarray and value.flags.writeable:
-            if value.dtype.char in NUMBERS and value.dtype.isnative:
-                return {"$array": torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))}
-            return {"$lost": self._content(value.tolist())}
-        return {"$lost": id(value)}
-
-    def _tensor(self, value: Tensor) -> Any:
-        if value.layout is not torch.strided or value.is_meta or value.dtype not in KEPT:
-            return {"$lost": [id(value), value._version]}
-        if value.numel() and (name := self._saved.get(value.untyped_storage().data_ptr())):
-            return {"$lost": name}
-        return {"$on": value.device.type, "of": value.detach()}
-
-    def _container(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            if all(type(key) is str for key in value):
-                inner: Any = {key: self._content(part) for key, part in value.items()}
-            else:
-                keys = ({"$lost": "tensor"} if isinstance(k, Tensor) else self._content(k) for k in value)
-                inner = {
-                    "$items": [[key, self._content(value[k])] for key, k in zip(keys, value, strict=True)]
-                }
-        else:
-            inner = [self._content(part) for part in value]
-            if isinstance(value, set | frozenset):
-                inner.sort(key=_text)
-        kind = type(value).__name__
-        if isinstance(value, deque):
-            return {"$deque": inner, "most": value.maxlen}
-        return {f"${kind}": inner} if kind in CONTAINERS else inner
 
 
 def _hooks(owner: Any) -> dict[str, int]:
@@ -266,30 +198,12 @@ def _hooks(owner: Any) -> dict[str, int]:
 def _objects(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The objects in a value whose attributes count."""
     if isinstance(value, OPEN) or (
-        hasattr(value, "__dict__") and _is_own(value) and not isinstance(value, SHUT)
+        hasattr(value, "__dict__") and is_own(value) and not isinstance(value, SHUT)
     ):
         yield name, value
     elif isinstance(value, dict | list | tuple | deque) and len(value) <= MOST:
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _objects(f"{name}[{key!r}]", part)
-
-
-def _is_own(value: Any) -> bool:
-    """Whether its class is the user's own, and of no library."""
-    module = type(value).__module__
-    file = getattr(sys.modules.get(module), "__file__", None) or ""
-    return module.partition(".")[0] not in sys.stdlib_module_names and not file.startswith(INSTALLED)
-
-
-def _text(content: Any) -> str:
-    return json.dumps(content, default=_checksum)
-
-
-def _checksum(tensor: Tensor) -> list[Any]:
-    flat = tensor.reshape(-1)
-    some = flat[:: 1 + len(flat) // SAMPLE].resolve_conj().resolve_neg().contiguous().cpu().view(torch.uint8)
-    version = tensor._version if len(flat) > SAMPLE and not tensor.is_inference() else 0
-    return [str(tensor.dtype), *tensor.shape, version, zlib.crc32(some.numpy().data)]
 
 
 def _is_numbered(value: Any) -> bool:
@@ -299,7 +213,7 @@ def _is_numbered(value: Any) -> bool:
 @torch.no_grad()
 def _set(owner: Any, name: str, content: Any) -> None:
     if type(owner) in GENERATORS:
-        GENERATORS[type(owner)][1](owner, _value(content))
+        GENERATORS[type(owner)][1](owner, value_of(content))
         return
     if isinstance(owner, nn.Parameter):
         owner.requires_grad_(bool(content))
@@ -309,44 +223,7 @@ def _set(owner: Any, name: str, content: Any) -> None:
         place.pop(name, None)
         return
     tensors = {**owner._parameters, **owner._buffers} if isinstance(owner, nn.Module) else {}
-    was, value = tensors.get(name, place.get(name)), _value(content)
+    was, value = tensors.get(name, place.get(name)), value_of(content)
     in_place = name in tensors or (isinstance(content, dict) and "$same" in content)
-    if not (in_place and _refilled(was, value)):
+    if not (in_place and refilled(was, value)):
         place[name] = value
-
-
-def _refilled(was: Any, value: Any) -> bool:
-    """Whether a value has been put into what was there, which others may hold as well."""
-    if type(was) is type(value) and isinstance(was, list | deque | dict | set):
-        was.clear()
-        was.update(value) if isinstance(was, dict | set) else was.extend(value)
-        return True
-    fits = isinstance(was, Tensor | np.ndarray) and isinstance(value, Tensor | np.ndarray)
-    if fits and (was.shape, was.dtype) == (value.shape, value.dtype):
-        was[...] = value
-        return True
-    return False
-
-
-def _value(content: Any) -> Any:
-    if isinstance(content, list):
-        return [_value(part) for part in content]
-    if not isinstance(content, dict):
-        return content
-    match content:
-        case {"$same": inner}:
-            return _value(inner)
-        case {"$on": device, "of": tensor}:
-            return tensor.to(device)
-        case {"$array": tensor}:
-            return tensor.numpy()
-        case {"$scalar": [kind, number]}:
-            return np.dtype(kind).type(number)
-        case {"$items": items}:
-            return {_value(key): _value(part) for key, part in items}
-        case {"$deque": inner, "most": most}:
-            return deque(_value(inner), most)
-    for kind, inner in content.items():
-        if kind[1:] in CONTAINERS and kind[0] == "$":
-            return CONTAINERS[kind[1:]](_value(inner))
-    return {key: _value(part) for key, part in content.items()}
