@@ -315,7 +315,6 @@ class ExactGradients(Gradients):
         return value / weight
 
     def _warn(self, text: str) -> None:
-        """Once."""
         if text not in self._said and self.parts.rank == 0:
             warn(text)
         self._said.add(text)

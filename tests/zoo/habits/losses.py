@@ -259,7 +259,7 @@ def gan(task, step, trainer):
 
 @step(
     "requires_grad_(False) of the judge in a GAN's loss",
-    refused("all parameters are frozen"),
+    refused("have no free parameter"),
     prepare=adversaries,
 )
 def frozen_in_loss(task, step, trainer):
