@@ -1,8 +1,8 @@
 """What belongs to one part of the batch while parts take turns: generators, and attributes that a loss sets.
 
-A loss that says `self.y = y` means the `y` of its part. So attributes of the task and of modules are put away
-when another part goes on, and brought back when this part does. After the update they have the values of
-before: nothing depends on which part came last.
+A loss that says `self.y = y` means the `y` of its part. So attributes of the task, of modules and of objects
+of users' classes are put away when another part goes on, and brought back when this part does. After the
+update they have the values of before: nothing depends on which part came last.
 """
 
 import copy
@@ -59,7 +59,7 @@ class Kept:
 
 
 class PartBelongings:
-    """The generators, and the attributes of a task and of modules."""
+    """The generators, and the attributes of the owners."""
 
     def __init__(self, owners: Mapping[str, object], device: torch.device, parts: int) -> None:
         """`owners` of attributes by name; what one of `parts` puts under its own number stays."""
@@ -80,7 +80,7 @@ class PartBelongings:
             unchanged.check()  # before what the loss has set is gone
         finally:
             self.put_away(index)
-            self.take_out(kept)
+            self.take_out(kept, none_changed=True)
 
     def put_away(self, index: int | None = None) -> Kept:
         """Their present state; `index`: of the part that has changed it since the last `take_out`."""
