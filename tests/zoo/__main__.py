@@ -80,8 +80,8 @@ INTRODUCTION = """# Habits
 
 What people write in a task, and what becomes of each with `--micro-batches 4`: on one process, on three, and
 on three that are all killed (-9) and continued on another number. Each ends in **the same bits**, or is
-**refused** in one line (its beginning is shown here), or a line says what no checkpoint can hold. A few end in
-other bits, and no check sees them. {count} habits: {words}.
+**refused** in one line (its beginning is shown here), or a line says what no checkpoint can hold. A few end
+in other bits, and no check sees them. {count} habits: {words}.
 
 `python tests/zoo --jobs 2 --page docs/habits.md` tries them all and writes this page; each is a few lines in
 `tests/zoo/habits/`.
