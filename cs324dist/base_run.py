@@ -42,7 +42,6 @@ class BaseRun:
     _session: Any = None
     _is_started = _in_step = _save_asked = _stop_asked = False
     _until = _metrics_lines = 0
-    _seed: Any
 
     def __init__(
         self,
@@ -100,7 +99,8 @@ class BaseRun:
         ):
             if self._seed is None:
                 self._seed = torch.initial_seed()
-            self.saving = Saving(self.dir, self.trained, self.accelerator, self.keep_last, self.keep_best)
+            if not hasattr(self, "saving"):  # it compares with the first start
+                self.saving = Saving(self.dir, self.trained, self.accelerator, self.keep_last, self.keep_best)
             self._restore()
             with self._ending_recorded(), translate_errors(self.peer_timeout):
                 yield
@@ -157,7 +157,7 @@ class BaseRun:
             self.trackers.go_on(until)  # `steps` may have been called before, for fewer
         first = self.step
         while self.step < until and not self.is_over:
-            seed_everything(self._seed, f"step {self.step}", self.accelerator.device)
+            seed_everything(self._seed or 0, f"step {self.step}", self.accelerator.device)
             self._in_step = True
             yield self.step
             self._in_step = False
@@ -291,7 +291,7 @@ class BaseRun:
         if self._is_started and self.accelerator.is_main_process:
             why = str(error) if isinstance(error, ReportedError) else in_words(error)
             self.dir.write_status("stopped" if stopped else "failed", self.dir.newest_step(), why)
-        if isinstance(error, ProcessLost):
+        if isinstance(error, ProcessLost) and self._is_started:
             keep_collectives(self.dir.path)
         return stopped
 

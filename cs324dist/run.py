@@ -21,6 +21,7 @@ from cs324dist.distributed.exact import unwrapped
 from cs324dist.distributed.gradients import fix_the_order_of
 from cs324dist.distributed.process import accelerator_of_script
 from cs324dist.errors import UserError, printable
+from cs324dist.runs.contents import text_of
 from cs324dist.runs.optimizers import Optimizers, each
 from cs324dist.runs.records import LOOP, RunRecord
 
@@ -167,7 +168,7 @@ class Run(BaseRun):
             raise UserError(
                 f"steps({until}) after a `break`, which ends the run: give what follows its own run"
             )
-        if until <= self._until:
+        if 0 < self._until >= until:
             raise UserError(
                 f"steps({until}) after steps({self._until}): it counts from the start of the run; for "
                 f"epochs, give steps((epoch + 1) * steps_per_epoch, …)"
@@ -177,16 +178,19 @@ class Run(BaseRun):
 
     def _check_nothing_is_done_again(self, until: int) -> None:
         """Check what stands behind a loop whose steps an earlier start has taken: it is done again."""
-        is_left, now = self.step > until and not self.is_over, {}
-        if is_left or self._held_before:
-            now = {**held(self.trained, buffers_from_first=False), **self.saving.hidden.changed()}
-        before = self._held_before or now
+        is_left = self.step > until and not self.is_over
+        if is_left == bool(self._held_before):
+            return
+        rates = {
+            name: text_of(of) for name, of in self.saving.hidden.changed().items() if "optimizer " in name
+        }
+        now = {**held(self.trained, buffers_from_first=False), **rates}
+        before, self._held_before = self._held_before or now, now if is_left else {}
         if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
             raise UserError(
                 f"{changed[0]} is changed behind the loop over steps({self._until}), which would be repeated "
                 f"whenever the run goes on: change it in the loop, if (step + 1) % steps_per_epoch == 0"
             )
-        self._held_before = now if is_left else {}
 
     def _record(self) -> RunRecord:
         return RunRecord(

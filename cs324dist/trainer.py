@@ -72,6 +72,7 @@ class Trainer:
                 group.setdefault("initial_lr", group["lr"])
         self._step, self._is_logged = 0, False
         self._metrics: Recorded = {}
+        self._named: dict[int, list[str]] = {}
 
     def _networks_of(self, name: str) -> tuple[nn.Module, ...]:
         """The networks that the optimizers `name` train."""
@@ -179,16 +180,17 @@ class Trainer:
         return add_in_order(gather_rows(own, self.parts.count))
 
     def _record(self, batch: MicroBatch, metrics: Metrics) -> None:
+        self._named[batch.index] = [f"train/{name}" for name in metrics]
         for name, value in metrics.items():
             total, weight = value if isinstance(value, tuple) else (value, 1.0)
             pair = self._number(total), self._number(weight)
             self._metrics.setdefault(f"train/{name}", {})[batch.index] = pair
 
     def _metrics_of(self, index: int) -> dict[str, Tensor]:
+        """What the last loss of a part has given, and not an earlier update."""
         return {
-            f"the metric {name}": torch.cat([number.flatten() for number in by_part[index]])
-            for name, by_part in self._metrics.items()
-            if index in by_part
+            f"the metric {name}": torch.stack(self._metrics[name][index])
+            for name in self._named.get(index, ())
         }
 
     def _number(self, value: Tensor | float) -> Float64[Tensor, ""]:

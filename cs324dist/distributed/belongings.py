@@ -23,6 +23,7 @@ from cs324dist.distributed.batch_norm import tensors_over_batch
 from cs324dist.errors import RANK, UserError, is_of_a_library, warn
 
 CONTAINERS = (dict, list, set, deque)
+MOST = 10_000  # entries of a container that is looked at in every step; a longer one is data
 
 
 class Attributes:
@@ -30,7 +31,7 @@ class Attributes:
 
     def __init__(self, owner: object) -> None:
         self.values = dict(vars(owner))
-        containers = {name: value for name, value in self.values.items() if isinstance(value, CONTAINERS)}
+        containers = {n: v for n, v in self.values.items() if isinstance(v, CONTAINERS) and len(v) <= MOST}
         self.contents = {
             name: dict(value) if isinstance(value, dict) else copy.copy(value)
             for name, value in containers.items()

@@ -77,7 +77,7 @@ def keep_collectives(folder: Path) -> None:
     torch's flight recorder has them, of gloo and of NCCL.
     """
     if record := getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None):
-        with suppress(OSError), replaced(folder / f"collectives-rank-{RANK}.json") as file:
+        with suppress(Exception), replaced(folder / f"collectives-rank-{RANK}.json") as file:
             file.write_bytes(record())
 
 

@@ -186,9 +186,12 @@ def fix_the_order_of(wrapped: DistributedDataParallel) -> None:
     pass as the first, a resumed run of three processes adds in the order of one that ran through.
     """
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    attributes = vars(wrapped.module)
-    held = {name: attributes.pop(name) for name in ("forward", "_compiled_call_impl") if name in attributes}
-    attributes["forward"] = lambda *_: torch.stack([(parameter * 0).sum() for parameter in trained]).sum()
+    attributes, device = vars(wrapped.module), trained[0].device
+    replaced = ("forward", "_compiled_call_impl", "_forward_hooks", "_forward_pre_hooks")
+    held = {name: attributes.pop(name) for name in replaced if name in attributes}
+    attributes |= {"_forward_hooks": {}, "_forward_pre_hooks": {}}
+    zeros = lambda: ((parameter * 0).abs().sum().to(device) for parameter in trained)  # noqa: E731
+    attributes["forward"] = lambda *_: torch.stack([*zeros()]).sum()
     try:
         wrapped(None).backward()
     finally:

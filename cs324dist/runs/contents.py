@@ -13,6 +13,7 @@ from datetime import date
 from enum import Enum
 from itertools import count
 from pathlib import PurePath
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ SAMPLE = 1 << 20  # values of a tensor that are compared
 CONTAINERS = {kind.__name__: kind for kind in (tuple, set, frozenset, deque, OrderedDict, Counter)}
 CONTAINER = (list, tuple, dict, set, frozenset, deque)
 SHOWN = (str, int, float, bytes, complex, Enum, PurePath, range, slice, date, torch.dtype, torch.device)
+FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, type)
+MOST = 10_000  # parts of a container that are compared
 NUMBERS = "?bBhHiIlLqQefd"  # of numpy
 PLACES = count()  # of iterators, each another
 KEPT = {torch.complex64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
@@ -40,6 +43,12 @@ class Contents:
 
     def of(self, value: Any) -> Any:
         """The content."""
+        try:
+            return self._of(value)
+        except RuntimeError:  # it holds itself, or a thread changes it, or it is a tensor of a rare kind
+            return {"$lost": id(value)}
+
+    def _of(self, value: Any) -> Any:
         if value is None or type(value) in (bool, int, str):
             return value
         if type(value) is float:
@@ -55,8 +64,8 @@ class Contents:
         if isinstance(value, CONTAINER):
             return {"$lost": [type(value).__name__, self._container(value)]}
         if isinstance(value, SHOWN):
-            return {"$lost": repr(value)}
-        if hasattr(value, "__qualname__"):  # a function
+            return {"$lost": f"{value!r:.1000}"}
+        if isinstance(value, FUNCTIONS):
             line = getattr(getattr(value, "__code__", None), "co_firstlineno", 0)
             return {"$lost": [value.__qualname__, line]}
         if isinstance(value, Iterator) and not is_own(value) and not hasattr(value, "readline"):
@@ -71,13 +80,15 @@ class Contents:
         return {"$lost": id(value)}
 
     def _tensor(self, value: Tensor) -> Any:
-        if value.layout is not torch.strided or value.is_meta or value.dtype not in KEPT:
-            return {"$lost": [id(value), value._version]}
+        if value.layout is not torch.strided or value.is_meta or value.is_nested or value.dtype not in KEPT:
+            return {"$lost": [id(value), 0 if value.is_inference() else value._version]}
         if value.numel() and (name := self._saved.get(value.untyped_storage().data_ptr())):
             return {"$lost": name}
         return {"$on": value.device.type, "of": value.detach()}
 
     def _container(self, value: Any) -> Any:
+        if len(value) > MOST:  # data, which is compared as one
+            return {"$lost": [id(value), len(value)]}
         if isinstance(value, dict):
             if all(type(key) is str for key in value):
                 inner: Any = {key: self.of(part) for key, part in value.items()}
@@ -136,7 +147,8 @@ def value_of(content: Any) -> Any:
         case {"$same": inner}:
             return value_of(inner)
         case {"$on": device, "of": tensor}:
-            return tensor.to(device)
+            is_there = device == "cpu" or torch.get_device_module(device).is_available()
+            return tensor.to(device) if is_there else tensor
         case {"$array": tensor}:
             return tensor.numpy()
         case {"$scalar": [kind, number]}:

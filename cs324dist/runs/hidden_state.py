@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
@@ -123,7 +124,7 @@ class HiddenState:
             for name, content in values.items():
                 try:
                     _set(owners[owner], name, content)
-                except (AttributeError, TypeError, ValueError):  # such as a generator of another kind
+                except Exception:  # such as a generator of another kind
                     raise UserError(
                         f"the checkpoint's {printable(f'{owner}.{name}')} does not fit: it is another task's"
                     ) from None
@@ -156,7 +157,10 @@ class _Walk:
         places = {
             tensor.untyped_storage().data_ptr(): name
             for name, tensor in saved.items()
-            if isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.numel()
+            if isinstance(tensor, Tensor)
+            and not is_lazy(tensor)
+            and tensor.layout is torch.strided
+            and tensor.numel()
         }
         self._contents = Contents(self._names, places)
 
@@ -195,15 +199,20 @@ def _hooks(owner: Any) -> dict[str, int]:
     return {"$lost": sum(len(getattr(owner, name, None) or ()) for name in HOOKS)}
 
 
-def _objects(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _objects(name: str, value: Any, depth: int = 4) -> Iterator[tuple[str, Any]]:
     """The objects in a value whose attributes count."""
-    if isinstance(value, OPEN) or (
-        hasattr(value, "__dict__") and is_own(value) and not isinstance(value, SHUT)
-    ):
+    if isinstance(value, OPEN) or (is_own(value) and not isinstance(value, SHUT) and _has_attributes(value)):
         yield name, value
-    elif isinstance(value, dict | list | tuple | deque) and len(value) <= MOST:
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _objects(f"{name}[{key!r}]", part)
+    elif depth and isinstance(value, dict | list | tuple | deque) and len(value) <= MOST:
+        for key, part in value.copy().items() if isinstance(value, dict) else enumerate(tuple(value)):
+            yield from _objects(f"{name}[{key!r}]", part, depth - 1)
+
+
+def _has_attributes(value: Any) -> bool:
+    try:
+        return isinstance(vars(value), dict)
+    except Exception:  # of its own __getattr__, or it has slots
+        return False
 
 
 def _is_numbered(value: Any) -> bool:
@@ -218,12 +227,16 @@ def _set(owner: Any, name: str, content: Any) -> None:
     if isinstance(owner, nn.Parameter):
         owner.requires_grad_(bool(content))
         return
+    if name.startswith("__") or callable(getattr(type(owner), name, None)):
+        raise ValueError  # a forged checkpoint
     place = owner if isinstance(owner, dict) else vars(owner)
     if isinstance(content, dict) and "$deleted" in content:
         place.pop(name, None)
         return
     tensors = {**owner._parameters, **owner._buffers} if isinstance(owner, nn.Module) else {}
     was, value = tensors.get(name, place.get(name)), value_of(content)
+    if isinstance(was, Tensor) and isinstance(value, Tensor):
+        value = value.to(was.device)
     in_place = name in tensors or (isinstance(content, dict) and "$same" in content)
     if not (in_place and refilled(was, value)):
         place[name] = value

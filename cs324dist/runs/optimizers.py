@@ -40,7 +40,8 @@ def optimizer_tensors(optimizers: Optimizers, networks: Mapping[str, nn.Module])
         UserError: something in it is neither a tensor nor a number, or came after the first step.
     """
     for name, optimizer in each(optimizers):
-        if late := _keys(optimizer) - _EXPECTED.get(optimizer, _keys(optimizer)):
+        late = _keys(optimizer) - _EXPECTED.get(optimizer, _keys(optimizer))
+        if late and (late := _keys(optimizer) - _keys(_after_a_step(optimizer))):  # as its settings are now
             raise UserError(
                 f"optimizer {name!r} has put {min(late)!r} into its state after its first step, and a "
                 f"run that is continued would not expect it: put it there in the first step"

@@ -83,8 +83,27 @@ def test_a_change_behind_an_epoch_that_would_come_twice_is_refused(tmp_path):
         by_epochs(tmp_path / "run", 9, rate_behind=True)
     said = refusal(by_epochs, tmp_path / "run", None, rate_behind=True)
     assert (
-        "is changed behind the loop over steps(4), which would be repeated whenever the run goes on" in said
+        "is changed behind the loop over steps(8), which would be repeated whenever the run goes on" in said
     )
+
+
+def test_what_a_forward_pass_and_eval_change_behind_an_epoch_is_no_matter(tmp_path):
+    def train(folder: Path, at: int | None) -> None:
+        torch.manual_seed(0)
+        run, net, optimizer = parts_of(folder)
+        net.seen = torch.zeros(1)
+        with run:
+            for epoch in range(3):
+                for step in run.steps((epoch + 1) * EPOCH, save_every=1):
+                    net.train()
+                    if step == at:
+                        raise Killed
+                    take(net, optimizer)
+                net.eval()
+                net.seen = net.seen + 1
+                run.log(epoch=float(epoch))
+
+    assert_same_when_killed(train, tmp_path, at=9)
 
 
 def test_between_the_end_of_an_epoch_and_the_next_it_may_change(tmp_path):
@@ -208,6 +227,20 @@ def test_a_run_may_be_entered_again_as_in_a_notebook(tmp_path):
     assert [row["at"] for row in metrics(tmp_path / "run")] == [*range(6)]
     owners = {path.stem for path in (tmp_path / "run" / "owners").glob("*.json")}
     assert owners == {"1", "2"}  # the third did nothing
+
+
+def test_what_changed_before_it_was_entered_again_is_in_its_checkpoints(tmp_path):
+    run, net, optimizer = parts_of(tmp_path / "run")
+    net.bias.requires_grad_(False)
+    for until in (3, 6):
+        with run:
+            for _ in run.steps(until, save_every=1):
+                net.bias.requires_grad_(True)
+                take(net, optimizer)
+    (state,) = json.loads((newest_checkpoint(tmp_path / "run") / "trainer.json").read_text())[
+        "hidden"
+    ].values()
+    assert state == {"requires_grad": True}
 
 
 def test_draws_behind_a_run_do_not_depend_on_its_steps(tmp_path):

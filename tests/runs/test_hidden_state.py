@@ -267,3 +267,39 @@ def test_what_is_not_alike_on_all_processes_is_named(capsys):
     said = capsys.readouterr().err
     assert "task.carried has changed since the start, and is not the same on all processes" in said
     assert said.count("warning") == 1
+
+
+class Closed:
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyError(name)
+
+
+def test_attributes_of_rare_kinds_do_not_stop_a_run():
+    itself: list[Any] = []
+    itself.append(itself)
+    rows = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged)
+    task = Bare(closed=Closed(), itself=itself, rows=rows, files=[("name", 1)] * 100_000)
+    assert HiddenState(task).changed() == {}
+
+
+@pytest.mark.parametrize("name", ["__class__", "load_state_dict"])
+def test_a_forged_name_is_refused(name):
+    said = refusal(HiddenState(Bare()).restore, {"task": {name: 1}})
+    assert said == f"the checkpoint's task.{name} does not fit: it is another task's"
+
+
+def test_momentum_may_begin_later(tmp_path):
+    task = Bare()
+    hidden = HiddenState(task)
+    write_checkpoint(tmp_path / "1", task, TrainerState(1))
+    read_checkpoint(tmp_path / "1", task, hidden)
+    task.optimizers["net"].param_groups[0]["momentum"] = 0.9
+    for parameter in task.net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    task.optimizers["net"].step()
+    write_checkpoint(tmp_path / "2", task, TrainerState(2, hidden=hidden.changed()))
+    read_checkpoint(tmp_path / "2", again := Bare(), HiddenState(again))
+    states = again.optimizers["net"].state.values()
+    assert [state["momentum_buffer"].sum().item() for state in states] == [4.0, 2.0]
