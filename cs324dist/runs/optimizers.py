@@ -41,7 +41,7 @@ def optimizer_tensors(optimizers: Optimizers, networks: Mapping[str, nn.Module])
     """
     for name, optimizer in each(optimizers):
         late = _keys(optimizer) - _EXPECTED.get(optimizer, _keys(optimizer))
-        if late and (late := _keys(optimizer) - _keys(_after_a_step(optimizer))):  # as its settings are now
+        if late and (late := _keys(optimizer) - _keys(_after_a_step(optimizer, anew=True))):
             raise UserError(
                 f"optimizer {name!r} has put {min(late)!r} into its state after its first step, and a "
                 f"run that is continued would not expect it: put it there in the first step"
@@ -110,14 +110,16 @@ def with_full_state(optimizers: Optimizers) -> Iterator[None]:
             optimizer.state.update(state)
 
 
-def _after_a_step(optimizer: Optimizer) -> Optimizer:
-    """A copy that has taken a step with gradients of zero.
+def _after_a_step(optimizer: Optimizer, *, anew: bool = False) -> Optimizer:
+    """A copy that has taken a step with gradients of zero; `anew`: from no state, with the settings of now.
 
     It has everything that the state of this optimizer can have, in the right shapes and places.
     """
     taken: Any = object.__new__(type(optimizer))  # a plain deep copy lacks a subclass's own attributes
     own = {n: type(value)() if n.endswith("_hooks") else value for n, value in vars(optimizer).items()}
     vars(taken).update(copy.deepcopy(own, {id(optimizer): taken}))
+    if anew:
+        taken.state.clear()
     for parameter in _parameters(taken):
         parameter.grad = torch.zeros_like(parameter)  # a frozen one may be trained later
     type(taken).step(taken)  # not what a scheduler has put in its place, which steps the original
