@@ -160,13 +160,13 @@ class Run(BaseRun):
             stored, has = self._on_main(self.dir.read_record).made_of, self._kinds()
             for name in has:
                 if stored.get(name) != self._made_of[name] != has[name]:
-                    self._say(f"{name} goes on with what its checkpoint has, {has[name]}")
+                    self._say(f"{name} goes on with the settings of its checkpoint, {has[name]}")
 
     def steps(self, until: int, save_every: int) -> Iterator[int]:
         """See `BaseRun.steps`; a second loop needs more steps than the one before."""
         if self._in_step:
             raise UserError(
-                f"steps({until}) after a `break`, which ends the run: give what follows its own run"
+                f"steps({until}) after a `break`, which ends the run: put what follows into another run"
             )
         if 0 < self._until >= until:
             raise UserError(

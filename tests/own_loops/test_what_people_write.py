@@ -138,7 +138,7 @@ def test_a_loop_behind_a_break_is_refused(tmp_path):
                 break
             run.steps(2 * EPOCH, save_every=1)
 
-    assert refusal(train) == "steps(8) after a `break`, which ends the run: give what follows its own run"
+    assert refusal(train) == "steps(8) after a `break`, which ends the run: put what follows into another run"
 
 
 def test_what_is_logged_behind_the_loop_is_there_once(tmp_path):
@@ -213,7 +213,7 @@ def test_a_new_rate_is_taken_unless_a_checkpoint_has_another(tmp_path, capsys, s
                 take(net, optimizer)
                 if scheduled:
                     schedule.step()
-    said = "optimizer net goes on with what its checkpoint has" in capsys.readouterr().err
+    said = "optimizer net goes on with the settings of its checkpoint" in capsys.readouterr().err
     assert (said, optimizer.param_groups[0]["lr"] < 0.01) == (scheduled, scheduled)
 
 
