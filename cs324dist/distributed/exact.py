@@ -196,9 +196,7 @@ class ExactGradients(Gradients):
 
         if not parameters:
             why = "freeze none in a loss" if of_networks else "give each to ExactGradients.prepare first"
-            raise UserError(
-                f"there is nothing to train: the networks of {name} have no free parameter: {why}"
-            )
+            raise UserError(f"there is nothing to train: no parameter in {name} requires a gradient: {why}")
         if batch_size % self.parts.count:
             raise UserError(f"batch_size={batch_size} is not divisible by micro_batches={self.parts.count}")
         is_checked = self._check_every and (name not in self._checked or step % self._check_every == 0)

@@ -259,7 +259,7 @@ def gan(task, step, trainer):
 
 @step(
     "requires_grad_(False) of the judge in a GAN's loss",
-    refused("have no free parameter"),
+    refused("requires a gradient"),
     prepare=adversaries,
 )
 def frozen_in_loss(task, step, trainer):
