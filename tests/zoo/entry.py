@@ -12,6 +12,21 @@ ON_SEVERAL = ("three", "killed")
 ALSO_PLAIN = (*ON_SEVERAL, "plain")
 RANKS = r"ranks?\b|processes"
 REPEATED = "gradient|loss|metric|repeat"
+OTHER_WHEN_WHOLE = {
+    "draws": """mixup_in_collate mixup_by_workers masking_in_collate image_classifier dropout norm_and_dropout
+        lstm transformer stochastic_depth compiled compiled_norm checkpointed vae gumbel two_views_in_bf16 gan
+        event_in_loss dropout_midway frozen_midway eval_midway buffer_midway head_anew pure_function_of_step
+        initial_rate_midway decay_midway betas_midway state_cleared_midway numpy_in_loss random_in_loss
+        draws_in_some_steps more_draws_in_some_steps draws_in_some_parts""",
+    "a loss that is no mean over samples": """siamese siamese_with_norm contrastive constant_in_some_parts
+        loss_of_step decision_on_sum""",
+    "an attribute of each part": """counter_in_module running_average carried_state list_as_long_as_parts
+        counts_of_classes attribute_for_evaluation""",
+    "rounding": "float16 bfloat16 autocast",
+    "refused, or of other words": """lazy_layer constant_in_a_step plain_zero post_accumulate_hook
+        optimizer_midway set_of_words_after_a_kill""",
+}
+"""Habits with other metrics without --micro-batches, and why; all others train as plain torch does."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +92,12 @@ class Habit:
 
     @property
     def starts(self) -> Sequence[str]:
-        """With one that has no --micro-batches, "plain", where that should be refused as well."""
-        return ("one", "three", "killed", *({"plain"} & {name for one in self.accepted for name in one.only}))
+        """Two have no --micro-batches: "plain", where that should be refused as well, and "whole"."""
+        plain = {"plain"} & {name for one in self.accepted for name in one.only}
+        is_refused = self.accepted[0].word == "refused"
+        other = {name for names in OTHER_WHEN_WHOLE.values() for name in names.split()}
+        whole = () if is_refused or self.task.__name__ in other else ("whole",)
+        return ("one", "three", "killed", *plain, *whole)
 
     @property
     def expected(self) -> str:

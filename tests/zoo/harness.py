@@ -1,5 +1,7 @@
 """Trains a habit on one process and on three, kills it and goes on, and compares how the runs end.
 
+It trains it once more without --micro-batches, as plain torch does, and compares the metrics within rounding.
+
 Each process is a fork of one that has imported torch and has made no tensor: threads do not survive a fork.
 """
 
@@ -7,6 +9,7 @@ import atexit
 import ctypes
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -31,7 +34,9 @@ import cs324dist
 from cs324dist import errors
 
 HERE = Path(__file__).parent
-PROCESSES = {"one": 1, "three": 3, "killed": 3, "plain": 3}
+PROCESSES = {"one": 1, "three": 3, "killed": 3, "plain": 3, "whole": 1}
+PLAIN = ("plain", "whole")  # have no --micro-batches
+ROUNDING = 1e-3  # of a metric after twelve steps
 KILL_AT = 6  # two steps after a checkpoint
 LIMIT = 60  # seconds for a start; on a quiet machine it takes less than one
 GRACE = 2  # seconds in which the other processes say what they met, when one has failed
@@ -52,8 +57,9 @@ def judge(habit: Habit) -> Finding:
         starts = dict(starts_of(habit, folder))
         said = {name: made.said for name, made in starts.items() if made.word == "ended"}
         ends = {
-            name: end_of(folder / name.replace("continued", "killed")) for name in said if name != "plain"
+            name: end_of(folder / name.replace("continued", "killed")) for name in said if name not in PLAIN
         }
+        unlike = unlike_whole(folder / "one", folder / "whole") if {"one", "whole"} <= said.keys() else []
     finally:
         shutil.rmtree(folder)
     for made in starts.values():
@@ -65,8 +71,9 @@ def judge(habit: Habit) -> Finding:
         for (one, of_one), (other, of_other) in pairwise(ends.items())
         for key in of_one | of_other
         if of_one.get(key) != of_other.get(key)
-    ]
+    ] + unlike
     word = "silent" if differing else "refused" if refused else "equal"
+    said.pop("whole", None)
     return Finding(word, ", ".join(differing), said, refused)
 
 
@@ -91,12 +98,24 @@ def end_of(run: Path) -> dict[str, object]:
     return {"step": state["step"], "state": state["task"], "metrics": metrics, **digests}
 
 
+def unlike_whole(one: Path, whole: Path) -> list[str]:
+    """The metrics in which training by parts is not like training by whole batches."""
+    rows = zip(*((run / "metrics.jsonl").read_text().splitlines() for run in (one, whole)), strict=True)
+    return [
+        f"{name} of one and whole"
+        for parts, together in (map(json.loads, row) for row in rows)
+        for name, value in parts.items()
+        if not name.startswith("throughput")
+        and not math.isclose(value, together[name], rel_tol=ROUNDING, abs_tol=ROUNDING / 100)
+    ]
+
+
 def start(habit: Habit, run: Path, name: str, processes: int) -> Start:
     """Start all processes, and wait for their end; when one has failed, end the others, as launchers do."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    words = ["--run-dir", str(run), *(() if name == "plain" else ("--micro-batches", "4"))]
+    words = ["--run-dir", str(run), *(() if name in PLAIN else ("--micro-batches", "4"))]
     variables = {
         "ACCELERATE_MIXED_PRECISION": habit.precision,
         "ACCELERATE_USE_CPU": "true",
