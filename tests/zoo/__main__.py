@@ -12,8 +12,10 @@ import json
 import queue
 import re
 import sys
+import textwrap
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,13 +44,13 @@ def main() -> int:
         keepers.put(keeper)
         return found
 
-    rows: list[str] = []
+    findings: list[tuple[Habit, Finding]] = []
     with ThreadPoolExecutor(options.jobs) as pool:
         for (name, habit), found in zip(zoo.items(), pool.map(find, zoo), strict=True):
             counts[found.word] += 1
             counts["not as expected"] += not (met := habit.accepts(found))
             print(f"{'' if met else '!':1} {name:30} {str(found)[:90]:90} {habit.expected}", flush=True)
-            rows.append(row(name, habit, found))
+            findings.append((habit, found))
     for _ in range(options.jobs):
         keepers.get().end()
     wrong = counts.pop("not as expected")
@@ -56,27 +58,37 @@ def main() -> int:
     words = ", ".join(f"{count} {word}" for word, count in counts.most_common())
     print(f"{len(zoo)} habits: {words}; {wrong} not as expected; {time.monotonic() - began:.0f} s")
     if options.page:
-        options.page.write_text(
-            INTRODUCTION.format(words=words, count=len(zoo), whole=whole) + "".join(sorted(rows))
-        )
+        introduction = INTRODUCTION.format(words=words, count=len(zoo), whole=whole)
+        options.page.write_text(page(findings, introduction))
     return bool(wrong)
 
 
-def row(name: str, habit: Habit, found: Finding) -> str:
-    """A row of the page."""
-    what = " ".join((habit.task.__doc__ or name).split()).replace("|", "\\|")
-    first = habit.accepted[0]
-    lost = "a line says what a kill loses" if first.word == "warned" else f"**not seen**: {first.text}"
-    becomes = {"equal": "the same bits", "silent": lost}.get(found.word)
-    lines = "".join(dict.fromkeys(found.errors.values())).splitlines()
-    said = (
-        re.sub(r"/\S*/zoo-\S*", "the run", re.sub(r"^error( on rank \d)?: ", "", lines[0])) if lines else ""
-    )
-    line = re.match(r".{0,20}[^:]*", said)[0] or found.word  # without the advice behind the colon
-    becomes = becomes or f"refused: {line[:150]}"
-    if found.word == "equal" and any("warning" in said for said in found.said.values()):
-        becomes += ", and a line says so"
-    return f"| {what} | {becomes.replace('|', '/')} |\n"
+def what(habit: Habit) -> str:
+    """What the page calls it."""
+    return " ".join((habit.task.__doc__ or habit.task.__name__).split()).replace("|", "\\|")
+
+
+def becomes(habit: Habit, found: Finding) -> str:
+    """What is said of it, if it does not end in the same bits."""
+    if found.word == "silent":
+        first = habit.accepted[0]
+        return "a line says what a kill loses" if first.word == "warned" else f"**not seen**: {first.text}"
+    line = (" ".join(found.errors.values()) or found.why).partition("\n")[0]
+    line = re.sub(r"/\S*/zoo-\S*", "the run", re.sub(r"^error( on rank \d)?: ", "", line))
+    line = re.match(r".{0,20}[^:]*", line)[0]  # without the advice behind the colon
+    return f"{found.word}: {line[:150]}".replace("|", "/")
+
+
+def page(findings: Sequence[tuple[Habit, Finding]], introduction: str) -> str:
+    """The page: a table, and lists of those that need no word."""
+    rows, silent, told = [], [], []
+    for habit, found in findings:
+        if found.word != "equal":
+            rows.append(f"| {what(habit)} | {becomes(habit, found)} |")
+        else:
+            (told if any("warning" in said for said in found.said.values()) else silent).append(what(habit))
+    lists = [textwrap.fill(" · ".join(sorted(some)), 110, break_on_hyphens=False) for some in (silent, told)]
+    return introduction.format(*lists, rows="\n".join(sorted(rows)))
 
 
 INTRODUCTION = """# Habits
@@ -91,8 +103,19 @@ a thousandth; the others draw, or have a loss that is no mean over samples (`tes
 `python tests/zoo --jobs 2 --page docs/habits.md` tries them all and writes this page; each is a few lines in
 `tests/zoo/habits/`.
 
+## The same bits
+
+{{}}
+
+## The same bits, and a line says what to know
+
+{{}}
+
+## Refused, or lost
+
 | what people write | what becomes of it |
 | --- | --- |
+{{rows}}
 """
 
 
