@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -28,8 +28,6 @@ from cs324dist.runs.records import RunRecord
 from cs324dist.runs.run_dir import RunDir
 from cs324dist.runs.saving import Saving
 from cs324dist.trackers import Trackers
-
-RunT = TypeVar("RunT", bound="BaseRun")
 
 
 class BaseRun:
@@ -76,7 +74,7 @@ class BaseRun:
         self._on_main = partial(on_main_process, accelerator)
         self._how = accelerator.num_processes, accelerator.mixed_precision, compiled_by(accelerator)
 
-    def __enter__(self: RunT) -> RunT:
+    def __enter__(self) -> Self:
         self.step = self._until = self._metrics_lines = 0
         self.is_over = self._is_started = self._in_step = self._save_asked = self._stop_asked = False
         self._began = time.monotonic()
@@ -100,7 +98,8 @@ class BaseRun:
             if self._seed is None:
                 self._seed = torch.initial_seed()
             if not hasattr(self, "saving"):  # it compares with the first start
-                self.saving = Saving(self.dir, self.trained, self.accelerator, self.keep_last, self.keep_best)
+                parts, keep = self.exact.parts if self.exact else None, (self.keep_last, self.keep_best)
+                self.saving = Saving(self.dir, self.trained, self.accelerator, parts, *keep)
             self._restore()
             with self._ending_recorded(), translate_errors(self.peer_timeout):
                 yield
@@ -151,7 +150,7 @@ class BaseRun:
             raise UserError("steps belongs inside `with run`, with a save_every of at least 1")
         self._until = until
         is_left = self.step < until and not self.is_over
-        # What stands behind the loop may log, unless an earlier start has gone past it.
+        # Behind the loop there may be more to log, unless an earlier start has gone past it.
         if is_left or (self.step <= until and not self._on_main(self.dir.is_finished)):
             self._start()
             self.trackers.go_on(until)  # `steps` may have been called before, for fewer
@@ -165,6 +164,7 @@ class BaseRun:
             self.trackers.advance()
             if self.step == first + 1:
                 self.compare()
+                self.saving.hidden.changed()  # notes what this step has made, which may change later
             stopping = self._stop.agreed() or self._stop_asked
             if stopping or self._is_to_be_saved() or self.step % save_every == 0 or self.step == until:
                 self._write()
@@ -275,8 +275,7 @@ class BaseRun:
             raise
         except BaseException as error:
             with suppress(ValueError):  # not the main thread
-                # torch's handler would raise a second time for a worker that has died, while the status is
-                # written.
+                # torch's handler would raise again for a dead worker, while the status is written.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             if self._in_step and not isinstance(error, ReportedError):
                 error.add_note(f"in step {self.completed}")

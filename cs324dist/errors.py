@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -114,6 +115,7 @@ def in_words(error: BaseException) -> str:
     return f"{type(error).__name__}{where}{when}: {str(error).partition(chr(10))[0]}"
 
 
+@cache
 def is_of_a_library(file: str) -> bool:
     """Whether a file is of a library, or of this package."""
     return file.startswith("<") or os.path.realpath(file).startswith(LIBRARIES)

@@ -25,6 +25,7 @@ from cs324dist.distributed.process import (
     start_accelerator,
 )
 from cs324dist.distributed.stop import Stopped
+from cs324dist.distributed.sum_over import CutOff
 from cs324dist.errors import (
     EXIT_STOPPED,
     WORLD_SIZE,
@@ -130,13 +131,14 @@ class TaskRun(BaseRun):
         """Evaluate and log; a signal that interrupts it stops the run."""
         seed_everything(self.config.seed, f"evaluation {self.completed}", self.accelerator.device)
         with self.trackers.paused(), self.trainer.evaluating():
-            evaluation = self.task.evaluate(self.trainer.sum_over(self._stop.until_stopped))
+            try:
+                evaluation = self.task.evaluate(self.trainer.sum_over(self._stop))
+            except CutOff:
+                self._stop_asked = True
+                return
             if not isinstance(evaluation, Evaluation):
                 raise UserError("evaluate has to return an Evaluation, such as Evaluation({'accuracy': 0.5})")
             evaluation = dataclasses.replace(evaluation, metrics=as_numbers(evaluation.metrics))
-            if self._stop.interrupted():
-                self._stop_asked = True
-                return
             found = {f"eval/{name}": value for name, value in evaluation.metrics.items()}
             self.compare(found)
             self.trackers.log_evaluation(self.completed, evaluation)

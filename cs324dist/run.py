@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cs324dist.base_run import BaseRun
 from cs324dist.distributed.checks import held
 from cs324dist.distributed.exact import unwrapped
-from cs324dist.distributed.gradients import fix_the_order_of
+from cs324dist.distributed.gradients import fix_the_order_of, refuse_lazy
 from cs324dist.distributed.process import accelerator_of_script
 from cs324dist.errors import UserError, printable
 from cs324dist.runs.contents import text_of
@@ -224,6 +224,8 @@ class _Loop:
         self, networks: Mapping[str, nn.Module], optimizers: Optimizers, states: Mapping[str, Stateful]
     ) -> None:
         self.networks = {name: unwrapped(network) for name, network in networks.items()}
+        for name, network in self.networks.items():
+            refuse_lazy(name, network)
         for module in (module for network in networks.values() for module in network.modules()):
             if isinstance(module, DistributedDataParallel) and not module.static_graph:
                 fix_the_order_of(module)

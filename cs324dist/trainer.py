@@ -1,6 +1,6 @@
 """One step of a task: backward passes, reduction, clipping and learning rates."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,12 +20,13 @@ from cs324dist.distributed.exact import ExactGradients
 from cs324dist.distributed.gradients import DDPGradients
 from cs324dist.distributed.parts import add_in_order, gather_rows
 from cs324dist.distributed.process import compiled_by
+from cs324dist.distributed.stop import StopRequest
 from cs324dist.distributed.sum_over import SumOver
 from cs324dist.errors import UserError
 from cs324dist.runs.optimizers import each, optimizers_of
 from cs324dist.tasks.base import Loss, Mean, Metrics, Task
 
-GIVEN_RATE = "scheduled_lr"  # in a group, and so in a checkpoint: the rate that it was given last
+GIVEN_RATE = "given_lr"  # in a group, and so in a checkpoint: the rate that it was given last
 Recorded = dict[str, dict[int, tuple[Tensor, Tensor]]]
 """Metrics by name: of each micro-batch of this process a sum and its weight."""
 
@@ -53,7 +54,6 @@ class Trainer:
                 accelerator,
                 check_every=config.check_every,
                 peer_timeout=config.peer_timeout,
-                anywhere=True,
             )
         self.parts = self._gradients.parts
         for name, network in task.networks.items():
@@ -68,7 +68,7 @@ class Trainer:
             self._gradients.belongings.noted = self._metrics_of
         for name, optimizer in each(task.optimizers):
             self._check_schedule(name, optimizer)
-            for group in optimizer.param_groups:
+            for group in _with_a_rate(optimizer):
                 group.setdefault("initial_lr", group["lr"])
         self._step, self._is_logged = 0, False
         self._metrics: Recorded = {}
@@ -142,7 +142,7 @@ class Trainer:
             UserError: somebody else has given it another one.
         """
         factor = self.config.learning_rate_factor(self._step)
-        for group in optimizer.param_groups:
+        for group in _with_a_rate(optimizer):
             if group["lr"] != group.get(GIVEN_RATE, group["lr"]):
                 raise UserError(
                     f"the task has set a learning rate of optimizer {name!r} to {group['lr']}, which the "
@@ -220,9 +220,9 @@ class Trainer:
         # One that no sample has counted in is left out.
         return {name: sums[name][0] / sums[name][1] for name in self._metrics if sums[name][1]}
 
-    def sum_over(self, until_stopped: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter) -> SumOver:
+    def sum_over(self, stop: StopRequest | None = None) -> SumOver:
         """For evaluations; see `SumOver`."""
-        return SumOver(self.accelerator, until_stopped, self.config.seed)
+        return SumOver(self.accelerator, stop, self.config.seed)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -230,8 +230,11 @@ class Trainer:
         networks = self.task.networks.values()
         modules = {module: module.training for network in networks for module in network.modules()}
         # Instances hold Accelerate's forward, with autocast, and a compiled call.
-        replaced = ("forward", "_compiled_call_impl")
-        held = [{name: vars(n).pop(name) for name in replaced if name in vars(n)} for n in networks]
+        held = [dict(vars(network)) for network in networks]
+        for network in networks:
+            vars(network).pop("_compiled_call_impl", None)
+            if original := vars(network).get("_original_forward"):
+                network.forward = original
         try:
             for network in networks:
                 network.eval()
@@ -241,8 +244,14 @@ class Trainer:
             for module, was_training in modules.items():  # a frozen part may stay in eval mode
                 if module.training != was_training:
                     module.train(was_training)
-            for network, own in zip(networks, held, strict=True):
-                vars(network).update(own)
+            for network, before in zip(networks, held, strict=True):
+                replaced = before.keys() & {"forward", "_compiled_call_impl"}
+                vars(network).update({name: before[name] for name in replaced})
+
+
+def _with_a_rate(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The groups that have a learning rate; Adafactor and others may find their own."""
+    return [group for group in optimizer.param_groups if group.get("lr") is not None]
 
 
 @contextmanager

@@ -23,11 +23,10 @@ def span_the_batch(model: nn.Module, name: str, parts: Parts) -> None:
             continue
         if not isinstance(layer, _BatchNormOverBatch):
             kind = type(layer)
-            if kind.__module__ == nn.BatchNorm1d.__module__:
-                layer.__class__ = _BatchNormOverBatch
-            else:  # what a subclass does besides stays
-                own = {"_check_input_dim": _BatchNormOverBatch._check_input_dim}
-                layer.__class__ = type(kind.__name__, (kind, _BatchNormOverBatch), own)
+            # isinstance, and what a subclass does besides, stay; SyncBatchNorm would come first.
+            bases = (kind, _BatchNormOverBatch)[kind is nn.SyncBatchNorm :]
+            own = {"_check_input_dim": _BatchNormOverBatch._check_input_dim}
+            layer.__class__ = type(kind.__name__, bases, own)
         layer.number = len(parts.layers)  # type: ignore[assignment]
         parts.layers.append(f"{name}.{inner}" if inner else name)
         parts.widest = max(parts.widest, 1 + 2 * layer.num_features)

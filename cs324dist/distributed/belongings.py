@@ -5,7 +5,6 @@ of users' classes are put away when another part goes on, and brought back when 
 update they have the values of before: nothing depends on which part came last.
 """
 
-import copy
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,14 +14,18 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 from cs324dist.data.streams import generators, set_generators
 from cs324dist.distributed.batch_norm import tensors_over_batch
 from cs324dist.errors import RANK, UserError, is_of_a_library, warn
+from cs324dist.runs.contents import has_numbers, has_values
 
 CONTAINERS = (dict, list, set, deque)
+OF_MODULES = vars(nn.Module()).keys()
 MOST = 10_000  # entries of a container that is looked at in every step; a longer one is data
 
 
@@ -32,10 +35,7 @@ class Attributes:
     def __init__(self, owner: object) -> None:
         self.values = dict(vars(owner))
         containers = {n: v for n, v in self.values.items() if isinstance(v, CONTAINERS) and len(v) <= MOST}
-        self.contents = {
-            name: dict(value) if isinstance(value, dict) else copy.copy(value)
-            for name, value in containers.items()
-        }
+        self.contents = {name: _content_of(value) for name, value in containers.items()}
         # Most containers of a module are empty, and stay so.
         self._empty = [value for value in containers.values() if not value]
         filled = [value for value in containers.values() if value]
@@ -143,7 +143,7 @@ class PartBelongings:
         """The content, with the entries by part that there are now."""
         if isinstance(content, dict):
             return {key: v for key, v in content.items() if type(key) is not int} | self._numbered(now)
-        return copy.copy(now) if self._numbered(content) and self._numbered(now) else content
+        return _content_of(now) if self._numbered(content) and self._numbered(now) else content
 
     def _say(self, owner: str, name: str) -> None:
         """Warn once about an attribute."""
@@ -155,6 +155,12 @@ class PartBelongings:
             )
             if RANK == "0":
                 warn(self.said[name])
+
+
+def _content_of(container: Any) -> Any:
+    """A plain copy: subclasses may have constructors of their own."""
+    kind = next(kind for kind in (dict, set, list) if isinstance(container, kind) or kind is list)
+    return kind(container)
 
 
 def _same(content: Any, other: Any) -> bool:
@@ -209,20 +215,34 @@ def changed_in_the_loss(name: str) -> str:
 
 
 def tensors_of(owners: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that these objects hold: parameters, buffers, and attributes."""
+    """The tensors and arrays of numbers that these objects hold, in attributes or in containers in these."""
     for owner_name, owner in owners.items():
-        places = [vars(owner)]
+        values = dict(vars(owner))
         if isinstance(owner, nn.Module):
-            places += [owner._parameters, owner._buffers]
-        for place in places:
-            for name, value in place.items():
-                if isinstance(value, Tensor):
-                    yield f"{owner_name}.{name}", value
+            own = {name: values[name] for name in values.keys() - OF_MODULES}
+            values = {**own, **owner._parameters, **owner._buffers}
+        for name, value in values.items():
+            if value.__class__ in (int, float, str, bool):
+                continue
+            for place, entry in _entries(f"{owner_name}.{name}", value):
+                if isinstance(entry, Tensor) and has_values(entry):
+                    yield place, entry
+                elif isinstance(entry, np.ndarray) and has_numbers(entry) and entry.flags.carray:
+                    yield place, torch.from_numpy(entry)
+
+
+def _entries(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What a container holds, or the value itself; not of one that is long, such as a data set."""
+    if not isinstance(value, dict | list | tuple | deque):
+        yield name, value
+    elif len(value) <= 100:
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield f"{name}[{key!r}]", entry
 
 
 def _identity(tensor: Tensor) -> tuple[int, int, int]:
     version = 0 if tensor.is_inference() else tensor._version
-    return id(tensor), version, 0 if tensor.is_sparse else tensor.data_ptr()
+    return id(tensor), version, tensor.data_ptr()
 
 
 def owners_in(networks: Mapping[str, nn.Module], task: object = None) -> dict[str, object]:
@@ -234,10 +254,9 @@ def owners_in(networks: Mapping[str, nn.Module], task: object = None) -> dict[st
         held: Iterable[tuple[str, object]] = ()
         if id(value) in known or not depth:
             return
-        if isinstance(value, list | tuple | dict) and len(value) <= 100:  # not a data set
-            entries = value.items() if isinstance(value, dict) else enumerate(value)
-            held = [(f"{name}[{key!r}]", entry) for key, entry in entries]
-        elif isinstance(value, nn.Module) or _is_of_a_user(value):
+        if isinstance(value, dict | list | tuple | deque):
+            held = list(_entries(name, value))
+        elif (isinstance(value, nn.Module) and not isinstance(value, ScriptModule)) or _is_of_a_user(value):
             known.add(id(value))
             owners[name if name not in owners else f"{name} of {type(task).__name__}"] = value
             held = [(f"{name}.{inner}", v) for inner, v in vars(value).items() if inner != "_modules"]

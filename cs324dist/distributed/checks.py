@@ -31,7 +31,7 @@ def checksum(tensor: Tensor) -> Int64[Tensor, ""]:
 
     It changes with any single bit, and where two values change places.
     """
-    values = tensor.detach().contiguous().flatten()
+    values = tensor.detach().resolve_conj().resolve_neg().contiguous().flatten()
     if values.is_complex():
         values = torch.view_as_real(values).flatten()
     bits = values.view(INTEGERS[values.element_size()])
@@ -42,6 +42,11 @@ def checksum(tensor: Tensor) -> Int64[Tensor, ""]:
         odd = torch.arange(2 * start + 1, 2 * (start + len(some)), 2, device=some.device)
         total += (some * odd).sum()
     return total
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """A view of some of the values, if there are many."""
+    return tensor[:: 1 + tensor.numel() // AT_ONCE] if tensor.dim() else tensor
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -19,12 +19,13 @@ from cs324dist.distributed.belongings import (
     changed_in_the_loss,
     owners_in,
 )
-from cs324dist.distributed.checks import Sums, checksums, compare_sums, differences, gather_objects
+from cs324dist.distributed.checks import Sums, checksums, compare_sums, differences, gather_objects, sample
 from cs324dist.distributed.gradients import Gradients, LossOf, Networks, pair, scale
 from cs324dist.distributed.ordered_sum import OrderedSum
 from cs324dist.distributed.parts import add_in_order, gather_rows
 from cs324dist.distributed.process import accelerator_of_script, check_batch, make_deterministic
 from cs324dist.distributed.refusals import (
+    STEPS,
     known_errors_explained,
     refuse_gradients_of_others,
     refuse_gradients_of_the_loss,
@@ -90,8 +91,8 @@ class ExactGradients(Gradients):
         seed_everything(seed, "start", self._device)
         self._check_every, self._anywhere = check_every, anywhere
         self._checked: set[str] = set()
-        self._sums: dict[tuple[int, ...], OrderedSum] = {}
-        self._given: dict[Tensor, tuple[Tensor, int]] = {}  # see `Given`
+        self._sum_of = lru_cache(8)(OrderedSum)  # for as many sets of parameters that are trained in turn
+        self._given: dict[Tensor, tuple[Tensor, int, int]] = {}  # see `Given`
         self._said: set[str] = set()
         self.belongings = PartBelongings({}, self._device, micro_batches)
 
@@ -232,9 +233,7 @@ class ExactGradients(Gradients):
         found: Sums | None,
     ) -> Sums:
         """Add up the gradients of all parts; returns the checksums of this process's, if `found` is given."""
-        if (key := tuple(map(id, parameters))) not in self._sums:
-            self._sums[key] = OrderedSum(parameters, self.parts.count)
-        total = self._sums[key]
+        total = self._sum_of(tuple(parameters), self.parts.count)
         total.start()
         own = self.parts.of()
         answers = iter(self.parts.each(gradients_of, own, self.belongings))
@@ -259,7 +258,8 @@ class ExactGradients(Gradients):
         indices = list(reversed(self.parts.of(shift)))
         if self._anywhere and not self.parts.layers:
             indices = indices[:1]
-        tensors, found = Unchanged(self.belongings.owners).tensors, {}
+        tensors = {name: sample(tensor) for name, tensor in Unchanged(self.belongings.owners).tensors.items()}
+        found = {}
         before = checksums(tensors)
         with buffers_kept(self.networks.values()):
             answers = self.parts.each(gradients_of, indices, self.belongings, shift=shift)
@@ -299,7 +299,7 @@ class ExactGradients(Gradients):
         for parameter, is_used in zip(parameters, used, strict=True):
             if not is_used:
                 parameter.grad = None
-        self._given |= {p: (p.grad, p._version) for p in parameters if p.grad is not None}
+        self._given |= {p: (p.grad, p._version, STEPS["taken"]) for p in parameters if p.grad is not None}
         if not any(used):
             self._warn("the loss of no part depends on a parameter, and nothing is trained: is it detached?")
         if any(0 < weight < 1 for weight in weights):

@@ -42,11 +42,7 @@ class Gradients:
         name = name or f"{type(network).__name__}{len(self.networks) or ''}"
         if isinstance(network, DistributedDataParallel):
             raise UserError(f"{name} is wrapped by DDP (accelerator.prepare): give the network itself")
-        if lazy := [n for n, p in network.named_parameters() if nn.parameter.is_lazy(p)]:
-            raise UserError(
-                f"{name}.{lazy[0]} is lazy, without a shape before the first forward pass: give its layer "
-                f"its sizes, or pass a batch through the network first"
-            )
+        refuse_lazy(name, network)
         freeze_cancelled_biases(network)
         if self.parts.count > 1 or self.is_exact:
             span_the_batch(network, name, self.parts)
@@ -72,6 +68,19 @@ class Gradients:
             p: f"{name}.{inner}" for name, n in self.networks.items() for inner, p in n.named_parameters()
         }
         return [known.get(parameter, "a parameter of no network") for parameter in parameters]  # type: ignore[call-overload]
+
+
+def refuse_lazy(name: str, network: nn.Module) -> None:
+    """Refuse a network whose parameters have no shapes yet.
+
+    Raises:
+        UserError: naming one.
+    """
+    if lazy := [n for n, p in network.named_parameters() if nn.parameter.is_lazy(p)]:
+        raise UserError(
+            f"{name}.{lazy[0]} is lazy, without a shape before the first forward pass: give its layer "
+            f"its sizes, or pass a batch through the network first"
+        )
 
 
 class DDPGradients(Gradients):

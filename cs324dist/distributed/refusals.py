@@ -1,16 +1,22 @@
 """What exact gradients refuse: the work of others on the same networks, which would be lost or come twice."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cs324dist.errors import UserError, in_words
 
-Given = Mapping[Tensor, tuple[Tensor, int]]
-"""By parameter: the gradient that it was given last, and the parameter's version then."""
+STEPS = Counter[str]()
+"""How many steps the optimizers of torch have "taken"."""
+register_optimizer_step_post_hook(lambda *_: STEPS.update(["taken"]))
+
+Given = Mapping[Tensor, tuple[Tensor, int, int]]
+"""By parameter: the gradient that it was given last, the parameter's version then, and the steps so far."""
 
 
 def refuse_what_is_prepared(
@@ -67,7 +73,7 @@ def refuse_gradients_of_others(names: Sequence[str], parameters: Sequence[Tensor
     """
     unused = []
     for name, parameter in zip(names, parameters, strict=True):
-        gradient, version = given.get(parameter, (None, 0))
+        gradient, version, steps = given.get(parameter, (None, 0, 0))
         if parameter.grad is not None and parameter.grad is not gradient:
             raise UserError(
                 f"{name} has a gradient before the update, which would be lost: leave backward() to the "
@@ -79,9 +85,10 @@ def refuse_gradients_of_others(names: Sequence[str], parameters: Sequence[Tensor
                 f"gradient by register_hook, or after the update"
             )
         if parameter.grad is not None:
-            unused.append((name, parameter.grad, parameter._version == version))
+            # Some optimizers leave the version, and `p -= rate * p.grad` is no step of one.
+            is_same = parameter._version == version and STEPS["taken"] == steps
+            unused.append((name, parameter.grad, is_same))
         parameter.grad = None
-    # An optimizer of other networks leaves some unchanged, and a rate of zero all.
     if unused and all(same for *_, same in unused) and any(gradient.any() for _, gradient, _ in unused):
         raise UserError(
             f"the last gradient of {unused[0][0]} was used by no optimizer, and would be lost: call "

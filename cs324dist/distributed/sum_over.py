@@ -1,6 +1,6 @@
 """Measurements over all processes, which do not depend on their number."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from accelerate import Accelerator
@@ -10,11 +10,16 @@ from torch import Tensor
 from cs324dist.data.streams import generators_kept, seed_everything
 from cs324dist.distributed.checks import gather_objects
 from cs324dist.distributed.parts import add_in_order, gather_rows
+from cs324dist.distributed.stop import StopRequest
 from cs324dist.errors import UserError
 
 OTHER_SHAPES = "an evaluation gives sums of other names or shapes for some pieces: always give the same"
 Sums = Mapping[str, Tensor]
 Measure = Callable[[Int64[Tensor, " indices"]], Sums]
+
+
+class CutOff(Exception):
+    """A signal has ended a measurement early."""
 
 
 class SumOver:
@@ -23,15 +28,10 @@ class SumOver:
     The pieces are the same for any number of processes, and are added up in their order.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        until_stopped: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
-        seed: int = 0,
-    ) -> None:
-        """`until_stopped` may end a loop early; the sum is worth nothing then. A piece draws from `seed`."""
+    def __init__(self, accelerator: Accelerator, stop: StopRequest | None = None, seed: int = 0) -> None:
+        """`stop` may cut a measurement off. A piece draws from `seed`."""
         self._rank, self._processes = accelerator.process_index, accelerator.num_processes
-        self._device, self._until_stopped = accelerator.device, until_stopped
+        self._device, self._stop = accelerator.device, stop
         self._seed, self._calls = seed, 0
 
     def __call__(self, measure: Measure, count: int, piece: int = 500) -> dict[str, Float64[Tensor, "..."]]:
@@ -44,6 +44,10 @@ class SumOver:
 
         Returns:
             The total of each, in float64 on the device, the same on every process.
+
+        Raises:
+            UserError: not all pieces give the same names and shapes.
+            CutOff: on every process, if one of them was asked to stop.
         """
         pieces = torch.arange(count, device=self._device).split(piece)
         shapes: dict[str, torch.Size] = {}
@@ -65,7 +69,7 @@ class SumOver:
         # All join each collective: in the last round, a process without a piece measures another's, and adds
         # zeros.
         own = [pieces[min(first + self._rank, len(pieces) - 1)] for first in rounds]
-        rows = map(row_of, self._until_stopped(own))
+        rows = map(row_of, self._stop.until_stopped(own) if self._stop else own)
         row = total = next(rows)
         if any(found != shapes for found in gather_objects(shapes, "in an evaluation")):
             raise UserError(OTHER_SHAPES)
@@ -74,5 +78,7 @@ class SumOver:
             mine = row if first + self._rank < len(pieces) else torch.zeros_like(row)
             of_round = gather_rows({self._rank: mine}, self._processes)
             total = add_in_order(of_round if number == 0 else torch.cat([total[None], of_round]))
+        if self._stop and self._stop.interrupted():
+            raise CutOff
         parts = total.split([shape.numel() for shape in shapes.values()])
         return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}

@@ -7,11 +7,13 @@ import json
 import math
 import sys
 import zlib
+from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Mapping
-from datetime import date
+from datetime import date, timedelta
 from enum import Enum
 from itertools import count
+from numbers import Number
 from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -19,16 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from cs324dist.errors import is_of_a_library
 
 SAMPLE = 1 << 20  # values of a tensor that are compared
 CONTAINERS = {kind.__name__: kind for kind in (tuple, set, frozenset, deque, OrderedDict, Counter)}
 CONTAINER = (list, tuple, dict, set, frozenset, deque)
-SHOWN = (str, int, float, bytes, complex, Enum, PurePath, range, slice, date, torch.dtype, torch.device)
+SHOWN: tuple[type, ...] = (str, Number, np.generic, bytes, bytearray, Enum, PurePath, range, slice)
+SHOWN += (date, timedelta, torch.dtype, torch.device)
 FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, type)
 MOST = 10_000  # parts of a container that are compared
-NUMBERS = "?bBhHiIlLqQefd"  # of numpy
 PLACES = count()  # of iterators, each another
 KEPT = {torch.complex64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 KEPT |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -40,20 +43,26 @@ class Contents:
     def __init__(self, names: Mapping[int, str], saved: Mapping[int, str]) -> None:
         """`names` of objects by their id, and of tensors that are saved anyway by where their values are."""
         self._names, self._saved = names, saved
+        self._inside: list[int] = []
 
     def of(self, value: Any) -> Any:
         """The content."""
+        if isinstance(value, CONTAINER) and id(value) in self._inside:
+            return {"$lost": "itself"}
+        self._inside.append(id(value))
         try:
             return self._of(value)
-        except RuntimeError:  # it holds itself, or a thread changes it, or it is a tensor of a rare kind
+        except (RuntimeError, ReferenceError):  # it is a tensor of a rare kind, or a thread changes it
             return {"$lost": id(value)}
+        finally:
+            self._inside.pop()
 
     def _of(self, value: Any) -> Any:
         if value is None or type(value) in (bool, int, str):
             return value
         if type(value) is float:
             return {"$float": "nan"} if math.isnan(value) else value
-        if isinstance(value, np.generic) and value.dtype.char in NUMBERS:
+        if isinstance(value, np.generic) and has_numbers(value):
             return {"$scalar": [value.dtype.str, self.of(value.item())]}
         if isinstance(value, np.ndarray):
             return self._array(value)
@@ -73,28 +82,34 @@ class Contents:
         return {"$lost": [self._names.get(id(value), ""), type(value).__qualname__]}
 
     def _array(self, value: Any) -> Any:
-        if type(value) is np.ndarray and value.flags.writeable:
-            if value.dtype.char in NUMBERS and value.dtype.isnative:
-                return {"$array": torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))}
-            return {"$lost": self.of(value.tolist())}
-        return {"$lost": id(value)}
+        if type(value) is np.ndarray and value.flags.writeable and has_numbers(value):
+            return {"$array": torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))}
+        return {"$lost": [id(value), 0 if value.dtype.hasobject else zlib.crc32(value.tobytes())]}
 
     def _tensor(self, value: Tensor) -> Any:
-        if value.layout is not torch.strided or value.is_meta or value.is_nested or value.dtype not in KEPT:
+        if is_lazy(value):
+            return {"$lost": "lazy"}
+        if not has_values(value) or value.dtype not in KEPT or 0 in value.stride():
             return {"$lost": [id(value), 0 if value.is_inference() else value._version]}
         if value.numel() and (name := self._saved.get(value.untyped_storage().data_ptr())):
             return {"$lost": name}
-        return {"$on": value.device.type, "of": value.detach()}
+        strides = None if value.is_contiguous() else list(value.stride())
+        return {
+            "$on": value.device.type,
+            "of": value.detach(),
+            "grad": value.requires_grad,
+            "strides": strides,
+        }
 
     def _container(self, value: Any) -> Any:
         if len(value) > MOST:  # data, which is compared as one
-            return {"$lost": [id(value), len(value)]}
+            return {"$lost": [id(value), len(value), _checksum_of_numbers(value)]}
         if isinstance(value, dict):
             if all(type(key) is str for key in value):
                 inner: Any = {key: self.of(part) for key, part in value.items()}
             else:
                 keys = ({"$lost": "tensor"} if isinstance(k, Tensor) else self.of(k) for k in value)
-                inner = {"$items": [[key, self.of(value[k])] for key, k in zip(keys, value, strict=True)]}
+                inner = {"$items": [[k, self.of(part)] for k, part in zip(keys, value.values(), strict=True)]}
         else:
             inner = [self.of(part) for part in value]
             if isinstance(value, set | frozenset):
@@ -103,6 +118,24 @@ class Contents:
         if isinstance(value, deque):
             return {"$deque": inner, "most": value.maxlen}
         return {f"${kind}": inner} if kind in CONTAINERS else inner
+
+
+def has_numbers(value: np.ndarray | np.generic) -> bool:
+    """Whether a tensor can hold what this does."""
+    return value.dtype.char in "?bBhHiIlLqQefd" and value.dtype.isnative
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether its values stand in memory as those of most tensors do."""
+    is_rare = tensor.is_quantized or tensor.is_meta or tensor.is_nested or tensor.is_mkldnn
+    return tensor.layout is torch.strided and not is_rare and not is_lazy(tensor)
+
+
+def _checksum_of_numbers(container: Any) -> int:
+    try:
+        return zlib.crc32(array("d", container.values() if isinstance(container, dict) else container))
+    except (TypeError, OverflowError):  # other things than numbers
+        return 0
 
 
 def is_own(value: Any) -> bool:
@@ -146,9 +179,11 @@ def value_of(content: Any) -> Any:
     match content:
         case {"$same": inner}:
             return value_of(inner)
-        case {"$on": device, "of": tensor}:
+        case {"$on": device, "of": tensor, "grad": grad, "strides": strides}:
+            if strides:
+                tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
             is_there = device == "cpu" or torch.get_device_module(device).is_available()
-            return tensor.to(device) if is_there else tensor
+            return (tensor.to(device) if is_there else tensor).requires_grad_(grad)
         case {"$array": tensor}:
             return tensor.numpy()
         case {"$scalar": [kind, number]}:

@@ -17,12 +17,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.jit import ScriptModule
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from cs324dist.distributed.parts import Parts
 from cs324dist.errors import RANK, UserError, printable, warn
-from cs324dist.runs.contents import CONTAINER, SHOWN, Contents, is_own, refilled, text_of, value_of
+from cs324dist.runs.contents import (
+    CONTAINER,
+    SHOWN,
+    Contents,
+    has_values,
+    is_own,
+    refilled,
+    text_of,
+    value_of,
+)
 from cs324dist.runs.optimizers import each
 from cs324dist.runs.state_tree import split
 
@@ -32,8 +42,7 @@ Hidden = dict[str, dict[str, Any]]
 """By owner (a module, a task, a group of an optimizer) and name: the content."""
 
 MOST = 1000  # parts of a container that is searched for objects
-BY_PART = r'|null|\{\}|\[null(, null)*\]|\{"\$lost": \["defaultdict", \{\}\]\}'
-"""What stands at the start where each part of the batch puts something under its number."""
+EMPTY = ("", "null", "{}", '{"$lost": ["defaultdict", {}]}')
 GENERATORS: dict[type, tuple[Any, Any]] = {
     torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
     random.Random: (random.Random.getstate, random.Random.setstate),
@@ -63,9 +72,9 @@ NOT_ALIKE = (
 class HiddenState:
     """Compares a task with what it was at its start."""
 
-    def __init__(self, task: Any) -> None:
-        """At its start."""
-        self._task = task
+    def __init__(self, task: Any, parts: Parts | None = None) -> None:
+        """At its start; `parts`: of the batch, if its gradients are exact."""
+        self._task, self._parts = task, parts
         self._first = {
             owner: {name: (text_of(content), id(value)) for name, (content, value) in contents.items()}
             for owner, contents in _Walk(task).contents()
@@ -85,7 +94,7 @@ class HiddenState:
             different: dict[str, Any] = {name: {"$deleted": []} for name in first.keys() - contents.keys()}
             for name, (content, value) in contents.items():
                 text, (was, identity) = text_of(content), first.get(name, ("", 0))
-                by_part = _is_numbered(value) and bool(re.fullmatch(BY_PART, was))
+                by_part = self._is_by_part(value, was)
                 if text == was or (by_part and re.search(TENSOR, text)):
                     continue
                 if LOST not in text and owner in self._first:
@@ -103,6 +112,14 @@ class HiddenState:
                 if other.get(place) != texts.get(place):
                     self._say(*place, NOT_ALIKE)
         return found
+
+    def _is_by_part(self, value: Any, was: str) -> bool:
+        """Whether each part of the batch has put something under its number."""
+        if self._parts is None:
+            return False
+        if isinstance(value, list):
+            return was == text_of([None] * self._parts.count)
+        return isinstance(value, dict) and value.keys() == {*self._parts.of()} and was in EMPTY
 
     def _say(self, owner: str, name: str, why: str) -> None:
         if RANK == "0" and (owner, name) not in self._said:
@@ -157,10 +174,7 @@ class _Walk:
         places = {
             tensor.untyped_storage().data_ptr(): name
             for name, tensor in saved.items()
-            if isinstance(tensor, Tensor)
-            and not is_lazy(tensor)
-            and tensor.layout is torch.strided
-            and tensor.numel()
+            if isinstance(tensor, Tensor) and has_values(tensor) and tensor.numel()
         }
         self._contents = Contents(self._names, places)
 
@@ -201,10 +215,11 @@ def _hooks(owner: Any) -> dict[str, int]:
 
 def _objects(name: str, value: Any, depth: int = 4) -> Iterator[tuple[str, Any]]:
     """The objects in a value whose attributes count."""
-    if isinstance(value, OPEN) or (is_own(value) and not isinstance(value, SHUT) and _has_attributes(value)):
-        yield name, value
+    if isinstance(value, OPEN) or (not isinstance(value, SHUT) and is_own(value) and _has_attributes(value)):
+        if not isinstance(value, ScriptModule):
+            yield name, value
     elif depth and isinstance(value, dict | list | tuple | deque) and len(value) <= MOST:
-        for key, part in value.copy().items() if isinstance(value, dict) else enumerate(tuple(value)):
+        for key, part in dict(value).items() if isinstance(value, dict) else enumerate(tuple(value)):
             yield from _objects(f"{name}[{key!r}]", part, depth - 1)
 
 
@@ -213,10 +228,6 @@ def _has_attributes(value: Any) -> bool:
         return isinstance(vars(value), dict)
     except Exception:  # of its own __getattr__, or it has slots
         return False
-
-
-def _is_numbered(value: Any) -> bool:
-    return isinstance(value, list) or (isinstance(value, dict) and all(type(key) is int for key in value))
 
 
 @torch.no_grad()

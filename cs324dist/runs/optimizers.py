@@ -128,6 +128,12 @@ def _after_a_step(optimizer: Optimizer, *, anew: bool = False) -> Optimizer:
 
 
 def _keys(optimizer: Optimizer) -> set[str]:
+    for name in optimizer.state:
+        if not isinstance(name, Tensor):
+            raise UserError(
+                f"{type(optimizer).__name__} has state of no parameter, {printable(str(name))}, which no "
+                f"checkpoint would hold: keep it in the state of a parameter, or in a group"
+            )
     return {key for state in optimizer.state.values() for key, value in state.items() if value is not None}
 
 

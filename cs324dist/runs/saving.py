@@ -4,6 +4,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from cs324dist.distributed.parts import Parts
 from cs324dist.errors import RunFailed, warn
 from cs324dist.runs.checkpoints import (
     Trained,
@@ -23,13 +24,22 @@ class Saving:
     """Reads and writes the checkpoints of a run."""
 
     def __init__(
-        self, run: RunDir, trained: Trained, accelerator: Accelerator, keep_last: int, keep_best: str
+        self,
+        run: RunDir,
+        trained: Trained,
+        accelerator: Accelerator,
+        parts: Parts | None,
+        keep_last: int,
+        keep_best: str,
     ) -> None:
-        """Of what is trained, as it is before the first step; for the last two see `RunDir.keep_newest`."""
+        """Of what is trained, as it is before the first step.
+
+        For `parts` see `HiddenState`, for the last two `RunDir.keep_newest`.
+        """
         self._run, self._trained, self._accelerator = run, trained, accelerator
         self._keep = keep_last, keep_best
         self.seconds = 0.0  # in which the run waited for checkpoints
-        self.hidden, self._layout = HiddenState(trained), layout(trained)
+        self.hidden, self._layout = HiddenState(trained, parts), layout(trained)
 
     def check(self) -> None:
         """Check that the state of the run can be saved; raises as `check_that_it_can_be_saved` does."""

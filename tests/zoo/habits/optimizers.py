@@ -46,6 +46,28 @@ class Numbered(optim.Optimizer):
             weight -= self.param_groups[0]["lr"] / self.taken * weight.grad
 
 
+class Rated(optim.Optimizer):
+    """Schedule-Free has a rate of its own in each group, and others, such as Adafactor, may have none."""
+
+    def __init__(self, weights, **group):
+        super().__init__(weights, {"scheduled_lr": 0.0, **group})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["scheduled_lr"] = (group.get("lr") or 0.1) / 2
+            for weight in group["params"]:
+                self.state[weight].setdefault("sum", torch.zeros_like(weight)).add_(weight.grad)
+                weight.sub_(self.state[weight]["sum"], alpha=0.1 * group["scheduled_lr"])
+
+
+class Worded(optim.SGD):
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step()
+        self.state["taken"] = 1
+
+
 class Lookahead(optim.SGD):
     """Slow weights that come at the sixth step."""
 
@@ -109,6 +131,10 @@ KINDS = {
     "adafactor": (optim.Adafactor,),
     "lbfgs": (optim.LBFGS, refused("closure|LBFGS")),
     "own_optimizer": (Own,),
+    "schedule_free": (lambda weights: Rated(weights, lr=0.1),),
+    "rate_of_none": (lambda weights: Rated(weights, lr=None),),
+    "no_rate": (Rated,),
+    "optimizer_with_state_by_word": (Worded, refused("taken")),
     "optimizer_that_counts": (Numbered,),
     "optimizer_with_late_state": (Lookahead, refused("slow")),
     "optimizer_in_an_optimizer": (Wrapping, refused("inner")),
