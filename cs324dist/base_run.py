@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -22,12 +22,15 @@ from cs324dist.errors import EXIT_STOPPED, ReportedError, RunFailed, UserError, 
 from cs324dist.metrics import as_numbers
 from cs324dist.runs.checkpoints import Trained, check_names
 from cs324dist.runs.environment import environment
+from cs324dist.runs.hidden_state import HiddenState
 from cs324dist.runs.history import metric_of
 from cs324dist.runs.lease import Superseded
 from cs324dist.runs.records import RunRecord
 from cs324dist.runs.run_dir import RunDir
 from cs324dist.runs.saving import Saving
 from cs324dist.trackers import Trackers
+
+RunT = TypeVar("RunT", bound="BaseRun")
 
 
 class BaseRun:
@@ -74,7 +77,7 @@ class BaseRun:
         self._on_main = partial(on_main_process, accelerator)
         self._how = accelerator.num_processes, accelerator.mixed_precision, compiled_by(accelerator)
 
-    def __enter__(self) -> Self:
+    def __enter__(self: RunT) -> RunT:
         self.step = self._until = self._metrics_lines = 0
         self.is_over = self._is_started = self._in_step = self._save_asked = self._stop_asked = False
         self._began = time.monotonic()
@@ -95,11 +98,11 @@ class BaseRun:
             self.dir.claimed(self._check_fits, self._on_main),
             generators_kept(self.accelerator.device),
         ):
-            if self._seed is None:
-                self._seed = torch.initial_seed()
+            self._seed = torch.initial_seed() if self._seed is None else self._seed
             if not hasattr(self, "saving"):  # it compares with the first start
-                parts, keep = self.exact.parts if self.exact else None, (self.keep_last, self.keep_best)
-                self.saving = Saving(self.dir, self.trained, self.accelerator, parts, *keep)
+                parts = (self.exact.parts.of(), self.exact.parts.count) if self.exact else ()
+                hidden, keep = HiddenState(self.trained, *parts), (self.keep_last, self.keep_best)
+                self.saving = Saving(self.dir, self.trained, self.accelerator, hidden, *keep)
             self._restore()
             with self._ending_recorded(), translate_errors(self.peer_timeout):
                 yield
@@ -274,8 +277,7 @@ class BaseRun:
         except (Superseded, Stopped):
             raise
         except BaseException as error:
-            with suppress(ValueError):  # not the main thread
-                # torch's handler would raise again for a dead worker, while the status is written.
+            with suppress(ValueError):  # not the main thread; torch's handler raises again for a dead worker
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             if self._in_step and not isinstance(error, ReportedError):
                 error.add_note(f"in step {self.completed}")
@@ -314,6 +316,5 @@ class BaseRun:
         self._say(text)
 
     def _say(self, text: str) -> None:
-        """Print a line, on the main process."""
         if self.accelerator.is_main_process:
             say(text)

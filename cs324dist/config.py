@@ -150,8 +150,8 @@ def conflicts(config: Config, stored: Config) -> list[str]:
     """One line for each option of a stored run that this command would change halfway."""
     hints = hints_of(type(config))
     lines = [
-        f"{option(name)} {value} differs from the run's {printable(getattr(stored, name))}: "
-        f"give the run's value, or another --run-dir"
+        f"{option(name)} {'none' if value is None else value} differs from the run's "
+        f"{printable(getattr(stored, name))}: give the run's value, or another --run-dir"
         for name, value in vars(config).items()
         if MUTABLE not in get_args(hints[name]) and value != getattr(stored, name)
     ]

@@ -108,7 +108,7 @@ class Trackers:
         self._log(completed, {**values, **{f"throughput/{name}": speed for name, speed in speeds.items()}})
 
     def _show(self, completed: int, values: Mapping[str, float], rate: float | None) -> None:
-        brief = {name.removeprefix("train/"): f"{value:.4f}" for name, value in values.items()}
+        brief = {name.removeprefix("train/"): _brief(value) for name, value in values.items()}
         self._bar.set_postfix(brief, refresh=False)
         if self._bar.disable:
             words = [f"step {completed}/{self._until}", *(f"{n} {v}" for n, v in brief.items())]
@@ -122,7 +122,9 @@ class Trackers:
         if not self._is_main:
             return
         metrics = {f"eval/{name}": value for name, value in evaluation.metrics.items()}
-        brief = [f"{name} {value:.4f}" for name, value in metrics.items() if "share" not in name]
+        is_long = len(metrics) > 8  # such as a share of each digit
+        shown = [name for name in metrics if not (is_long and re.search(r"_\d+$", name))]
+        brief = (f"{name} {_brief(metrics[name])}" for name in shown)
         say("  ".join([f"evaluation after {completed} steps", *brief]))
         if evaluation.picture is not None:
             try:
@@ -221,6 +223,10 @@ def _started(run: RunDir, config: Mapping[str, Any], mode: str) -> WandBTracker:
     tracker.start()
     tracker.store_init_configuration(dict(config))
     return tracker
+
+
+def _brief(value: float) -> str:
+    return f"{value:.4f}" if abs(value) >= 0.001 or value == 0 else f"{value:.3g}"
 
 
 def _set_up() -> Any:

@@ -1,7 +1,7 @@
 """The processes of a run as threads of a test, with real numbers and without a launcher."""
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from types import SimpleNamespace
@@ -134,7 +134,7 @@ def as_ranks(count: int, work: Callable[[Rank], Found]) -> list[Found]:
 def on_ranks(
     count: int,
     work: Callable[[SumOver], Found],
-    until_stopped: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+    stop: Any = None,
 ) -> list[Found]:
     """What `work` returns on each rank, of which each has a `SumOver`."""
-    return as_ranks(count, lambda rank: work(SumOver(rank, until_stopped)))
+    return as_ranks(count, lambda rank: work(SumOver(rank, stop)))

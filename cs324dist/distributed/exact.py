@@ -82,19 +82,19 @@ class ExactGradients(Gradients):
         accelerator = accelerator_of_script(accelerator, micro_batches, peer_timeout)
         check_batch(None, micro_batches, accelerator.num_processes)
         super().__init__(micro_batches, seed, accelerator, peer_timeout)
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             make_deterministic()
         torch.set_num_threads(1)  # sums depend on the number of threads
         torch.set_flush_denormal(True)
         # Which uses of a weight share a cast, and add their gradients in bf16, would depend on the threads.
         torch.set_autocast_cache_enabled(False)
-        seed_everything(seed, "start", self._device)
+        seed_everything(seed, "start", self.device)
         self._check_every, self._anywhere = check_every, anywhere
         self._checked: set[str] = set()
         self._sum_of = lru_cache(8)(OrderedSum)  # for as many sets of parameters that are trained in turn
         self._given: dict[Tensor, tuple[Tensor, int, int]] = {}  # see `Given`
         self._said: set[str] = set()
-        self.belongings = PartBelongings({}, self._device, micro_batches)
+        self.belongings = PartBelongings({}, self.device, micro_batches)
 
     def prepare(self, network: nn.Module, name: str = "") -> nn.Module:
         """Place a network, and let its BatchNorm layers span the batch: in place of `accelerator.prepare`.
@@ -168,7 +168,7 @@ class ExactGradients(Gradients):
         of_networks = dict.fromkeys(p for network in networks for p in network.parameters())
         parameters = [parameter for parameter in of_networks if parameter.requires_grad]
         names = self.names(parameters)
-        if self._device.type == "cpu" and (threads := torch.get_num_threads()) != 1:
+        if self.device.type == "cpu" and (threads := torch.get_num_threads()) != 1:
             raise UserError(
                 f"torch has {threads} threads, on which sums depend: leave out set_num_threads, and make "
                 f"ExactGradients after the Accelerator"
@@ -216,7 +216,7 @@ class ExactGradients(Gradients):
         """What every process has to know of a part: see `numbers`; and which parameters it used."""
         is_pair = weight is not None
         numbers: tuple[Any, ...] = (value, weight if is_pair else 1.0, float(is_pair), drawn)
-        row = torch.ones(len(numbers) + len(found), dtype=torch.float64, device=self._device)
+        row = torch.ones(len(numbers) + len(found), dtype=torch.float64, device=self.device)
         for place, number in enumerate(numbers):  # filled in place: a copy to the device would wait for it
             row[place].fill_(number.detach() if isinstance(number, Tensor) else number)
         for place, gradient in enumerate(found, len(numbers)):

@@ -31,7 +31,7 @@ class Gradients:
     def __init__(self, count: int, seed: int, accelerator: Accelerator, peer_timeout: int) -> None:
         self.parts = Parts(count, accelerator.device, peer_timeout)
         self.networks: dict[str, nn.Module] = {}
-        self._seed, self._accelerator, self._device = seed, accelerator, accelerator.device
+        self._seed, self._accelerator, self.device = seed, accelerator, accelerator.device
 
     def prepare(self, network: nn.Module, name: str = "") -> nn.Module:
         """Place a network, and let its BatchNorm layers span the batch; not DDP's wrapper.
@@ -56,11 +56,11 @@ class Gradients:
 
     def batch(self, index: int, step: int, batch_size: int, *, is_check: bool = False) -> MicroBatch:
         """Part `index` of the batch of a step."""
-        return MicroBatch(step, batch_size, index, self.parts.count, self._device, is_check)
+        return MicroBatch(step, batch_size, index, self.parts.count, self.device, is_check)
 
     def seed(self, step: int, name: str, index: int) -> None:
         """Seed what a part's loss draws, such as dropout."""
-        seed_everything(self._seed, f"step {step}/{name}/{index}", self._device)
+        seed_everything(self._seed, f"step {step}/{name}/{index}", self.device)
 
     def names(self, parameters: Iterable[Tensor]) -> list[str]:
         """The parameters' names."""
@@ -93,7 +93,7 @@ class DDPGradients(Gradients):
 
     def wrap(self, trained: Iterable[Networks]) -> None:
         """Let DDP reduce the gradients of the networks of each update."""
-        place = [self._device] if self._device.type == "cuda" else None
+        place = [self.device] if self.device.type == "cuda" else None
         for networks in dict.fromkeys(trained):
             losses = _Losses(networks)
             self._reducers[networks] = _wrapped(losses, place) if self.parts.processes > 1 else losses
@@ -110,7 +110,7 @@ class DDPGradients(Gradients):
             self.seed(step, name, part.index)
             value, weight = pair(loss_of(part))
             if weight is not None:
-                weights[part.index] = torch.as_tensor(weight, dtype=torch.float64, device=self._device)
+                weights[part.index] = torch.as_tensor(weight, dtype=torch.float64, device=self.device)
             return value
 
         def work(index: int) -> None:

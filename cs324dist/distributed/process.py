@@ -127,7 +127,7 @@ def check_batch(batch_size: int | None, micro_batches: int | None, processes: in
     if batch_size is not None and batch_size % parts:
         raise UserError(
             f"--batch-size {batch_size} is not divisible by {title}, {parts}: "
-            f"give a multiple, such as {-(-batch_size // parts) * parts}"
+            f"give a multiple, such as {-(-batch_size // parts) * parts}, or another number of parts"
         )
     if parts < processes:
         raise UserError(f"--micro-batches {parts} is less than {processes} processes: give at least as many")

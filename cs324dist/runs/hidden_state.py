@@ -10,7 +10,7 @@ import re
 import zlib
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch.jit import ScriptModule
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from cs324dist.distributed.parts import Parts
 from cs324dist.errors import RANK, UserError, printable, warn
 from cs324dist.runs.contents import (
     CONTAINER,
@@ -72,9 +71,9 @@ NOT_ALIKE = (
 class HiddenState:
     """Compares a task with what it was at its start."""
 
-    def __init__(self, task: Any, parts: Parts | None = None) -> None:
-        """At its start; `parts`: of the batch, if its gradients are exact."""
-        self._task, self._parts = task, parts
+    def __init__(self, task: Any, parts: Collection[int] = (), count: int = 0) -> None:
+        """At its start; `parts`: the numbers of this process's parts of the batch, of `count`."""
+        self._task, self._parts, self._count = task, {*parts}, count
         self._first = {
             owner: {name: (text_of(content), id(value)) for name, (content, value) in contents.items()}
             for owner, contents in _Walk(task).contents()
@@ -115,11 +114,9 @@ class HiddenState:
 
     def _is_by_part(self, value: Any, was: str) -> bool:
         """Whether each part of the batch has put something under its number."""
-        if self._parts is None:
-            return False
         if isinstance(value, list):
-            return was == text_of([None] * self._parts.count)
-        return isinstance(value, dict) and value.keys() == {*self._parts.of()} and was in EMPTY
+            return bool(value) and was == text_of([None] * self._count)
+        return isinstance(value, dict) and bool(value) and value.keys() == self._parts and was in EMPTY
 
     def _say(self, owner: str, name: str, why: str) -> None:
         if RANK == "0" and (owner, name) not in self._said:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from cs324dist.distributed.parts import Parts
 from cs324dist.errors import RunFailed, warn
 from cs324dist.runs.checkpoints import (
     Trained,
@@ -28,18 +27,15 @@ class Saving:
         run: RunDir,
         trained: Trained,
         accelerator: Accelerator,
-        parts: Parts | None,
+        hidden: HiddenState,
         keep_last: int,
         keep_best: str,
     ) -> None:
-        """Of what is trained, as it is before the first step.
-
-        For `parts` see `HiddenState`, for the last two `RunDir.keep_newest`.
-        """
+        """Of what is trained, as it is before the first step; for the last two see `RunDir.keep_newest`."""
         self._run, self._trained, self._accelerator = run, trained, accelerator
         self._keep = keep_last, keep_best
         self.seconds = 0.0  # in which the run waited for checkpoints
-        self.hidden, self._layout = HiddenState(trained, parts), layout(trained)
+        self.hidden, self._layout = hidden, layout(trained)
 
     def check(self) -> None:
         """Check that the state of the run can be saved; raises as `check_that_it_can_be_saved` does."""

@@ -65,6 +65,10 @@ def check_task(task: type[Task[Any]]) -> None:
     for name, preset in presets.items():
         if not isinstance(preset, Config):
             raise UserError(f"{of}.presets[{name!r}] is a {type(preset).__name__}: give a cs324dist.Config")
+        if "__dataclass_fields__" not in vars(type(preset)):
+            raise UserError(
+                f"{type(preset).__name__} lacks a decorator: write @dataclass(frozen=True) above it"
+            )
         from_json(type(preset), as_json(preset), f"{of}.presets[{name!r}]")
 
 

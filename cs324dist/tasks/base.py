@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from cs324dist.config import ConfigT
 from cs324dist.data.streams import MicroBatch
 from cs324dist.distributed.sum_over import SumOver
+from cs324dist.errors import UserError
 
 Mean = Float[Tensor, ""] | tuple[Float[Tensor, ""], Shaped[Tensor, ""] | float]
 """The mean over the samples of a micro-batch; or a sum and its weight, such as the number of tokens, of which
@@ -28,9 +29,24 @@ class Evaluation:
     """What an evaluation found, the same on every process."""
 
     metrics: Mapping[str, float]
-    picture: Picture | None = None
+    picture: Tensor | None = None
+    """A `Picture`; every process draws it, and the main one writes it."""
     strip: Callable[[], Picture] | None = None
     """Draws another picture; called only where somebody looks at it."""
+
+    def __post_init__(self) -> None:
+        """Check the picture.
+
+        Raises:
+            UserError: it has another dtype or shape.
+        """
+        if (drawn := self.picture) is not None and not (
+            drawn.dtype == torch.uint8 and drawn.dim() == 3 and len(drawn) in (1, 3)
+        ):
+            raise UserError(
+                f"the picture of an evaluation is {drawn.dtype} {tuple(drawn.shape)}: give torch.uint8 of "
+                f"(1 or 3, height, width)"
+            )
 
 
 @runtime_checkable
@@ -63,7 +79,10 @@ class Task(Generic[ConfigT]):
     """Recipes by name, each a `Config`; the first is the default."""
 
     def __init__(self, config: ConfigT, device: torch.device) -> None:
-        """Build the networks, their optimizers, and the data on `device`."""
+        """Build the networks, their optimizers, and the data on `device`.
+
+        This one sets `self.config` and `self.device`.
+        """
         self.config, self.device = config, device
         self.networks: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Optimizer | Sequence[Optimizer]] = {}

@@ -1,7 +1,6 @@
 """Sums over pieces: those of a plain loop to the last bit, however many processes share the pieces."""
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from cs324dist.data.streams import CPU
 from cs324dist.distributed.parts import Parts, add_in_order, gather_rows
-from cs324dist.distributed.sum_over import SumOver
+from cs324dist.distributed.stop import StopRequest
+from cs324dist.distributed.sum_over import CutOff, SumOver
 
 COUNT, PIECE = 1234, 100
 
@@ -77,14 +77,21 @@ def test_each_process_measures_its_share_without_gradients():
 def test_a_process_that_is_stopped_measures_no_more_and_keeps_the_others_waiting_for_nothing():
     measured = []
 
-    def first_only(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        return itertools.islice(pieces, 1)
+    class Stopped(StopRequest):
+        received = True
+
+        def interrupted(self) -> bool:  # the ranks share this one
+            return True
 
     def remember(indices: Tensor) -> dict[str, Tensor]:
         measured.append(len(indices))
         return measure(indices)
 
-    assert len(on_ranks(2, lambda sum_over: sum_over(remember, COUNT, PIECE), first_only)) == 2
+    def work(sum_over: SumOver) -> None:
+        with pytest.raises(CutOff):  # the sum is worth nothing
+            sum_over(remember, COUNT, PIECE)
+
+    on_ranks(2, work, Stopped(2))
     assert measured == [PIECE, PIECE]
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from cs324dist import ExactGradients, Run
+from cs324dist.errors import UserError
 
 EPOCH = 4  # steps
 
@@ -367,3 +368,45 @@ def test_a_network_whose_config_is_no_dict_is_saved(tmp_path):
     assert json.loads((newest_checkpoint(tmp_path / "run") / "net" / "config.json").read_text()) == {
         "class": "Linear"
     }
+
+
+def by_hand(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter -= 0.1 * parameter.grad
+
+
+OF_ALL = {  # that use a gradient which stays, without zero_grad
+    "of the head alone": (lambda net: torch.optim.SGD(net[1].parameters(), 0.1), lambda _, one: one.step()),
+    "fused": (lambda net: torch.optim.AdamW(net.parameters(), fused=True), lambda _, one: one.step()),
+    "by hand": (lambda net: torch.optim.SGD(net.parameters(), 0.1), by_hand),
+}
+
+
+def backward_with(exact: ExactGradients, net: nn.Module, step: int) -> None:
+    exact.backward(lambda part: net(torch.ones(8, 2)[part.rows]).square().mean(), step, 8)
+
+
+@pytest.mark.parametrize("kind", OF_ALL)
+def test_a_gradient_that_an_optimizer_has_used_may_stay(exact, kind):
+    make, take = OF_ALL[kind]
+    net = exact.prepare(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)))
+    optimizer = make(net)
+    for step in range(3):
+        backward_with(exact, net, step)
+        take(net, optimizer)
+
+
+def test_a_gradient_that_no_optimizer_has_used_is_refused(exact):
+    net = exact.prepare(nn.Linear(2, 1))
+    torch.optim.SGD(net.parameters(), 0.1)
+    backward_with(exact, net, 0)
+    with pytest.raises(UserError, match="was used by no optimizer"):
+        backward_with(exact, net, 1)
+
+
+def test_a_lazy_network_is_refused_by_name(tmp_path):
+    net = nn.Sequential(nn.LazyLinear(1))
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)
+    with pytest.raises(UserError, match=r"net\.0\.weight is lazy"):
+        Run(tmp_path, networks={"net": net}, optimizers={"net": optimizer}, accelerator=Accelerator(cpu=True))

@@ -34,6 +34,15 @@ def test_it_is_not_taken_up_again_by_the_same_command_or_more_steps(launch, done
     assert content_of(run) == before
 
 
+def test_an_evaluation_that_a_signal_cuts_off_leaves_nothing_and_is_made_again(launch, done, tmp_path):
+    run = tmp_path / "run"
+    stopped = launch(*STOPPING, "--stopped-in", "20", "--run-dir", run, check=False)
+    assert (stopped.returncode, step_of(newest_checkpoint(run))) == (75, 20)
+    launch(*STOPPING, "--stopped-in", "0", "--run-dir", run)
+    of_both = [[row for row in metrics(of) if "eval/largest" in row] for of in (run, done[0])]
+    assert of_both[0] == of_both[1] != []
+
+
 def checkpoints(run) -> list[int]:
     return sorted(step_of(path) for path in (run / "checkpoints").iterdir())
 
@@ -67,7 +76,8 @@ def test_a_name_that_no_metric_of_an_evaluation_has_is_refused_before_the_first_
 def test_a_metric_that_is_not_measured_fails_the_run_and_another_name_continues_it(launch, tmp_path):
     run = tmp_path / "run"
     command = (*KEEPING, "--run-dir", run, "--values", *map(str, VALUES), "--keep-best")
-    wrong = "--keep-best eval/acuracy is no metric of an evaluation: give one of eval/score, eval/step"
+    there = "eval/score, eval/step, eval/largest"
+    wrong = f"--keep-best eval/acuracy is no metric of an evaluation: give one of {there}"
     done = launch(*command, "eval/acuracy", check=False)
     assert done.returncode == 1
     said = f"{wrong}; the last good checkpoint is {run}/checkpoints/000000010-1"
