@@ -64,6 +64,7 @@ class BaseRun:
         self.dir, self.trained, self.accelerator = RunDir(folder), trained, accelerator
         self.keep_last, self.keep_best, self.peer_timeout = keep_last, keep_best, peer_timeout
         self.exact = exact_of(trained.networks.values())
+        self.parts = self.exact.parts if self.exact else None
         self._config, self._seed = dict(config), seed
         self._trackers_of_run = partial(
             Trackers,
@@ -100,7 +101,7 @@ class BaseRun:
         ):
             self._seed = torch.initial_seed() if self._seed is None else self._seed
             if not hasattr(self, "saving"):  # it compares with the first start
-                parts = (self.exact.parts.of(), self.exact.parts.count) if self.exact else ()
+                parts = (self.parts.of(), self.parts.count) if self.parts else ()
                 hidden, keep = HiddenState(self.trained, *parts), (self.keep_last, self.keep_best)
                 self.saving = Saving(self.dir, self.trained, self.accelerator, hidden, *keep)
             self._restore()
@@ -190,10 +191,9 @@ class BaseRun:
             )
         )
         self._is_started = True
-        verb = "continuing from" if self.step else "starting at"
         self._say(
-            f"{self.dir}: {verb} step {self.step} of {self._until}, processes: {processes}, "
-            f"device: {self.accelerator.device.type}, "
+            f"{self.dir}: {'continuing from' if self.step else 'starting at'} step {self.step} of "
+            f"{self._until}, processes: {processes}, device: {self.accelerator.device.type}, "
             f"precision: {'float32' if precision == 'no' else precision}"
         )
         if self.exact and self.accelerator.is_main_process:

@@ -64,6 +64,7 @@ class TaskRun(BaseRun):
             tensorboard=config.tensorboard,
             peer_timeout=config.peer_timeout,
         )
+        self.parts = trainer.parts
         if (best := self.best_metric) and not best.startswith("eval/"):
             raise UserError(
                 f"--keep-best {best} is no metric of an evaluation: give a name that begins with eval/, such "

@@ -231,7 +231,7 @@ def test_weights_are_not_saved_twice():
 )
 def test_the_tasks_of_the_project_change_nothing_that_is_hidden(kind, changes, capsys):
     task = kind(replace(kind.presets["smoke"], **changes), CPU)
-    trainer, hidden = Trainer(task, Accelerator(cpu=True)), HiddenState(task)
+    trainer, hidden = Trainer(task, Accelerator(cpu=True)), HiddenState(task, [0], 1)
     for step in range(2):
         trainer.step(step, is_logged=False)
         with trainer.evaluating():

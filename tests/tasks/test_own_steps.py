@@ -183,6 +183,7 @@ def test_an_evaluation_is_in_float32_where_training_takes_tf32(monkeypatch) -> N
     def settings() -> tuple[str, bool]:
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     before = settings()
     torch.set_float32_matmul_precision("high")
     with trainer_of(Partly, None).evaluating():
