@@ -199,15 +199,23 @@ def test_what_cannot_be_saved_is_named_once(place, change, capsys):
 
 def test_a_cache_and_what_parts_have_put_are_not_named_and_not_saved(capsys):
     task: Any = Bare(found=None, fakes={}, parts=[None, None], known=Noted(by_part={}))
-    hidden = HiddenState(task)
+    hidden = HiddenState(task, (0, 1), 2)
     for _ in range(2):
-        task.fakes[2], task.parts[1], task.known.by_part[0] = torch.rand(2), torch.rand(2), torch.rand(2)
+        for of_parts in (task.fakes, task.parts, task.known.by_part):
+            of_parts[0], of_parts[1] = torch.rand(2), torch.rand(2)
         task.found = task.found or Noted(sums=torch.ones(2))
         assert not hidden.changed()
     assert "warning" not in capsys.readouterr().err
     task.found.sums += 1  # so it is no cache
     hidden.changed()
     assert "warning: task.found.sums has changed" in capsys.readouterr().err
+
+
+def test_tensors_under_other_numbers_than_those_of_the_parts_are_saved():
+    task: Any = Bare(kept={}, pair=None)
+    hidden = HiddenState(task, (0, 3), 4)
+    task.kept, task.pair = {0: torch.ones(1), 1: torch.ones(1)}, [torch.ones(1) for _ in range(4)]
+    assert hidden.changed()["task"].keys() == {"kept", "pair"}
 
 
 def test_tensors_that_a_dictionary_by_number_has_at_the_start_are_saved(tmp_path):
