@@ -104,7 +104,7 @@ class Task(Generic[ConfigT]):
     def evaluate(self, sum_over: SumOver) -> Evaluation:
         """Measure the networks; by default, nothing is measured.
 
-        They are in eval mode and compute in full precision, without gradients.
+        Those in `networks` are in eval mode and compute in full precision, without gradients.
         """
         return Evaluation({})
 
