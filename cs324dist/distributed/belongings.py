@@ -25,6 +25,7 @@ from cs324dist.errors import RANK, UserError, is_of_a_library, warn
 from cs324dist.runs.contents import has_numbers, has_values
 
 CONTAINERS = (dict, list, set, deque)
+HOLDERS = (dict, list, tuple, deque, np.ndarray)
 OF_MODULES = vars(nn.Module()).keys()
 MOST = 10_000  # entries of a container that is looked at in every step; a longer one is data
 
@@ -217,25 +218,32 @@ def changed_in_the_loss(name: str) -> str:
 def tensors_of(owners: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
     """The tensors and arrays of numbers that these objects hold, in attributes or in containers in these."""
     for owner_name, owner in owners.items():
-        values = dict(vars(owner))
+        is_module = isinstance(owner, nn.Module)
+        places: list[dict[str, Any]] = [vars(owner)]
         if isinstance(owner, nn.Module):
-            own = {name: values[name] for name in values.keys() - OF_MODULES}
-            values = {**own, **owner._parameters, **owner._buffers}
-        for name, value in values.items():
-            if value.__class__ in (int, float, str, bool):
-                continue
-            for place, entry in _entries(f"{owner_name}.{name}", value):
-                if isinstance(entry, Tensor) and has_values(entry):
-                    yield place, entry
-                elif isinstance(entry, np.ndarray) and has_numbers(entry) and entry.flags.carray:
-                    yield place, torch.from_numpy(entry)
+            places += [owner._parameters, owner._buffers]
+        for place in places:
+            for name, value in place.items():
+                if value is None or (is_module and name in OF_MODULES):
+                    continue
+                if isinstance(value, Tensor):
+                    if has_values(value):
+                        yield f"{owner_name}.{name}", value
+                elif isinstance(value, HOLDERS):
+                    yield from _tensors_in(f"{owner_name}.{name}", value)
+
+
+def _tensors_in(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    for inner, entry in [(name, value)] if isinstance(value, np.ndarray) else _entries(name, value):
+        if isinstance(entry, Tensor) and has_values(entry):
+            yield inner, entry
+        elif isinstance(entry, np.ndarray) and has_numbers(entry) and entry.flags.carray:
+            yield inner, torch.from_numpy(entry)
 
 
 def _entries(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """What a container holds, or the value itself; not of one that is long, such as a data set."""
-    if not isinstance(value, dict | list | tuple | deque):
-        yield name, value
-    elif len(value) <= 100:
+    """What a container holds; nothing of one that is long, such as a data set."""
+    if len(value) <= 100:
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
             yield f"{name}[{key!r}]", entry
 
