@@ -96,7 +96,9 @@ INTRODUCTION = """# Habits
 What people write in a task, and what becomes of each with `--micro-batches 4`: on one process, on three, and
 on three that are all killed (-9) and continued on another number. Each ends in **the same bits**, or is
 **refused** in one line (its beginning is shown here), or a line says what no checkpoint can hold. A few end
-in other bits, and no check sees them. {count} habits: {words}. The same gradients: {whole} of the habits are
+in other bits, and no check sees them. {count} habits: {words}.
+
+The same gradients: {whole} of the habits are
 trained once more without `--micro-batches`, as plain torch does it, and have the same metrics in each step to
 a thousandth; the others draw, or have a loss that is no mean over samples (`tests/zoo/entry.py` says which).
 

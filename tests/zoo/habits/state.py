@@ -209,7 +209,7 @@ def keep_activations(task):
     task.net[0].register_forward_hook(lambda _, __, output: ACTIVATIONS.update(first=output.detach()))
 
 
-OF_METRIC = refused("the metric train/other of part")
+OF_METRIC = refused("the metric train/other of part|confusion")
 enter_all("loss", {
     "confusion_in_metric": ("A confusion matrix of numpy, for a metric", Points,
         with_metric(share_of_diagonal), OF_METRIC),
