@@ -179,11 +179,11 @@ def value_of(content: Any) -> Any:
     match content:
         case {"$same": inner}:
             return value_of(inner)
-        case {"$on": device, "of": tensor, "grad": grad, "strides": strides}:
-            if strides:
+        case {"$on": device, "of": tensor, **layout}:  # nothing more in checkpoints of before 2026-12-01
+            if strides := layout.get("strides"):
                 tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
             is_there = device == "cpu" or torch.get_device_module(device).is_available()
-            return (tensor.to(device) if is_there else tensor).requires_grad_(grad)
+            return (tensor.to(device) if is_there else tensor).requires_grad_(layout.get("grad", False))
         case {"$array": tensor}:
             return tensor.numpy()
         case {"$scalar": [kind, number]}:

@@ -18,6 +18,7 @@ from launched import refusal
 from torch import nn
 
 from cs324dist.runs.checkpoints import TrainerState, read_checkpoint, write_checkpoint
+from cs324dist.runs.contents import value_of
 from cs324dist.runs.hidden_state import HiddenState
 from cs324dist.tasks.gan.task import GANTask
 from cs324dist.tasks.lstm.task import LSTMTask
@@ -223,6 +224,10 @@ def test_tensors_that_a_dictionary_by_number_has_at_the_start_are_saved(tmp_path
         task.centres[1] += 1
 
     assert come_back(lambda: Bare(centres={1: torch.zeros(1)}), move, tmp_path).centres[1] == 1
+
+
+def test_a_tensor_in_a_checkpoint_of_before_its_layout_was_kept_is_read():
+    assert value_of({"$on": "cpu", "of": torch.ones(2)}).tolist() == [1, 1]
 
 
 def test_weights_are_not_saved_twice():
