@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -410,3 +411,14 @@ def test_a_lazy_network_is_refused_by_name(tmp_path):
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)
     with pytest.raises(UserError, match=r"net\.0\.weight is lazy"):
         Run(tmp_path, networks={"net": net}, optimizers={"net": optimizer}, accelerator=Accelerator(cpu=True))
+
+
+def test_what_the_first_step_makes_and_others_change_is_named_at_the_first_checkpoint(tmp_path, capsys):
+    run, net, optimizer = parts_of(tmp_path / "run")
+    with run:
+        for step in run.steps(2, save_every=2):
+            take(net, optimizer)
+            if step == 0:
+                net.kept = SimpleNamespace(scale=1.0)
+            net.kept.scale *= 0.9
+    assert "warning: net.kept.scale has changed since the start" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from cs324dist import Evaluation
 from habits.base import CLASSES, FEATURES, Points, enter, hidden
 
-QUIET = equal(r"^(?!(.|\n)*warning: [ac])")  # of an attribute, or of a class; torch may warn of its own
+QUIET = equal(r"^(?!(.|\n)*warning: \w+\.odd)")  # torch may warn of its own
 
 
 class Kept(Points):
@@ -114,8 +114,10 @@ for name, title, make in (
     ("conjugated", "A conjugated tensor", lambda: torch.fft.rfft(torch.arange(8.0)).conj()),
     ("many_words", "An array of many words", lambda: np.array(["a", "bc"] * 10_000)),
     ("many_complex", "An array of many complex numbers", lambda: np.ones(20_000, "complex64")),
-    ("own_containers", "Containers with constructors of their own",
-        lambda: [Replay("a", 3), OwnByName(), Limited(3), {"own": Replay("b", 3)}]),
+    ("own_deque", "A deque with a constructor of its own", lambda: Replay("a", 3)),
+    ("own_defaultdict", "A defaultdict with a constructor of its own", OwnByName),
+    ("own_ordered", "Ordered dicts, with own constructors, in a list", lambda: [Limited(3), {"own": Limited(3)}]),
+    ("own_ordered_alone", "An OrderedDict with a constructor of its own", lambda: Limited(3)),
     ("family", "Dicts that hold their parents", family),
     ("script", "A module of TorchScript", lambda: torch.jit.script(hidden())),
     ("lazy_attribute", "A lazy layer outside networks", lambda: nn.LazyLinear(3)),
