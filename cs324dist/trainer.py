@@ -230,7 +230,8 @@ class Trainer:
         networks = self.task.networks.values()
         modules = {module: module.training for network in networks for module in network.modules()}
         # Instances hold Accelerate's forward, with autocast, and a compiled call.
-        held = [dict(vars(network)) for network in networks]
+        replaced = ("forward", "_compiled_call_impl")
+        held = [{name: vars(n)[name] for name in replaced if name in vars(n)} for n in networks]
         for network in networks:
             vars(network).pop("_compiled_call_impl", None)
             if original := vars(network).get("_original_forward"):
@@ -244,9 +245,8 @@ class Trainer:
             for module, was_training in modules.items():  # a frozen part may stay in eval mode
                 if module.training != was_training:
                     module.train(was_training)
-            for network, before in zip(networks, held, strict=True):
-                replaced = before.keys() & {"forward", "_compiled_call_impl"}
-                vars(network).update({name: before[name] for name in replaced})
+            for network, own in zip(networks, held, strict=True):
+                vars(network).update(own)
 
 
 def _with_a_rate(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -23,8 +23,8 @@ def span_the_batch(model: nn.Module, name: str, parts: Parts) -> None:
             continue
         if not isinstance(layer, _BatchNormOverBatch):
             kind = type(layer)
-            # isinstance, and what a subclass does besides, stay; SyncBatchNorm would come first.
-            bases = (kind, _BatchNormOverBatch)[kind is nn.SyncBatchNorm :]
+            # isinstance, and what a subclass does besides, stay; SyncBatchNorm has a forward of its own.
+            bases = (_BatchNormOverBatch,) if kind is nn.SyncBatchNorm else (kind, _BatchNormOverBatch)
             own = {"_check_input_dim": _BatchNormOverBatch._check_input_dim}
             layer.__class__ = type(kind.__name__, bases, own)
         layer.number = len(parts.layers)  # type: ignore[assignment]

@@ -22,11 +22,10 @@ from torch.jit import ScriptModule
 from cs324dist.data.streams import generators, set_generators
 from cs324dist.distributed.batch_norm import tensors_over_batch
 from cs324dist.errors import RANK, UserError, is_of_a_library, warn
-from cs324dist.runs.contents import has_numbers, has_values
+from cs324dist.runs.contents import OF_MODULES, has_numbers, has_values
 
 CONTAINERS = (dict, list, set, deque)
 HOLDERS = (dict, list, tuple, deque, np.ndarray)
-OF_MODULES = vars(nn.Module()).keys()
 MOST = 10_000  # entries of a container that is looked at in every step; a longer one is data
 
 
@@ -160,8 +159,9 @@ class PartBelongings:
 
 def _content_of(container: Any) -> Any:
     """A plain copy: subclasses may have constructors of their own."""
-    kind = next(kind for kind in (dict, set, list) if isinstance(container, kind) or kind is list)
-    return kind(container)
+    if isinstance(container, dict):
+        return dict(container)
+    return set(container) if isinstance(container, set) else list(container)
 
 
 def _same(content: Any, other: Any) -> bool:

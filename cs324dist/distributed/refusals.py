@@ -85,7 +85,7 @@ def refuse_gradients_of_others(names: Sequence[str], parameters: Sequence[Tensor
                 f"gradient by register_hook, or after the update"
             )
         if parameter.grad is not None:
-            # Some optimizers leave the version, and `p -= rate * p.grad` is no step of one.
+            # Some optimizers do not change the version, and `p -= rate * p.grad` calls none.
             is_same = parameter._version == version and STEPS["taken"] == steps
             unused.append((name, parameter.grad, is_same))
         parameter.grad = None

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cs324dist.errors import is_of_a_library
 
+OF_MODULES = vars(nn.Module()).keys() - {"training"}  # attributes that torch gives each module
 SAMPLE = 1 << 20  # values of a tensor that are compared
 CONTAINERS = {kind.__name__: kind for kind in (tuple, set, frozenset, deque, OrderedDict, Counter)}
 CONTAINER = (list, tuple, dict, set, frozenset, deque)

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from cs324dist.errors import RANK, UserError, printable, warn
 from cs324dist.runs.contents import (
     CONTAINER,
+    OF_MODULES,
     SHOWN,
     Contents,
     has_values,
@@ -53,7 +54,6 @@ GENERATORS: dict[type, tuple[Any, Any]] = {
 }
 SHUT = (*SHOWN, *CONTAINER, Tensor, type)
 OPEN = (nn.Module, nn.Parameter, Optimizer, Dataset, Namespace, SimpleNamespace, *GENERATORS)
-OF_MODULES = vars(nn.Module()).keys() - {"training"}
 HOOKS = {n for n in OF_MODULES if n.endswith("_hooks")} | {"_post_accumulate_grad_hooks"}
 LOST, TENSOR = '"$lost"', r'"\$(on|array)"'  # in the text of a content
 

@@ -98,9 +98,9 @@ on three that are all killed (-9) and continued on another number. Each ends in 
 **refused** in one line (its beginning is shown here), or a line says what no checkpoint can hold. A few end
 in other bits, and no check sees them. {count} habits: {words}.
 
-The same gradients: {whole} of the habits are
-trained once more without `--micro-batches`, as plain torch does it, and have the same metrics in each step to
-a thousandth; the others draw, or have a loss that is no mean over samples (`tests/zoo/entry.py` says which).
+The same gradients: {whole} of the habits are trained once more without `--micro-batches`, as plain torch does
+it, and in each step their metrics are the same within a thousandth. The others draw, or have a loss that is
+no mean over samples (`tests/zoo/entry.py` says which).
 
 `python tests/zoo --jobs 2 --page docs/habits.md` tries them all and writes this page; each is a few lines in
 `tests/zoo/habits/`.
