@@ -65,7 +65,9 @@ def main() -> int:
 
 def what(habit: Habit) -> str:
     """What the page calls it."""
-    return " ".join((habit.task.__doc__ or habit.task.__name__).split()).replace("|", "\\|")
+    words = " ".join((habit.task.__doc__ or habit.task.__name__).split()).replace("|", "\\|")
+    outside_of_code = re.compile(r"(`[^`]*`)|([_*])")
+    return outside_of_code.sub(lambda found: found[1] or "\\" + found[2], words)
 
 
 def becomes(habit: Habit, found: Finding) -> str:
