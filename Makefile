@@ -60,13 +60,13 @@ gpu-check: .venv/installed  ## what only a GPU can show (four groups; ARGS="--gr
 chaos: .venv/installed  ## 200 kills at random moments, every end compared bit for bit (under 25 minutes on 2 cores)
 	$(BIN)/python tests/chaos.py
 
-crash-points: .venv/installed  ## fail at every file operation of a run, and compare its end (about 12 minutes on 2 cores)
+crash-points: .venv/installed  ## fail at every file operation of a run, and compare its end (12 to 17 minutes on 2 cores)
 	$(BIN)/python tests/crash_points --jobs 2 --out benchmarks/results/crash_points.json
 
 fuzz: .venv/installed  ## damage run folders in 10 000 ways, and read them (about 25 minutes on 2 cores)
 	$(BIN)/python tests/fuzz.py --jobs 2
 
-slurm-test: .venv/installed  ## jobs, faults and requeues on a real Slurm on this machine (root; under 20 minutes; ARGS=--store)
+slurm-test: .venv/installed  ## jobs, faults and requeues on a real Slurm on this machine (root; 20 to 30 minutes; ARGS=--store)
 	$(BIN)/python -m pytest -v tests/slurm $(ARGS)
 
 package: .venv/installed  ## build the wheel, and run it in an environment of its own (PYTHON=... for another Python)

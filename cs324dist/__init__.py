@@ -1,4 +1,4 @@
-"""Train the same on one process or many: a loop, three tasks, and tasks of your own."""
+"""Train the same on one process or many: a loop, two tasks, and tasks of your own."""
 
 import importlib
 import os

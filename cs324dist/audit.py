@@ -113,7 +113,7 @@ def audit(path: Path, task_name: str | None, from_start: bool, data_root: Path =
                 print(f"{interval}: {'DIFFERENT' if differences else 'equal to the last bit'}")
             wrong += [f"{interval}: {difference}" for difference in differences]
         if wrong:
-            raise RunFailed(*wrong, f"{run} does not repeat: see docs/checkpoints.md for what that can mean")
+            raise RunFailed(*wrong, f"{run} does not repeat: docs/troubleshooting.md says what that can mean")
 
 
 def _intervals(run: RunDir, from_start: bool) -> Iterator[Interval]:

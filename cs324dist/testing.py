@@ -83,7 +83,7 @@ def _run(command: Command, run: Path, processes: int = 1) -> None:
 def _said(run: Path) -> str:
     """The lines of its errors; if it gave none, the end of all it said."""
     said = run.with_suffix(".log").read_text(errors="replace")
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    errors = [line for line in said.splitlines() if line.startswith(("error: ", "error on rank "))]
     return "\n".join(errors) or said[-2000:]
 
 

@@ -6,7 +6,7 @@ from cs324dist.testing import assert_same_on, assert_same_when_killed
 
 TASK = """
 import os, sys, torch
-from cs324dist import Config, Evaluation, Task, main
+from cs324dist import Config, Evaluation, Task, UserError, main
 class Mine(Task):
     name = "mine"
     presets = {"fast": Config(steps=400, batch_size=6, log_every=1, checkpoint_every=20)}
@@ -18,12 +18,15 @@ class Mine(Task):
     def loss(self, batch):
         loss = self.networks["model"](torch.ones(1, 1)).sum() * FACTOR
         return loss, {"loss": loss}
+def refused():
+    raise UserError("this one is broken")
 main(Mine, None)
 """
 FACTORS = {
     "honest": "(1 + batch.index)",
     "by world size": "(1 + int(os.environ.get('WORLD_SIZE', 1)))",
     "by process": "(os.getpid() % 9973)",
+    "broken on a rank": "(refused() if os.environ.get('RANK') == '1' else 1)",
 }
 
 
@@ -59,3 +62,7 @@ def test_a_run_that_fails_or_is_too_short_says_so(task, tmp_path):
         assert_same_on(1, 3, command=(*task("honest"), "--steps", "0"), folder=tmp_path / "a")
     with pytest.raises(AssertionError, match="it ended before it could be killed"):
         assert_same_when_killed((*task("honest"), "--steps", "1"), tmp_path / "b")
+    with pytest.raises(AssertionError, match="error on rank 1: this one is broken") as failed:
+        assert_same_on(3, 1, command=task("broken on a rank"), folder=tmp_path / "c")
+    lines = str(failed.value).removeprefix("it failed: ").splitlines()
+    assert all(line.startswith("error on rank ") for line in lines), lines

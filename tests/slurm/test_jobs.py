@@ -81,7 +81,8 @@ def test_nodes_that_would_train_alone_are_refused(submit, cluster, launch_enviro
     job = Job(cluster, tmp_path, number.strip())
     job.wait_for_end("FAILED")
     # whole lines: on one process Accelerate 1.16 repeats the error in a traceback of its own
-    refused = re.findall(r"^error: Slurm started 2 tasks on 2 nodes, and here (\d) would train alone", job.output, re.M)
+    line = r"^error: Slurm started 2 tasks on 2 nodes, and here (\d) would train alone"
+    refused = re.findall(line, job.output, re.M)
     assert sorted(refused) == ["1", "1", "2", "2"]
     assert not job.run.exists
     outcomes.append(Outcome("each node on its own (--cpu): refused", 0))
