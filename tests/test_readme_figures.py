@@ -39,14 +39,15 @@ def test_each_figure_names_its_command_and_commit_and_processor() -> None:
 
 
 def test_the_machine_and_the_versions_are_those_of_the_results() -> None:
-    torch, accelerate = (re.search(rf"{name} ([\d.]+\d)", README)[1] for name in ("torch", "accelerate"))
+    (torch,) = re.search(r"torch ([\d.]+\d)", README).groups()
+    accelerate = re.search(r"accelerate ([\d.]+\d) and ([\d.]+\d)", README).groups()
     lstm, gan = ("course", "fast", "million", "proven"), ("course", "fast", "best", "pace")
     other = ("speed", "exact", "memory", "same_bits", "chaos", "crash_points", "killed_run")
     for name in (*(f"lstm/{part}" for part in lstm), *(f"gan/{part}" for part in gan), *other):
         environment = stored(name)["environment"]
         assert environment["cores"] == 2, name  # "on two CPU cores"
         assert environment["packages"]["torch"].startswith(f"{torch}."), name
-        assert environment["packages"]["accelerate"].startswith(f"{accelerate}."), name
+        assert environment["packages"]["accelerate"].rpartition(".")[0] in accelerate, name
 
 
 def test_the_picture_shows_what_is_said_of_it() -> None:
