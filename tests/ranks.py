@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -121,14 +120,23 @@ def as_ranks(count: int, work: Callable[[Rank], Found]) -> list[Found]:
     Raises:
         Exception: what the first of those that failed has raised.
     """
-    world = World(count)
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(count) as pool:
+    world, found = World(count), {}
+
+    def run(index: int) -> None:
+        found[index] = world.run(index, work)
+
+    # No ThreadPoolExecutor: a process that is forked in its threads, as by a DataLoader, ends with code 1.
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
+    with pytest.MonkeyPatch.context() as patch:
         for name in ("is_initialized", "get_rank", "get_world_size", *COLLECTIVES):
             patch.setattr(dist, name, getattr(world, name))
-        found = list(pool.map(lambda index: world.run(index, work), range(count)))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     if world.errors:
         raise world.errors[0]
-    return found
+    return [found[index] for index in range(count)]
 
 
 def on_ranks(
