@@ -77,8 +77,9 @@ class World:
     def all_gather_object(self, found: list[Any], own: Any) -> None:
         found[:] = self._all_give(own, "all_gather_object")
 
-    def broadcast(self, tensor: Tensor, src: int) -> None:
+    def broadcast(self, tensor: Tensor, src: int, async_op: bool = False) -> Any:
         tensor.detach().copy_(self._all_give(tensor, f"broadcast {src}")[src])
+        return SimpleNamespace(wait=lambda: None) if async_op else None
 
     def _all_give(self, own: Any, collective: object) -> list[Any]:
         """What each rank gives; the others run until they do."""

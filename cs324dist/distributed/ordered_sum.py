@@ -74,7 +74,12 @@ class _SumOfOneDtype:
     def means(self) -> list[Tensor]:
         self.total /= self._count
         if self._processes > 1:
-            dist.all_gather(list(self._received.view(self._processes, -1).unbind(0)), self.total)
+            rows = self._received.view(self._processes, -1)
+            rows[self._rank] = self.total
+            # Not all_gather, which takes twice as long on gloo: it copies all rows once more.
+            sent = [dist.broadcast(row, rank, async_op=True) for rank, row in enumerate(rows)]
+            for broadcast in sent:
+                broadcast.wait()
         return self._to_receive
 
 
