@@ -42,7 +42,7 @@ def test_a_comparison_is_on_the_page_as_soon_as_it_is_stored(stored: Path) -> No
     what = "GAN step of preset fast, --micro-batches 2 against none"
     milliseconds = {"slower_ms": 96.04, "faster_ms": 80}
     row = {"what": what, "goal": "at most 1.25", "ratios": [1.1, 1.2, 1.4], **milliseconds}
-    line = f"| {what} | 1.20 | 1.10 to 1.40 | at most 1.25 | yes | 96.0 | 80.0 | – |"
+    line = f"| {what} | 1.20 | 1.10 to 1.40 | at most 1.25 | yes | 96.0 | 80.0 | \N{EN DASH} |"
     for rows, lines in ((speed["rows"], []), ([*speed["rows"], row], [line])):
         (stored / "speed.json").write_text(json.dumps({**speed, "rows": rows}))
         page = results_page.page("performance").splitlines()
