@@ -37,8 +37,9 @@ COURSE = {  # the discriminator is trained: name, options
     "every step, Adam (0.5, 0.999)": ("copied", "--discriminator-every 1 --betas 0.5 0.999"),
 }
 COURSE_SEEDS = 3
+FAST = "--evaluate-every 250"
 BEST = "--preset best --evaluate-every 4000 --precision bf16"
-BEST_SEEDS = 5
+SEEDS = 5
 DRAWS = 5  # of latents
 COMPARED = 1000  # samples whose nearest training images are looked for
 
@@ -106,24 +107,24 @@ def course() -> list[Row]:
 
 def fast() -> list[Row]:
     """Preset `fast`, five seeds."""
-    return seeds("fast", 5, "--evaluate-every 250")
+    return seeds("fast", SEEDS, FAST)
 
 
 def bf16() -> list[Row]:
     """Preset `fast` in bf16, five seeds."""
-    return seeds("bf16", 5, "--evaluate-every 250 --precision bf16")
+    return seeds("bf16", SEEDS, f"{FAST} --precision bf16")
 
 
 def best() -> list[Row]:
     """Preset `best` in bf16, five seeds."""
-    rows = seeds("best", BEST_SEEDS, BEST)
+    rows = seeds("best", SEEDS, BEST)
     pictures(RUNS / "best-0", rows[0]["steps"])
     return rows
 
 
 def draws() -> list[Row]:
     """The runs of part `best`, each measured on several draws of latents."""
-    runs = [trained(f"best-{seed}", f"--seed {seed} {BEST}") for seed in range(BEST_SEEDS)]
+    runs = [trained(f"best-{seed}", f"--seed {seed} {BEST}") for seed in range(SEEDS)]
     pairs = product(enumerate(runs), range(DRAWS))
     return [{"trial": trial, **quality(run, seed)} for (trial, run), seed in pairs]
 
@@ -187,38 +188,37 @@ def read_all(images: Images) -> list[Tensor]:
     return [torch.cat(part) for part in parts]
 
 
-def memorised() -> list[Row]:
-    """The surest sample of each digit above its nearest training image; how near samples are to those."""
-    known = real_images("train")
-    generator = load_generator(trained("fast-0", "--seed 0 --evaluate-every 250"))
-    images = generate(generator, latents(generator, 0, 10_000))
+def surest_beside_nearest(images: Images, known: Images) -> Images:
+    """The surest image of each digit, and the training image that is nearest to it, pixel by pixel."""
     digits, confidence, _ = read_all(images)
     surest = images[[int(torch.where(digits == digit, confidence, 0).argmax()) for digit in range(10)]]
-    twins = known[nearest(surest.flatten(1), known.flatten(1))[1]]
-    save_png(grid(torch.cat([surest, twins]), 10), IMAGES / "gan-neighbours.png")
-    rows = []
-    for name, some in (("samples", images), ("test images", real_images("test"))):
-        away, _ = nearest(some[:COMPARED].flatten(1), known.flatten(1))
-        rows.append({"images": name, "to_nearest_training_image": away.median().item()})
-    return rows
+    return torch.cat([surest, known[nearest(surest.flatten(1), known.flatten(1))[1]]])
 
 
 def neighbours() -> list[Row]:
-    """Precision, recall and the way to the nearest training image, in the classifier's features.
+    """Precision, recall and the way to the nearest training image, of the runs of parts `fast` and `best`.
 
     Precision is the share of images that lie among as many training images, recall the share of those that
-    lie among the images (Kynkäänniemi et al. 2019, https://arxiv.org/abs/1904.06991).
+    lie among the images, in the classifier's features (Kynkäänniemi et al. 2019,
+    https://arxiv.org/abs/1904.06991). Test images show what can be reached.
     """
-    generator = load_generator(trained("bf16-0", "--seed 0 --evaluate-every 250 --precision bf16"))
-    known, test, rows = read_all(real_images("train"))[2], real_images("test"), []
-    samples = generate(generator, latents(generator, 0, len(test)))
-    for name, images in (("samples", samples), ("test images", test)):
-        features, some = read_all(images)[2], known[: len(images)]
-        found = {"precision": lies_among(features, some), "recall": lies_among(some, features)}
-        away = nearest(features, known)[0].median().item()
-        rows.append({"images": name, "count": len(images), **found, "to_nearest_training_image": away})
+    known, sets = real_images("train"), {("test images", None): real_images("test")}
+    for (name, options), seed in product((("fast", FAST), ("best", BEST)), range(SEEDS)):
+        generator = load_generator(trained(f"{name}-{seed}", f"--seed {seed} {options}"))
+        sets[name, seed] = generate(generator, latents(generator, 0, len(sets["test images", None])))
+    save_png(grid(surest_beside_nearest(sets["best", 0], known), 10), IMAGES / "gan-neighbours.png")
+    known_features, rows = read_all(known)[2], []
+    for (name, seed), images in sets.items():
+        features, some = read_all(images)[2], known_features[: len(images)]
+        row = {"precision": lies_among(features, some), "recall": lies_among(some, features)}
+        for space, points, others in (
+            ("features", features, known_features),
+            ("pixels", images[:COMPARED].flatten(1), known.flatten(1)),
+        ):
+            row[f"nearest_in_{space}"] = nearest(points, others)[0].median().item()
+        rows.append({"images": name, "seed": seed, **row})
     return rows
 
 
 if __name__ == "__main__":
-    run_parts(__doc__, "gan", course, fast, bf16, best, draws, pace, ablation, memorised, neighbours)
+    run_parts(__doc__, "gan", course, fast, bf16, best, draws, pace, ablation, neighbours)

@@ -145,7 +145,7 @@ TINY_GAN = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["course", "fast", "bf16", "best", "draws", "pace", "ablation", "memorised"])
+@pytest.mark.parametrize("part", ["course", "fast", "bf16", "best", "draws", "pace", "ablation", "neighbours"])
 def test_a_part_of_the_gans_results_is_what_the_page_reads(part: str, tmp_path, launch, monkeypatch) -> None:
     import gan_results
 
@@ -166,7 +166,7 @@ def test_a_part_of_the_gans_results_is_what_the_page_reads(part: str, tmp_path, 
         "pictures": lambda *some: None,  # their digits cannot be read
         "seeds": lambda name, count, *options: seeds(name, 1, *options),
         "COURSE_SEEDS": 1,
-        "BEST_SEEDS": 1,
+        "SEEDS": 1,
         "DRAWS": 1,
     }.items():
         monkeypatch.setattr(gan_results, name, value)
@@ -218,12 +218,15 @@ def test_a_gans_figures_repeat_to_the_last_digit_and_real_digits_are_near(launch
 
 
 def test_neighbours_are_those_of_a_plain_loop() -> None:
-    from gan_results import nearest
+    from gan_results import lies_among, nearest
 
     torch.manual_seed(0)
-    points, known = torch.randn(700, 3), torch.randn(600, 3)  # all take two pieces
+    points, known = 2 * torch.randn(700, 3), torch.randn(600, 3)  # all take two pieces
     listed = known.tolist()
     to_known = [[math.dist(point, one) for one in listed] for point in points.tolist()]
     least, place = nearest(points, known)
     assert least.tolist() == pytest.approx([min(row) for row in to_known], abs=1e-5)
     assert place.tolist() == [row.index(min(row)) for row in to_known]
+    reach = [sorted(math.dist(one, other) for other in listed)[3] for one in listed]  # of the third neighbour
+    inside = sum(any(map(float.__le__, row, reach)) for row in to_known)
+    assert lies_among(points, known) == inside / len(points)
