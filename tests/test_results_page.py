@@ -138,6 +138,7 @@ def test_a_timed_run_of_the_lstm_is_what_the_page_reads() -> None:
     assert_as_stored([made], "lstm/long", "lstm/million")
 
 
+GAN_PARTS = ["course", "fast", "bf16", "best", "draws", "pace", "ablation", "neighbours"]
 TINY_GAN = {
     "launch/gan.py": ("--preset", "smoke", "--dataset", "fake", "--batch-size", "4", "--log-every", "2"),
     "benchmarks/measure_gan.py": ("--count", "1000"),
@@ -145,7 +146,7 @@ TINY_GAN = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["course", "fast", "bf16", "best", "draws", "pace", "ablation", "neighbours"])
+@pytest.mark.parametrize("part", GAN_PARTS)
 def test_a_part_of_the_gans_results_is_what_the_page_reads(part: str, tmp_path, launch, monkeypatch) -> None:
     import gan_results
 
