@@ -1,6 +1,6 @@
 """The proof's results: how few cells and how coarse an arithmetic admit one, boxes over the steps, the guess.
 
-    python benchmarks/proof.py           # everything: about ten minutes on two cores
+    python benchmarks/proof.py           # everything: about three quarters of an hour on two cores
     python benchmarks/proof.py guessed   # some of it
 
 Each part writes `benchmarks/results/lstm/PART.json`; `python benchmarks/results_page.py` then writes the
@@ -32,7 +32,7 @@ TRY_EVERY = 100  # steps
 HOPEFUL = 0.1  # loss of the worst case below which a proof is looked for; a guess has log 10
 SHOWN = 60  # steps of the picture
 SHOWN_DIGITS = [0, 1]
-DRAWS = {1: 20_000, 4: 5_000, 128: 250}  # by number of cells
+DRAWS = {1: 400_000, 4: 150_000, 128: 8_000}  # by number of cells: an hour of one core in all
 TRIALS = ((100, 10), (10_000, 50))  # sequences and their digits; the second if all of the first are right
 LARGEST = (-1.0, 2.0)  # the weights of a draw are uniform in ±10^a, and a is uniform in this interval
 

@@ -45,7 +45,7 @@ def deviation(values: Sequence[float], digits: int = 0) -> str:
 
 
 def least_to_most(values: Sequence[float], digits: int = 0) -> str:
-    return f"{number(min(values), digits)} to {number(max(values), digits)}"
+    return " to ".join(dict.fromkeys(number(end(values), digits) for end in (min, max)))
 
 
 def spread(values: Sequence[float], digits: int = 0) -> str:
