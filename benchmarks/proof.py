@@ -1,6 +1,6 @@
 """The proof's results: how few cells and how coarse an arithmetic admit one, boxes over the steps, the guess.
 
-    python benchmarks/proof.py           # everything: about three quarters of an hour on two cores
+    python benchmarks/proof.py           # everything: about an hour on two cores
     python benchmarks/proof.py guessed   # some of it
 
 Each part writes `benchmarks/results/lstm/PART.json`; `python benchmarks/results_page.py` then writes the
@@ -32,7 +32,7 @@ TRY_EVERY = 100  # steps
 HOPEFUL = 0.1  # loss of the worst case below which a proof is looked for; a guess has log 10
 SHOWN = 60  # steps of the picture
 SHOWN_DIGITS = [0, 1]
-DRAWS = {1: 400_000, 4: 150_000, 128: 8_000}  # by number of cells: an hour of one core in all
+GUESSES = ((10, 128, 32_000), (2, 128, 8_000), (10, 4, 400_000), (2, 4, 150_000), (2, 1, 400_000))
 TRIALS = ((100, 10), (10_000, 50))  # sequences and their digits; the second if all of the first are right
 LARGEST = (-1.0, 2.0)  # the weights of a draw are uniform in ±10^a, and a is uniform in this interval
 
@@ -84,13 +84,13 @@ def boxes() -> list[Row]:
     return rows
 
 
-def guess(classes: int, cells: int) -> Row:
+def guess(classes: int, cells: int, draws: int) -> Row:
     """Draw weights at random; which draws answer every sequence with its first digit?"""
     model = LSTM(classes, cells, classes, kernel="equations").requires_grad_(False)
     generator, at_once = torch.Generator().manual_seed(0), max(4, 1000 // cells)
     few, many = (sequences(classes, *some) for some in TRIALS)
     best, latching, first, began = 0.0, 0, None, time.monotonic()
-    for draw in range(0, DRAWS[cells], at_once):
+    for draw in range(0, draws, at_once):
         weights = drawn(model, at_once, generator)
         right = shares_right(model, weights, *few)
         best = max(best, right.max().item())
@@ -104,8 +104,8 @@ def guess(classes: int, cells: int) -> Row:
 
 
 def guessed() -> list[Row]:
-    """LSTMs whose weights are guessed, on sequences of two digits and of ten."""
-    return on_each_core(guess, (10, 2, 10, 2, 2), (128, 128, 4, 4, 1))
+    """LSTMs whose weights are guessed, for sequences of two and of ten digits: an hour of one core in all."""
+    return on_each_core(guess, *zip(*GUESSES, strict=True))
 
 
 def sequences(classes: int, count: int, length: int) -> tuple[Tensor, Tensor]:
