@@ -18,7 +18,6 @@ from common import IMAGES, REPOSITORY, RESULTS, Row, load, where
 from gpu_check import PARTS
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from speed import history
 
 LENGTHS = (5, 10, 15, 20, 50)
 TRIALS = 10_000  # palindromes of an evaluation
@@ -198,7 +197,7 @@ def ratios(result: Row, *comparisons: str) -> list[list[float]]:
 FUNCTIONS = (number, percent, share, deviation, spread, spread_of, met, yes, effect, machines, processors,
              commits, grouped, where, solved, median_steps, steps_of, accuracy, wrong, error_rate, seconds,
              steps_to_fit, sure, digits, last_fifth, smallest, readings, least_to_most, ratios,
-             history, statistics.median, statistics.mean)  # fmt: skip
+             statistics.median, statistics.mean)  # fmt: skip
 
 
 def page(name: str) -> str:
@@ -315,6 +314,7 @@ def draw_killed_run() -> None:
         plot(ddp, f"ddp {processes}", "-", color=colours[processes], linewidth=1.5, label=label)
     same = runs["whole"]["sha256"] == runs["killed"]["sha256"]
     exact.set(title="--micro-batches 4: one SHA-256" if same else "other bits", xlabel="step", ylabel="loss")
+    exact.set_ylim(top=1e2)  # room for the legend
     ddp.set(title="without: equal up to rounding, which grows", xlabel="step")
     for picture in (exact, ddp):
         picture.grid(alpha=0.3)
