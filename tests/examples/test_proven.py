@@ -166,11 +166,10 @@ def test_a_guess_that_latches_is_counted(monkeypatch):
         return {name: is_fourth.view(-1, *[1] * weight.dim()) * weight for name, weight in right}
 
     monkeypatch.setattr(proof, "drawn", drawn)
-    monkeypatch.setattr(proof, "DRAWS", {DIGITS: 100})
-    found = proof.guess(DIGITS, DIGITS)
+    found = proof.guess(DIGITS, DIGITS, draws=100)
     assert (found["draws"], found["best"], found["latching"], found["first"]) == (100, 1.0, 1, 4)
     monkeypatch.setattr(proof, "drawn", lambda *given: {name: 0 * x for name, x in drawn(*given).items()})
-    found = proof.guess(DIGITS, DIGITS)  # always 0
+    found = proof.guess(DIGITS, DIGITS, draws=100)  # always 0
     assert (found["latching"], found["first"]) == (0, None)
     assert found["best"] < 0.3
 
