@@ -1,6 +1,6 @@
 """The proof's results: how few cells and how coarse an arithmetic admit one, boxes over the steps, the guess.
 
-    python benchmarks/proof.py           # everything: about an hour on two cores
+    python benchmarks/proof.py           # everything: about three quarters of an hour on two cores
     python benchmarks/proof.py guessed   # some of it
 
 Each part writes `benchmarks/results/lstm/PART.json`; `python benchmarks/results_page.py` then writes the
@@ -104,7 +104,7 @@ def guess(classes: int, cells: int, draws: int) -> Row:
 
 
 def guessed() -> list[Row]:
-    """LSTMs whose weights are guessed, for sequences of two and of ten digits: an hour of one core in all."""
+    """LSTMs whose weights are guessed: of so many classes and cells, so many draws. An hour of one core."""
     return on_each_core(guess, *zip(*GUESSES, strict=True))
 
 
